@@ -1,0 +1,123 @@
+"""Axes have names: shapes as patterns, and structured pruning as "keep these along these axes".
+
+A pattern lists dimensions separated by spaces. ``(a b)`` is a product of axes, ``[x | y]`` a
+concatenation of products, a bare number a constant::
+
+    (kv_head query head_dim) hidden
+    [(group head channel) | (group state)] 1 kernel
+"""
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    import torch
+
+Product = tuple[str, ...]
+Dimension = tuple[Product, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Slot:
+    """One weight as a family's table declares it.
+
+    ``fused`` names the scale group of a quantizable linear layer: the block's weights of one group
+    share format and tensor scale (q/k/v, gate/up, the experts). None: stays BF16. ``normalizes``
+    are the axes a norm averages over, so that surgery can fold the changed width into the weight.
+    """
+
+    shape: str
+    fused: str | None = None
+    normalizes: tuple[str, ...] = ()
+    float32: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parameter:
+    """A slot made concrete: its name on disk, the sizes of its axes and the block it belongs to."""
+
+    name: str
+    slot: Slot
+    sizes: Mapping[str, int] = field(repr=False)
+    block: int | None = None
+    expert: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape on disk."""
+        return shape(self.slot.shape, self.sizes)
+
+    @property
+    def count(self) -> int:
+        """Number of elements."""
+        return prod(self.shape)
+
+
+@cache
+def parse(pattern: str) -> tuple[Dimension, ...]:
+    """The dimensions of a pattern, each a concatenation of products of axis names."""
+    dimensions = []
+    for text in re.findall(r"\[[^\]]*\]|\([^)]*\)|\S+", pattern):
+        parts = text.strip("[]").split("|")
+        dimensions.append(tuple(tuple(part.strip().strip("()").split()) for part in parts))
+    return tuple(dimensions)
+
+
+def size_of(axis: str, sizes: Mapping[str, int]) -> int:
+    """Size of an axis; a bare number is its own size."""
+    return int(axis) if axis.isdigit() else sizes[axis]
+
+
+def shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
+    """Shape of a tensor under axis sizes."""
+    return tuple(
+        sum(prod(size_of(axis, sizes) for axis in product) for product in dimension)
+        for dimension in parse(pattern)
+    )
+
+
+def take(
+    tensor: "torch.Tensor",
+    pattern: str,
+    sizes: Mapping[str, int],
+    keep: Mapping[str, "torch.Tensor"],
+) -> "torch.Tensor":
+    """The tensor with only the kept indices of every axis named in ``keep``.
+
+    ``sizes`` are the tensor's own. A one-dimensional index applies everywhere; a two-dimensional
+    one has a row for every kept position of the axes before it in the product (the kept query
+    heads of each kept KV head).
+    """
+    for number, dimension in enumerate(parse(pattern)):
+        if any(axis in keep for product in dimension for axis in product):
+            tensor = tensor.index_select(number, kept_positions(dimension, sizes, keep))
+    return tensor
+
+
+def kept_positions(
+    dimension: Dimension, sizes: Mapping[str, int], keep: Mapping[str, "torch.Tensor"]
+) -> "torch.Tensor":
+    """Flat positions of one dimension that survive, ascending within each product."""
+    import torch
+
+    offset, found = 0, []
+    for product in dimension:
+        flat = torch.zeros(1, dtype=torch.long)
+        for axis in product:
+            size = size_of(axis, sizes)
+            index = keep.get(axis, torch.arange(size))
+            flat = (flat[:, None] * size + index).reshape(-1)
+        found.append(flat + offset)
+        offset += prod(size_of(axis, sizes) for axis in product)
+    return torch.cat(found)
+
+
+def axes(pattern: str) -> Iterator[str]:
+    """Names of the axes of a pattern, in order, with repetition."""
+    for dimension in parse(pattern):
+        for product in dimension:
+            yield from (axis for axis in product if not axis.isdigit())
