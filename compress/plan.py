@@ -1,0 +1,165 @@
+"""What a model takes, what fits, and which budget binds: pure arithmetic on config.json."""
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.architecture import FORMATS, Architecture, Format, KvFormat
+from compress.config import architecture_of, read_config
+from compress.devices import Device, find_device
+from compress.errors import InputError
+from compress.families import count_active, count_parameters
+from compress.memory import Deployment, Footprint, block_takes, footprint, largest_context
+from compress.units import format_bytes, parse_bytes, parse_share
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes that a student may take, and where they come from: the smaller of two binds."""
+
+    bytes: int
+    asked: int | None = None
+    device: Device | None = None
+
+    @property
+    def description(self) -> str:
+        """Both limits where both are given, the binding one first."""
+        limits = []
+        if self.asked is not None:
+            limits.append((self.asked, f"budget {format_bytes(self.asked)}"))
+        if self.device is not None:
+            visible = self.device.visible_bytes
+            limits.append((visible, f"{self.device.name} offers {format_bytes(visible)}"))
+        texts = [text for _, text in sorted(limits)]
+        return texts[0] + (f" (binds; {texts[1]})" if len(texts) > 1 else "")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer to ``compress plan``."""
+
+    architecture: Architecture
+    deployment: Deployment
+    footprint: Footprint
+    by_format: Mapping[Format, Footprint]
+    budget: Budget | None
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the model is within the budget; None without a budget."""
+        return None if self.budget is None else self.footprint.total <= self.budget.bytes
+
+    @property
+    def largest_context(self) -> int | None:
+        """The longest context within the budget; None without a budget or without a limit."""
+        if self.budget is None:
+            return None
+        return largest_context(self.architecture, self.deployment, self.budget.bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``plan --json`` prints."""
+        return {
+            "family": self.architecture.family,
+            "layers": self.architecture.layers,
+            "parameters": {
+                "total": count_parameters(self.architecture),
+                "active": count_active(self.architecture),
+            },
+            "bytes": asdict(self.footprint) | {"total": self.footprint.total},
+            "budget": None if self.budget is None else self.budget.bytes,
+            "fits": self.fits,
+            "largest_context": self.largest_context,
+        }
+
+
+def in_format(architecture: Architecture, format: Format) -> Architecture:
+    """The architecture with every block in one format; blocks that cannot take it stay BF16."""
+    return replace(
+        architecture,
+        blocks=tuple(
+            replace(block, format=format)
+            if block_takes(block, architecture.hidden, architecture.family, format)
+            else replace(block, format="bf16")
+            for block in architecture.blocks
+        ),
+    )
+
+
+def teacher_bytes(architecture: Architecture, deployment: Deployment) -> int:
+    """Bytes of the model with BF16 weights and a 16-bit KV cache: what a share is a share of."""
+    whole = replace(in_format(architecture, "bf16"), kv_format="bf16")
+    return footprint(whole, deployment).total
+
+
+def resolve_budget(
+    architecture: Architecture, deployment: Deployment, budget: str | None, device: str | None
+) -> Budget | None:
+    """The budget that binds; None when neither a budget nor a device is given.
+
+    Args:
+        architecture: The teacher, which percentages refer to.
+        deployment: How it is served.
+        budget: Bytes ("22GiB") or a share ("70%") of the teacher's in BF16.
+        device: A preset ("a10g", "8xh100").
+    """
+    preset = None if device is None else find_device(device)
+    asked = None
+    if budget is not None:
+        share = parse_share(budget)
+        if share is None:
+            asked = parse_bytes(budget, "budget")
+        else:
+            asked = int(share * teacher_bytes(architecture, deployment))
+    limits = [asked] if asked is not None else []
+    limits += [preset.visible_bytes] if preset else []
+    return Budget(bytes=min(limits), asked=asked, device=preset) if limits else None
+
+
+def notes_of(architecture: Architecture, format: Format, device: Device | None) -> tuple[str, ...]:
+    """What a reader has to know about a plan besides its numbers."""
+    found = []
+    family, hidden = architecture.family, architecture.hidden
+    kept = sum(not block_takes(block, hidden, family, format) for block in architecture.blocks)
+    if kept:
+        found.append(f"{kept} blocks cannot be {format} (inputs not a multiple of 16): BF16")
+    if device and architecture.kv_format not in device.kv_formats:
+        found.append(
+            f"an {architecture.kv_format} KV cache does not run on {device.name} everywhere"
+        )
+    if device and device.count > 1:
+        found.append(f"{device.name}: assumes that weights and cache split evenly")
+    return tuple(found)
+
+
+def make_plan(
+    model: Path,
+    deployment: Deployment,
+    *,
+    budget: str | None = None,
+    device: str | None = None,
+    format: Format | None = None,
+    kv_format: KvFormat | None = None,
+) -> Plan:
+    """Plan the model of a directory or a config.json.
+
+    ``format`` and ``kv_format`` ask what it would take in another precision; without them the model
+    is planned as its files say.
+    """
+    if deployment.context < 1 or deployment.batch_size < 1:
+        raise InputError("context and batch size must be at least 1")
+    config = read_config(model)
+    architecture = architecture_of(model, config)
+    limit = resolve_budget(architecture, deployment, budget, device)
+    planned = architecture if format is None else in_format(architecture, format)
+    if kv_format is not None:
+        planned = replace(planned, kv_format=kv_format)
+    return Plan(
+        architecture=planned,
+        deployment=deployment,
+        footprint=footprint(planned, deployment),
+        by_format={each: footprint(in_format(planned, each), deployment) for each in FORMATS},
+        budget=limit,
+        notes=notes_of(planned, format or "bf16", limit.device if limit else None),
+    )
