@@ -1,0 +1,1 @@
+"""What evaluation reads: lm-eval tasks of our own, in ``tasks/``."""

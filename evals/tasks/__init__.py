@@ -1,0 +1,1 @@
+"""lm-eval task files; the run that they judge writes the JSONL rows that they read."""
