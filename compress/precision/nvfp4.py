@@ -65,7 +65,10 @@ def fake(weight: Tensor, amax: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The stored form: codes U8 [..., in/2] (even column in the low nibble), scales, tensor scale."""
+    """The stored form: codes, block scales, tensor scale.
+
+    Codes are U8 [..., in/2], the even column in the low nibble; block scales E4M3 [..., in/16].
+    """
     scale = tensor_scale(amax)
     rows = weight.reshape(-1, BLOCK)
     scales = block_scale(rows, scale)
