@@ -3,9 +3,9 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from compress.architecture import Architecture, Block, Moe, block_name
+from compress.architecture import Architecture, Block, Format, KvFormat, Moe, block_name
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,7 +45,10 @@ def block_keep(keep: "Mapping[str, Tensor]", teacher_block: Block) -> "dict[str,
 
 
 def student_architecture(
-    teacher: Architecture, keep: "Mapping[str, Tensor]", formats: Mapping[int, str], kv_format: str
+    teacher: Architecture,
+    keep: "Mapping[str, Tensor]",
+    formats: Mapping[int, Format],
+    kv_format: KvFormat,
 ) -> Architecture:
     """The student that ``keep`` describes; ``formats`` maps teacher block numbers to formats.
 
@@ -57,14 +60,14 @@ def student_architecture(
         block = teacher.blocks[number]
         kept = {a: i.shape[-1] for a, i in block_keep(keep, block).items() if a != "hidden"}
         layer = layers.setdefault(block.layer, len(layers))
-        changes = {"layer": layer, "format": formats.get(number, "bf16"), **kept}
-        blocks.append(dataclasses.replace(block, **changes))  # type: ignore[arg-type]
+        changes: dict[str, Any] = {"layer": layer, "format": formats.get(number, "bf16"), **kept}
+        blocks.append(dataclasses.replace(block, **changes))
     hidden = len(keep["hidden"]) if "hidden" in keep else teacher.hidden
     return dataclasses.replace(
         teacher,
         hidden=hidden,
         blocks=tuple(blocks),
-        kv_format=kv_format,  # type: ignore[arg-type]
+        kv_format=kv_format,
     )
 
 

@@ -1,0 +1,244 @@
+"""Gates and the contribution matrix: what every unit and every format is worth, in one pass.
+
+A gate is a multiplier at 1 on a unit's activation, or 0 -> 1 on a block's rounding error. Its
+gradient needs no gate in the graph: at an activation z it is the sum over tokens of z * dL/dz, at
+a linear layer y = W x with rounding error dW it is the sum of dL/dy * (dW x). So hooks read
+activations and their gradients, and one backward gives one row per sequence for every gate.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.architecture import Architecture, Block, Format, Moe, block_name, sizes
+from compress.candidate import AXES
+from compress.families import family_of
+from compress.layout import Slot, parse, shape
+from compress.precision.fake import fake_quantize_block, takes
+
+# The finest units a block can lose, as the axes of their array; coarser ones are sums of these.
+UNITS: Mapping[str, tuple[tuple[str, ...], ...]] = {
+    "attention": (("kv_head", "query"),),
+    "ffn": (("ffn",),),
+    "mamba": (("group", "head", "channel"),),
+    "moe": (("expert", "expert_ffn"), ("shared_ffn",)),
+}
+EXPERT = UNITS["moe"][0]
+Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [rows, features]
+
+
+def unit_key(block: Block, axes: Sequence[str]) -> str:
+    """Name of a unit array: ``layers.7.attention/kv_head.query``."""
+    return f"{block_name(block)}/{'.'.join(axes)}"
+
+
+class Taps:
+    """Hooks on a frozen teacher that collect contributions while gradients flow backwards.
+
+    After a forward inside ``attached()`` and a backward, ``rows`` maps every key to [sequences,
+    *unit shape]: ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
+    whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``.
+    """
+
+    def __init__(self, model: Any, architecture: Architecture, formats: Sequence[Format]) -> None:
+        self.model, self.architecture = model, architecture
+        self.rows: dict[str, Tensor] = {}
+        self.errors = {
+            (number, format): errors
+            for number in range(len(architecture.blocks))
+            for format in formats
+            if (errors := rounding_errors(model, architecture, number, format))
+        }
+        self.formats = tuple(formats)
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        """Hooks in place; the embedding's output becomes the leaf that gradients flow to."""
+        family = family_of(self.architecture.family)
+        final = getattr(self.model.model, family.final_norm)
+        embedding = self.model.get_input_embeddings()
+        handles = [
+            embedding.register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+        ]
+        handles.append(final.register_forward_hook(self.tap_norm))
+        patched: list[Any] = []
+        for number, block in enumerate(self.architecture.blocks):
+            layer, site = self.model.model.layers[block.layer], family.sites[block.kind]
+            handles.append(getattr(layer, site.norm).register_forward_hook(self.tap_norm))
+            for name, slot in slots_of(self.architecture, block, experts=False).items():
+                hook = self.tap_linear(number, name, slot)
+                handles.append(layer.get_submodule(name).register_forward_hook(hook))
+            if isinstance(block, Moe):
+                patched.append(getattr(layer, site.mixer).experts)
+                patched[-1].forward = self.experts_forward(number, block, patched[-1])
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module in patched:
+                del module.forward  # the class's own shows again
+            self.rows = {}
+
+    def add(self, key: str, value: Tensor) -> None:
+        """Add rows; several norms share the hidden channels, several matrices a unit's rounding."""
+        self.rows[key] = self.rows[key] + value if key in self.rows else value
+
+    def tap_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
+        """Tap a residual norm's output: the hidden channels."""
+        value = output.detach()
+        output.register_hook(lambda grad: self.add("hidden", (value * grad).sum(1)))
+
+    def tap_linear(self, number: int, name: str, slot: Slot) -> Callable[..., None]:
+        """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.tap(number, name, slot, args[0], output, lambda value: value.sum(1))
+
+        return hook
+
+    def tap(self, number: int, name: str, slot: Slot, x: Tensor, y: Tensor, gather: Gather) -> None:
+        """Tap y = W x: the units that its input is made of, and what rounding W costs."""
+        block = self.architecture.blocks[number]
+        value = x.detach()
+        reads_units = units_of(parse(slot.shape)[1][0], block) is not None
+        if reads_units and x.requires_grad:
+            x.register_hook(lambda grad: self.add_units(block, slot, 1, gather(value * grad), ""))
+        found = {
+            f: self.errors[number, f][name] for f in self.formats if (number, f) in self.errors
+        }
+        if not found or not y.requires_grad:
+            return
+        # The side that is made of units keeps its index; there are no units on the other one.
+        shifts = {} if reads_units else {f: value @ error.float().T for f, error in found.items()}
+
+        def rounding(grad: Tensor) -> None:
+            for format, error in found.items():
+                cost = value * (grad @ error.float()) if reads_units else grad * shifts[format]
+                self.add_units(block, slot, int(reads_units), gather(cost), f"/{format}")
+
+        y.register_hook(rounding)
+
+    def add_units(self, block: Block, slot: Slot, side: int, rows: Tensor, suffix: str) -> None:
+        """Add [rows, features of one side of a weight] to the unit arrays they belong to."""
+        axis_sizes, offset = sizes(block) | {"hidden": self.architecture.hidden}, 0
+        experts = rows.shape[1:-1]
+        for product in parse(slot.shape)[side]:
+            length = prod(axis_sizes[axis] for axis in product)
+            part, offset = rows[..., offset : offset + length], offset + length
+            axes = units_of(product, block)
+            if axes is None:
+                self.add(f"{block_name(block)}/rest{suffix}", part.flatten(1).sum(1))
+            elif experts:
+                self.add(unit_key(block, axes) + suffix, part)
+            else:
+                shaped = to_units(part, product, axes, axis_sizes)
+                self.add(unit_key(block, axes) + suffix, shaped)
+
+    def experts_forward(self, number: int, block: Moe, module: Any) -> Callable[..., Tensor]:
+        """The fused experts' forward, expert by expert, with taps on each one's two matrices."""
+        slots = slots_of(self.architecture, block, experts=True)
+        (up, up_slot), (down, down_slot) = slots.items()
+
+        def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            length = x.shape[0] // self.sequences
+            output = torch.zeros_like(x)
+            for expert in range(block.expert):
+                token, choice = torch.where(index == expert)
+                if not len(token):
+                    continue
+                row = token // length
+
+                def gather(value: Tensor, expert: int = expert, row: Tensor = row) -> Tensor:
+                    rows = value.new_zeros(self.sequences, block.expert, value.shape[-1])
+                    rows[:, expert] = rows[:, expert].index_add(0, row, value)
+                    return rows
+
+                before = x[token] @ module.up_proj[expert].T
+                self.tap(number, up.format(expert=expert), up_slot, x[token], before, gather)
+                inner = module.act_fn(before)
+                after = inner @ module.down_proj[expert].T
+                self.tap(number, down.format(expert=expert), down_slot, inner, after, gather)
+                output = output.index_add(0, token, after * weight[token, choice, None])
+            return output
+
+        return forward
+
+    sequences: int = 0  # rows of the batch that is under way; experts see flattened tokens
+
+
+def units_of(product: Sequence[str], block: Block) -> tuple[str, ...] | None:
+    """The unit array that a product of axes belongs to: the one with an axis that can be cut."""
+    for axes in UNITS[block.kind]:
+        if any(axis in AXES[block.kind] and axis in axes for axis in product):
+            return axes
+    return None
+
+
+def to_units(
+    rows: Tensor, product: Sequence[str], axes: Sequence[str], axis_sizes: Mapping[str, int]
+) -> Tensor:
+    """[B, product of axes] as [B, *units]: other axes are summed, missing ones share equally."""
+    shaped = rows.reshape(len(rows), *(axis_sizes[axis] for axis in product))
+    for number in reversed(range(len(product))):
+        if product[number] not in axes:
+            shaped = shaped.sum(number + 1)
+    share = 1
+    for number, axis in enumerate(axes):
+        if axis not in product:
+            shaped = shaped.unsqueeze(number + 1)
+            share *= axis_sizes[axis]
+    return (shaped / share).expand(len(rows), *(axis_sizes[axis] for axis in axes))
+
+
+def slots_of(architecture: Architecture, block: Block, *, experts: bool) -> dict[str, Slot]:
+    """The block's quantizable weights by module name in the layer: the experts' or all others."""
+    table = family_of(architecture.family).tensors(block)
+    return {
+        name.removesuffix(".weight"): slot
+        for name, slot in table.items()
+        if slot.fused is not None and ("{expert}" in name) == experts
+    }
+
+
+def weights_of(
+    model: Any, architecture: Architecture, block: Block
+) -> dict[str, tuple[Tensor, Slot]]:
+    """The block's quantizable weights [out, in] with their slots, by module name in the layer."""
+    layer = model.model.layers[block.layer]
+    found = {
+        name: (layer.get_submodule(name).weight, slot)
+        for name, slot in slots_of(architecture, block, experts=False).items()
+    }
+    if isinstance(block, Moe):
+        for name, slot in slots_of(architecture, block, experts=True).items():
+            path, _, matrix = name.partition(".{expert}.")
+            stacked = getattr(layer.get_submodule(path), matrix)
+            for expert in range(block.expert):
+                found[name.format(expert=expert)] = (stacked[expert], slot)
+    return found
+
+
+def takes_format(architecture: Architecture, block: Block, format: Format) -> bool:
+    """Whether every quantizable weight of a block can be stored in a format."""
+    axis_sizes = sizes(block) | {"hidden": architecture.hidden}
+    table = family_of(architecture.family).tensors(block).values()
+    return all(takes(shape(slot.shape, axis_sizes), format) for slot in table if slot.fused)
+
+
+def rounding_errors(
+    model: Any, architecture: Architecture, number: int, format: Format
+) -> dict[str, Tensor]:
+    """What a format adds to a block's weights, bf16, by module name; empty if a shape refuses it."""
+    block = architecture.blocks[number]
+    if not takes_format(architecture, block, format):
+        return {}
+    weights = weights_of(model, architecture, block)
+    exact = {name: weight for name, (weight, _) in weights.items()}
+    slots = {name: slot for name, (_, slot) in weights.items()}
+    rounded = fake_quantize_block(exact, slots, format)
+    return {name: (rounded[name] - exact[name]).bfloat16() for name in exact}

@@ -1,0 +1,243 @@
+"""What every decision costs, in nats per token: estimated from contributions, exact for blocks.
+
+With the contribution C[s, u] of every unit and format (``gates``), the KL of a change is about
+1/(2T) times the mean over sequences and draws of (sum over changed gates of change * C)^2, the
+Fisher form of the second-order expansion. It underrates big cuts, so removing a whole block is
+scored exactly by ``replay`` and the estimates of its thinner cuts are anchored to that.
+"""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from compress.architecture import Architecture, Block, Format, Mamba, block_name, sizes
+from compress.candidate import AXES
+from compress.gates import UNITS, Taps, unit_key
+
+Contributions = Mapping[str, Tensor]
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Contributions [rows, *units] of sequences of ``length`` tokens, and exact block removals.
+
+    ``exact`` maps block names to the KL of removing that block alone, nats per token; ``kv`` is
+    that of storing every KV cache in FP8.
+    """
+
+    contributions: Contributions
+    exact: Mapping[str, float]
+    kv: float
+    length: int
+
+    def save(self, file: Path) -> None:
+        """Write everything as named tensors."""
+        tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
+        tensors |= {f"exact/{key}": torch.tensor(value) for key, value in self.exact.items()}
+        tensors |= {"kv": torch.tensor(self.kv), "length": torch.tensor(self.length)}
+        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+
+
+def load_scores(file: Path) -> Scores:
+    """Read what ``Scores.save`` wrote."""
+    contributions, exact = {}, {}
+    with safe_open(file, framework="pt") as reader:
+        for key in reader.keys():  # noqa: SIM118
+            group, _, name = key.partition("/")
+            if group == "contributions":
+                contributions[name] = reader.get_tensor(key)
+            elif group == "exact":
+                exact[name] = float(reader.get_tensor(key))
+        kv, length = float(reader.get_tensor("kv")), int(reader.get_tensor("length"))
+    return Scores(contributions, exact, kv, length)
+
+
+def contributions(
+    model: Any,
+    architecture: Architecture,
+    tokens: Tensor,
+    draws: int,
+    formats: Sequence[Format],
+    seed: int = 0,
+    batch: int = 8,
+    progress: Progress = lambda done, total: None,
+) -> dict[str, Tensor]:
+    """The contribution matrix [sequences * draws, *units] of every gate, fp32.
+
+    Args:
+        model: the teacher in fp32, frozen, in eval mode.
+        architecture: the teacher's.
+        tokens: [sequences, T] token ids.
+        draws: label draws per sequence; labels depend on the seed and the sequence's own tokens, so
+            neither batches nor their order matter.
+        formats: formats to score besides the units.
+        seed: of the labels.
+        batch: sequences per forward pass.
+        progress: called with backward passes done and in total.
+    """
+    taps = Taps(model, architecture, formats)
+    batches = tokens.split(batch)
+    collected: dict[str, list[Tensor]] = {}
+    for number, rows in enumerate(batches):
+        for draw, found in enumerate(draw_rows(taps, rows, draws, seed)):
+            for key, value in found.items():
+                collected.setdefault(key, []).append(value)
+            progress(number * draws + draw + 1, len(batches) * draws)
+    return {key: torch.cat(values) for key, values in collected.items()}
+
+
+def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Contributions of one batch, a dictionary per draw of the labels."""
+    head = taps.model.lm_head.weight
+    taps.sequences = len(rows)
+    with taps.attached(), torch.enable_grad():
+        hidden = taps.model.model(input_ids=rows, use_cache=False).last_hidden_state
+        labels = torch.empty(draws, *rows.shape, dtype=torch.long)
+        expected = torch.empty_like(hidden)
+        with torch.no_grad():
+            for row, sequence in enumerate(rows):
+                generator = torch.Generator().manual_seed(
+                    seed + zlib.crc32(sequence.numpy().tobytes())
+                )
+                probability = (hidden[row] @ head.T).float().softmax(-1)
+                drawn = torch.multinomial(probability, draws, True, generator=generator)
+                labels[:, row] = drawn.T
+                expected[row] = probability @ head
+        for draw in range(draws):
+            taps.rows = {}
+            # The log-likelihood's gradient at the final hidden state, without a vocabulary-sized graph.
+            hidden.backward(head[labels[draw]] - expected, retain_graph=draw < draws - 1)
+            yield {key: value.detach() for key, value in taps.rows.items()}
+
+
+def kl_of(rows: Tensor, length: int) -> float:
+    """Predicted KL in nats per token of a change whose summed contributions are ``rows``."""
+    return float(rows.square().mean() / (2 * length))
+
+
+def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
+    """Predicted KL of losing each unit of an axis alone; None and "hidden" for the channels.
+
+    Shapes: hidden [hidden], kv_head [kv_head], query [kv_head, query], ffn and shared_ffn [width],
+    head [group, head], channel [channel], expert [expert], expert_ffn [expert, expert_ffn].
+    """
+    if block is None:
+        rows = scores.contributions["hidden"]
+    else:
+        rows = axis_rows(scores.contributions, block, axis)
+    return rows.square().mean(0) / (2 * scores.length)
+
+
+def axis_rows(found: Contributions, block: Block, axis: str) -> Tensor:
+    """Contributions of an axis' units, from the finest ones."""
+    axes = next(axes for axes in UNITS[block.kind] if axis in axes)
+    rows = found.get(unit_key(block, axes))
+    if rows is None:
+        raise KeyError(f"no contributions for {unit_key(block, axes)}")
+    if axis == "kv_head" or axis == "expert":
+        return rows.sum(2)
+    if axis == "head":
+        return rows.sum(3)
+    return rows.sum((1, 2)) if axis == "channel" else rows
+
+
+def top(values: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest values of the last axis, ascending; ties to the lower."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(-1).values
+
+
+def choose(scores: Scores, block: Block, target: Mapping[str, int]) -> dict[str, Tensor]:
+    """Kept indices of a block by axis, the most important units of each; whole axes are left out.
+
+    ``target`` gives counts by axis. KV heads and experts are chosen first, what is inside them after.
+    """
+    keep: dict[str, Tensor] = {}
+    for axis in AXES[block.kind]:
+        count = target.get(axis, sizes(block)[axis])
+        values = importance(scores, block, axis)
+        parent = {"query": "kv_head", "expert_ffn": "expert"}.get(axis)
+        if parent in keep:
+            values = values[keep[parent]]
+        if count < values.shape[-1]:
+            keep[axis] = top(values, count)
+    return keep
+
+
+def alive(block: Block, axes: Sequence[str], keep: Mapping[str, Tensor]) -> Tensor:
+    """Mask over a unit array: 1 where the unit is kept."""
+    axis_sizes = sizes(block)
+    mask = torch.ones([axis_sizes[axis] for axis in axes])
+    if isinstance(block, Mamba):
+        if "head" in keep:
+            mask *= torch.zeros(mask.shape[:2]).scatter_(1, keep["head"], 1)[..., None]
+        if "channel" in keep:
+            mask *= torch.zeros(mask.shape[2]).index_fill_(0, keep["channel"], 1)
+        return mask
+    outer, inner = (axes[0], axes[-1]) if len(axes) > 1 else (None, axes[0])
+    parents = keep.get(outer) if outer else None
+    if inner in keep and outer is None:
+        return torch.zeros_like(mask).index_fill_(0, keep[inner], 1)
+    if inner in keep:
+        rows = torch.arange(len(mask)) if parents is None else parents
+        mask = torch.zeros_like(mask)
+        mask[rows] = mask[rows].scatter(1, keep[inner], 1)
+    elif parents is not None:
+        mask = torch.zeros_like(mask).index_fill_(0, parents, 1)
+    return mask
+
+
+def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> Tensor:
+    """Summed contributions [rows] of cutting a block to ``keep`` and storing it in ``format``.
+
+    A unit that goes costs -C, one that stays its rounding: what is cut is not charged for bits.
+    """
+    found = scores.contributions
+    total = torch.zeros(len(found["hidden"]))
+    for axes in UNITS[block.kind]:
+        key = unit_key(block, axes)
+        mask = alive(block, axes, keep).flatten()
+        total -= found[key].flatten(1) @ (1 - mask)
+        if format != "bf16":
+            total += found[f"{key}/{format}"].flatten(1) @ mask
+    rest = found.get(f"{block_name(block)}/rest/{format}")
+    return total if rest is None else total + rest
+
+
+def removed(scores: Scores, block: Block) -> float:
+    """Exact KL of removing a block; the estimate where it was not replayed."""
+    name = block_name(block)
+    if name in scores.exact:
+        return scores.exact[name]
+    return kl_of(whole(scores, block), scores.length)
+
+
+def whole(scores: Scores, block: Block) -> Tensor:
+    """Summed contributions [rows] of losing all units of a block."""
+    rows = [
+        scores.contributions[unit_key(block, axes)].flatten(1).sum(1) for axes in UNITS[block.kind]
+    ]
+    return torch.stack(rows).sum(0)
+
+
+def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> float:
+    """Predicted KL of one option of a block, nats per token.
+
+    The second-order estimate is right for small cuts and low for whole blocks. Between them the
+    ratio exact / estimate of the whole block is blended in by how much of it the cut takes.
+    """
+    structure = kl_of(change(scores, block, keep, "bf16"), scores.length) if keep else 0.0
+    both = kl_of(change(scores, block, keep, format), scores.length)
+    estimate = kl_of(whole(scores, block), scores.length)
+    if estimate == 0 or structure == 0:
+        return both
+    ratio = removed(scores, block) / estimate
+    return both + structure * (ratio - 1) * min(structure / estimate, 1.0)

@@ -1,0 +1,145 @@
+"""Contributions predict the KL of small changes, rank what is dead last, and depend on nothing else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, write_tiny
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from compress.architecture import block_name
+from compress.checkpoint import open_checkpoint
+from compress.gates import UNITS, unit_key, weights_of
+from compress.losses import kl_from_hidden
+from compress.model import load_model
+from compress.precision.fake import fake_quantize_block
+from compress.replay import removal_costs, silenced
+from compress.scores import (
+    Scores,
+    change,
+    choose,
+    contributions,
+    importance,
+    kl_of,
+    load_scores,
+    option_cost,
+    whole,
+)
+
+LENGTH = 16
+TOKENS = torch.randint(0, 128, (24, LENGTH), generator=torch.Generator().manual_seed(7))
+
+
+def hidden_of(model: PreTrainedModel) -> Tensor:
+    return model.model(input_ids=TOKENS, use_cache=False).last_hidden_state.flatten(0, 1)
+
+
+def exact(model: PreTrainedModel, teacher: Tensor) -> float:
+    head = model.lm_head.weight
+    return float(kl_from_hidden(hidden_of(model), head, teacher, head).mean())
+
+
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+    # Every expert is always chosen: a router that flips is a jump that no gradient sees.
+    config = TINY[request.param] | {"num_experts_per_tok": 6}
+    path = write_tiny(tmp_path_factory.mktemp("scores") / "m", config, dtype=torch.float32)
+    model = load_model(path)
+    architecture = open_checkpoint(path).architecture
+    found = contributions(model, architecture, TOKENS, 24, ["fp8", "nvfp4"])
+    return model, architecture, Scores(found, {}, 0.0, LENGTH)
+
+
+def test_the_prediction_is_second_order_exact_for_whole_blocks(scored) -> None:
+    model, architecture, scores = scored
+    teacher = hidden_of(model)
+    for block in architecture.blocks:
+        less = 0.02
+
+        def hook(module: nn.Module, args: object, output: object) -> object:
+            if isinstance(output, tuple):
+                return (output[0] * (1 - less), *output[1:])
+            return output * (1 - less)  # type: ignore[operator]
+
+        layer = model.model.layers[block.layer]
+        mixer = (
+            {"attention": "self_attn", "ffn": "mlp"}[block.kind]
+            if hasattr(layer, "self_attn")
+            else "mixer"
+        )
+        handle = getattr(layer, mixer).register_forward_hook(hook)
+        measured = exact(model, teacher)
+        handle.remove()
+        predicted = less**2 * kl_of(whole(scores, block), LENGTH)
+        # 576 rows: the mean square has a relative standard error of about sqrt(2/576) = .06.
+        assert predicted == pytest.approx(measured, rel=0.3), block_name(block)
+
+
+def test_format_contributions_predict_the_kl_of_rounding(scored) -> None:
+    model, architecture, scores = scored
+    teacher = hidden_of(model)
+    for block in architecture.blocks:
+        weights = weights_of(model, architecture, block)
+        exact_weights = {name: weight.clone() for name, (weight, _) in weights.items()}
+        slots = {name: slot for name, (_, slot) in weights.items()}
+        for name, value in fake_quantize_block(exact_weights, slots, "fp8").items():
+            weights[name][0].lerp_(value, 0.03)
+        measured = exact(model, teacher)
+        for name, value in exact_weights.items():
+            weights[name][0].copy_(value)
+        predicted = 0.03**2 * kl_of(change(scores, block, {}, "fp8"), LENGTH)
+        assert predicted == pytest.approx(measured, rel=0.35), block_name(block)
+
+
+def test_batches_and_their_order_do_not_matter(scored) -> None:
+    model, architecture, _ = scored
+    first = contributions(model, architecture, TOKENS[:6], 2, ["fp8"], batch=6)
+    order = torch.tensor([3, 1, 5, 0, 2, 4])
+    second = contributions(model, architecture, TOKENS[:6][order], 2, ["fp8"], batch=4)
+    for key, rows in first.items():
+        squares = rows.square().mean(0)
+        torch.testing.assert_close(second[key].square().mean(0), squares, rtol=1e-3, atol=1e-5)
+
+
+def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["hybrid"], dtype=torch.float32)
+    model, architecture = load_model(path), open_checkpoint(path).architecture
+    layers = model.model.layers
+    layers[3].mixer.down_proj.weight[:, 5] = 0
+    layers[2].mixer.o_proj.weight[:, 16:32] = 0  # KV group 0, query head 1
+    layers[0].mixer.out_proj.weight[:, 6 * 16 : 7 * 16] = 0  # group 1, head 2
+    layers[1].mixer.experts.down_proj[4] = 0
+    layers[1].mixer.shared_experts.down_proj.weight[:, 9] = 0
+    scores = Scores(contributions(model, architecture, TOKENS, 2, []), {}, 0.0, LENGTH)
+    mamba, moe, attention, ffn = architecture.blocks[:4]
+    assert importance(scores, ffn, "ffn").argmin() == 5
+    assert importance(scores, attention, "query")[0].argmin() == 1
+    assert importance(scores, mamba, "head")[1].argmin() == 2
+    assert importance(scores, moe, "expert").argmin() == 4
+    assert importance(scores, moe, "shared_ffn").argmin() == 9
+    keep = choose(scores, ffn, {"ffn": 95})
+    assert 5 not in keep["ffn"]
+    assert option_cost(scores, ffn, keep, "bf16") == 0
+
+
+def test_silent_block_is_replayed_as_free_and_others_exactly(tiny: Path) -> None:
+    model, architecture = load_model(tiny), open_checkpoint(tiny).architecture
+    costs = removal_costs(model, architecture, TOKENS[:8])
+    head = model.lm_head.weight
+    teacher = model.model(input_ids=TOKENS[:8], use_cache=False).last_hidden_state.flatten(0, 1)
+    for block in architecture.blocks:
+        with silenced(model, architecture, block):
+            student = model.model(input_ids=TOKENS[:8], use_cache=False).last_hidden_state
+        expected = float(kl_from_hidden(student.flatten(0, 1), head, teacher, head).mean())
+        assert costs[block_name(block)] == pytest.approx(expected, rel=1e-4)
+
+
+def test_scores_survive_the_disk(scored, tmp_path: Path) -> None:
+    _, architecture, scores = scored
+    scores.save(tmp_path / "scores.safetensors")
+    again = load_scores(tmp_path / "scores.safetensors")
+    assert again.contributions.keys() == scores.contributions.keys()
+    block = architecture.blocks[0]
+    key = unit_key(block, UNITS[block.kind][0])
+    assert torch.equal(again.contributions[key], scores.contributions[key])
