@@ -36,6 +36,7 @@ def evaluate(
     tasks: Sequence[str] = (),
     task_rows: Mapping[str, Path] | None = None,
     task_data: Path | None = None,
+    task_limit: int | None = None,
     sizes: Mapping[str, int] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
@@ -49,6 +50,7 @@ def evaluate(
         tasks: our own (``choice``, ``rolling``) and any that lm-eval knows.
         task_rows: files of our own tasks by name, as ``harness.write_task_rows`` gives them.
         task_data: a directory of JSONL files that built-in tasks read instead of the hub.
+        task_limit: take the first documents of each task only.
         sizes: bytes of the models; without it, bytes of their weights.
         progress: told in a few words what begins.
 
@@ -72,7 +74,7 @@ def evaluate(
         progress(name)
         model = load_model(source) if isinstance(source, Path) else source
         held_out = on_text(model, teacher, teacher_hidden, rows_RT, bytes_R)
-        results = run_tasks(model, tokenizer, resolved) if resolved else {}
+        results = run_tasks(model, tokenizer, resolved, task_limit) if resolved else {}
         size = weight_bytes(source)
         measured[name] = (sizes[name] if sizes and name in sizes else size, held_out, results)
     return {

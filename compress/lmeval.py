@@ -142,10 +142,14 @@ def file_task(task: str, file: Path, cache: str) -> dict[str, Any]:
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    tasks: Tasks,
+    limit: int | None = None,
 ) -> TaskResults:
     """Every metric of every task on one model, whose windows are at most ``LONGEST_WINDOW``.
 
+    ``limit`` takes the first documents of each task only.
     A name that stands for several tasks gets, beside theirs, the mean over all their samples.
     Metrics that are no mean, ratio or perplexity are left out: they have no standard error here.
     """
@@ -162,6 +166,8 @@ def run_tasks(
         found = import_module("lm_eval").simple_evaluate(
             model=adapter,
             tasks=list(loaded.values()),
+            task_manager=tasks.manager,
+            limit=limit,
             bootstrap_iters=0,
             random_seed=None,
             numpy_random_seed=None,
