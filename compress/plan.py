@@ -1,14 +1,13 @@
 """What a model takes, what fits, and which budget binds: pure arithmetic on config.json."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.architecture import FORMATS, Architecture, Format, KvFormat
+from compress.architecture import FORMATS, KV_FORMATS, Architecture, Attention, Format, KvFormat
 from compress.config import architecture_of, read_config
 from compress.devices import Device, find_device
-from compress.errors import InputError
 from compress.families import count_active, count_parameters
 from compress.memory import Deployment, Footprint, block_takes, footprint, largest_context
 from compress.units import format_bytes, parse_bytes, parse_share
@@ -36,13 +35,23 @@ class Budget:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Option:
+    """The model with all blocks in one format; ``largest_context`` as in memory.py."""
+
+    format: Format
+    kv_format: KvFormat
+    footprint: Footprint
+    largest_context: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Plan:
     """The answer to ``compress plan``."""
 
     architecture: Architecture
     deployment: Deployment
     footprint: Footprint
-    by_format: Mapping[Format, Footprint]
+    options: tuple[Option, ...]
     budget: Budget | None
     notes: tuple[str, ...]
 
@@ -117,20 +126,39 @@ def resolve_budget(
     return Budget(bytes=min(limits), asked=asked, device=preset) if limits else None
 
 
-def notes_of(architecture: Architecture, format: Format, device: Device | None) -> tuple[str, ...]:
+def options_of(
+    architecture: Architecture, deployment: Deployment, budget: Budget | None
+) -> Iterator[Option]:
+    """Every weight format with every KV format; without attention only the first KV format."""
+    has_cache = any(isinstance(block, Attention) for block in architecture.blocks)
+    for format in FORMATS:
+        for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
+            changed = replace(in_format(architecture, format), kv_format=kv_format)
+            yield Option(
+                format=format,
+                kv_format=kv_format,
+                footprint=footprint(changed, deployment),
+                largest_context=(
+                    largest_context(changed, deployment, budget.bytes) if budget else None
+                ),
+            )
+
+
+def notes_of(
+    config: Mapping[str, Any], architecture: Architecture, device: Device | None
+) -> Iterator[str]:
     """What a reader has to know about a plan besides its numbers."""
-    found = []
-    family, hidden = architecture.family, architecture.hidden
-    kept = sum(not block_takes(block, hidden, family, format) for block in architecture.blocks)
-    if kept:
-        found.append(f"{kept} blocks cannot be {format} (inputs not a multiple of 16): BF16")
+    family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks
+    for format in FORMATS:
+        if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
+            yield f"{refused} blocks cannot be {format} (inputs no multiple of 16) and stay bf16"
+    foreign = "quantization_config" in config and architecture.formats == {"bf16"}
+    if foreign:
+        yield "config.json names a quantization that is not ours; planned as bf16"
     if device and architecture.kv_format not in device.kv_formats:
-        found.append(
-            f"an {architecture.kv_format} KV cache does not run on {device.name} everywhere"
-        )
+        yield f"no backend is sure to run a {architecture.kv_format} KV cache on {device.name}"
     if device and device.count > 1:
-        found.append(f"{device.name}: assumes that weights and cache split evenly")
-    return tuple(found)
+        yield f"{device.name}: assumes that weights and caches split evenly"
 
 
 def make_plan(
@@ -147,8 +175,6 @@ def make_plan(
     ``format`` and ``kv_format`` ask what it would take in another precision; without them the model
     is planned as its files say.
     """
-    if deployment.context < 1 or deployment.batch_size < 1:
-        raise InputError("context and batch size must be at least 1")
     config = read_config(model)
     architecture = architecture_of(model, config)
     limit = resolve_budget(architecture, deployment, budget, device)
@@ -159,7 +185,7 @@ def make_plan(
         architecture=planned,
         deployment=deployment,
         footprint=footprint(planned, deployment),
-        by_format={each: footprint(in_format(planned, each), deployment) for each in FORMATS},
+        options=tuple(options_of(architecture, deployment, limit)),
         budget=limit,
-        notes=notes_of(planned, format or "bf16", limit.device if limit else None),
+        notes=tuple(notes_of(config, planned, limit.device if limit else None)),
     )

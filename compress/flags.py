@@ -1,0 +1,135 @@
+"""From flags to a recipe and its run; every flag is a recipe key, with its type and help."""
+
+import functools
+import inspect
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from compress.errors import InputError
+from compress.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
+from compress.runs import RUNS, Run, find_run, run_at
+from compress.show import note
+
+Command = Callable[..., None]
+
+SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
+SCORED = ("data", "seed", "sequence_length", "score_tokens", "draws", "replay_tokens")
+TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
+EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
+SEARCHED = (
+    *SERVED,
+    *("space", "target", "trials", "finalists", "short_distill_tokens", "select_tokens"),
+    *("eval_data", "final_tokens"),
+    *SCORED,
+    *TRAINED,
+)
+
+
+def settings(*keys: str) -> Callable[[Command], Command]:
+    """Give a command a flag for each recipe key; it receives those that were given.
+
+    Types and help come from the recipe, so that flags and keys cannot differ.
+    """
+
+    def decorate(command: Command) -> Command:
+        own = [
+            parameter
+            for parameter in inspect.signature(command).parameters.values()
+            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
+        ]
+        flags = [
+            inspect.Parameter(
+                key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag(key)
+            )
+            for key in keys
+        ]
+
+        @functools.wraps(command)
+        def run(**arguments: Any) -> None:
+            given = {key: arguments.pop(key) for key in keys}
+            command(
+                **arguments, **{key: value for key, value in given.items() if value is not None}
+            )
+
+        typed: Any = run
+        typed.__signature__ = inspect.Signature([*own, *flags])
+        return run
+
+    return decorate
+
+
+def flag(key: str) -> Any:
+    """The annotation that makes typer offer a recipe key; absent is None."""
+    field = Recipe.model_fields[key]
+    default = "" if field.default is None else f" [default: {field.default}]"
+    option = typer.Option(f"--{key.replace('_', '-')}", help=f"{field.description}{default}")
+    kind: Any = field.annotation
+    return Annotated[kind | None, option]
+
+
+def begin(
+    name: str | None, model: str | None, given: dict[str, Any], print_config: bool
+) -> tuple[Run, Recipe]:
+    """The run and recipe of a command that may make a run.
+
+    A run that exists keeps its recipe; the flags change it, and what they change is redone.
+
+    Raises:
+        InputError: a wrong setting, or a run of another model.
+    """
+    fresh = check(({} if model is None else {"model": model}) | given, "command line")
+    run = run_at(name or f"{slug(fresh.model)}-{slug(fresh.space)}")
+    recipe, file = fresh, run.path / "recipe.yaml"
+    if file.is_file():
+        before = read_recipe(file)
+        if model is not None and before.model != model:
+            raise InputError(
+                f"{run.path} is a run of {before.model}; take another --run for {model}"
+            )
+        recipe = before.changed(**given)
+    if print_config:
+        stop_with(recipe)
+    if file.is_file():
+        kept = set(recipe.model_dump().items()) - set(fresh.model_dump().items())
+        listed = ", ".join(f"{key} {value}" for key, value in sorted(kept))
+        note(f"{run.path} exists: continuing it" + (f" with its {listed}" if listed else ""))
+    return run, recipe
+
+
+def resume(
+    target: str, given: dict[str, Any], print_config: bool = False
+) -> tuple[Run, Recipe, str | None]:
+    """The run, recipe and candidate that RUN[:CANDIDATE] names, the recipe changed by the flags."""
+    run, candidate = find_run(target)
+    recipe = read_recipe(run.path / "recipe.yaml").changed(**given)
+    if print_config:
+        stop_with(recipe)
+    if given:
+        save(run, recipe)
+    return run, recipe, candidate
+
+
+def save(run: Run, recipe: Recipe) -> None:
+    """Make the recipe that of the run."""
+    write_recipe(recipe, run.path / "recipe.yaml")
+
+
+def stop_with(recipe: Recipe) -> None:
+    """Print the recipe as YAML and end the command."""
+    print(to_yaml(recipe), end="")
+    raise typer.Exit
+
+
+def slug(name: str) -> str:
+    """A model's or a space's name as part of a directory name."""
+    last = Path(name).resolve().name if name in (".", "..") else Path(name).name
+    return re.sub(r"[^a-z0-9.]+", "-", last.removesuffix(".yaml").lower()).strip("-.") or "model"
+
+
+def shown(run: Run) -> str:
+    """How to name the run in the next command."""
+    return run.name if run.path.parent == RUNS else str(run.path)
