@@ -1,0 +1,1 @@
+"""Teachers that ship with the package; data only."""
