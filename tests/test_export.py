@@ -18,6 +18,7 @@ from compress.architecture import Architecture, Format, from_json
 from compress.checkpoint import open_checkpoint
 from compress.errors import InputError, VerificationFailed
 from compress.export import export_student
+from compress.families import read_architecture
 from compress.memory import Deployment, footprint
 from compress.model import load_model
 from compress.modelopt_layout import dequantized_tensors
@@ -242,3 +243,18 @@ def test_damaged_exports_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -
     (out / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no safetensors"):
         dict(dequantized_tensors(out))
+
+
+@pytest.mark.parametrize("formats", [["bf16"], ["nvfp4", "fp8"]])
+def test_sharded_exports_are_read_whole(
+    tmp_path: Path, formats: Sequence[Format], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("compress.checkpoint.SHARD_BYTES", 30_000)
+    config = {**HYBRID, "moe_latent_size": 32}
+    architecture = with_formats(read_architecture(config), formats)
+    path, out = write_student(tmp_path / "student", config, architecture), tmp_path / "out"
+    export_student(path, out, architecture, "vllm", CARD)
+    assert len(list(out.glob("model-*.safetensors"))) > 1
+    rows = token_rows(architecture, seed=2)
+    expected = fake_quantized_logits(path, architecture, rows)
+    torch.testing.assert_close(load_model(out)(rows).logits, expected)
