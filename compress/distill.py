@@ -55,7 +55,8 @@ def distill(
             f"the student's {student.config.vocab_size}; distillation needs the same"
         )
     teacher.train(False)
-    student.to(torch.float32)
+    module: torch.nn.Module = student
+    module.to(torch.float32)
     student.requires_grad_(True)
     student.train(True)
     warmup = round(settings.warmup_share * steps)
@@ -77,6 +78,7 @@ def distill(
             checkpoint_every=settings.checkpoint_every,
             data=f"{digest(rows)} bf16={settings.bf16}",
         ),
+        what="distill",
         directory=directory,
         progress=progress,
     )

@@ -1,7 +1,6 @@
 """``compress pretrain``: train a teacher from a recipe, from its tokenizer to its checkpoint."""
 
 import difflib
-import json
 import math
 import shutil
 import tempfile
@@ -27,6 +26,8 @@ from compress.errors import InputError
 from compress.families import parameters, read_architecture
 from compress.losses import nll_from_hidden
 from compress.model import load_model
+from compress.runs import read_json, write_json
+from compress.show import note
 from compress.train import STATE, Progress, TrainSettings, batch_at, digest, forget, train
 
 EOS = "<|endoftext|>"
@@ -125,6 +126,7 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
             checkpoint_every=settings.checkpoint_every,
             data=digest(rows),
         ),
+        what="pretrain",
         directory=work_of(out),
         progress=progress,
         after_step=after_step,
@@ -135,9 +137,13 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         "tokens": curve[-1].tokens,
         **held_out.measure(load_model(out)),
     }
-    (out / METRICS).write_text(json.dumps(metrics, indent=1) + "\n")
+    write_json(out / METRICS, metrics)
     shutil.copyfile(recipe, out / RECIPE)
     forget(work_of(out))
+    note(
+        f"held-out text: {metrics['nats_per_token']:.3f} nats per token, "
+        f"{metrics['bits_per_byte']:.3f} bits per byte"
+    )
     return metrics
 
 
@@ -155,7 +161,7 @@ def metrics_of(recipe: Path, out: Path) -> dict[str, float] | None:
         raise InputError(f"{out} exists and is no teacher of ours; choose another directory")
     if not (out / RECIPE).is_file() or (out / RECIPE).read_bytes() != recipe.read_bytes():
         return None
-    metrics: dict[str, float] = json.loads((out / METRICS).read_text())
+    metrics: dict[str, float] = read_json(out / METRICS)
     return metrics
 
 

@@ -8,25 +8,25 @@ import dataclasses
 import hashlib
 import json
 import math
-import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from compress import show
 from compress.errors import InputError
+from compress.runs import read_json, write_json, write_text
 
 STATE = "training.json"
 CURVE = "curve.jsonl"
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 BETAS = (0.9, 0.95)
 CLIP = 1.0
-QUIET_SECONDS = 15.0
 
 Progress = Callable[[int, int, dict[str, float]], None]
 
@@ -61,6 +61,7 @@ def train(
     loss_of: Callable[[int], Tensor],
     settings: TrainSettings,
     *,
+    what: str = "train",
     directory: Path | None = None,
     progress: Progress | None = None,
     after_step: Callable[[int], Mapping[str, float] | None] | None = None,
@@ -69,37 +70,61 @@ def train(
 
     With a directory there is a checkpoint every ``checkpoint_every`` steps and at the end, and an
     unfinished training of the same settings continues; one of other settings is started over.
-    ``after_step`` runs after every update (its figures join the progress report). It may change
+    ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
+    runs after every update (its figures join the progress report). It may change
     buffers of the model, which checkpoints keep, and nothing else.
 
     Raises:
         InputError: the loss is not finite; the message names the step.
     """
-    report = progress or print_rarely()
     optimizer = optimizer_of(model, settings)
-    curve = [] if directory is None else resume(directory, model, optimizer, settings)
-    for step in range(len(curve), settings.steps):
-        rate = rate_at(step, settings)
-        for group in optimizer.param_groups:
-            group["lr"] = rate
-        loss = loss_of(step)
-        if not math.isfinite(value := loss.item()):
-            raise InputError(
-                f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
-                f"learning_rate (now {settings.learning_rate:g}) usually helps"
-            )
-        torch.autograd.backward(loss)
-        nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-        optimizer.step()
-        optimizer.zero_grad()
-        tokens = (step + 1) * settings.batch_tokens
-        curve.append(CurvePoint(step=step + 1, tokens=tokens, loss=value, lr=rate))
-        figures = after_step(step + 1) if after_step else None
-        done = step + 1
-        if directory and (done % settings.checkpoint_every == 0 or done == settings.steps):
-            save(directory, model, optimizer, settings, curve)
-        report(done, settings.steps, {"loss": value, "lr": rate, **(figures or {})})
-    return curve
+    losses = [] if directory is None else resume(directory, model, optimizer, settings)
+    left = settings.steps - len(losses)
+    with nullcontext(progress) if progress else shown(what, left) as report:
+        for step in range(len(losses), settings.steps):
+            losses.append(update(model, optimizer, loss_of(step), step, settings))
+            done = step + 1
+            figures = after_step(done) if after_step else None
+            if directory and (done % settings.checkpoint_every == 0 or done == settings.steps):
+                save(directory, model, optimizer, settings, losses)
+            rate = rate_at(step, settings)
+            report(done, settings.steps, {"loss": losses[-1], "lr": rate, **(figures or {})})
+    return curve_of(losses, settings)
+
+
+def update(
+    model: nn.Module,
+    optimizer: torch.optim.AdamW,
+    loss: Tensor,
+    step: int,
+    settings: TrainSettings,
+) -> float:
+    """One step down the gradient; the loss, which must be finite."""
+    if not math.isfinite(value := loss.item()):
+        raise InputError(
+            f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
+            f"learning_rate (now {settings.learning_rate:g}) usually helps"
+        )
+    for group in optimizer.param_groups:
+        group["lr"] = rate_at(step, settings)
+    torch.autograd.backward(loss)
+    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    optimizer.step()
+    optimizer.zero_grad()
+    return value
+
+
+def curve_of(losses: list[float], settings: TrainSettings) -> list[CurvePoint]:
+    """The curve that the losses of the first steps make."""
+    return [
+        CurvePoint(
+            step=step + 1,
+            tokens=(step + 1) * settings.batch_tokens,
+            loss=loss,
+            lr=rate_at(step, settings),
+        )
+        for step, loss in enumerate(losses)
+    ]
 
 
 def rate_at(step: int, settings: TrainSettings) -> float:
@@ -142,7 +167,7 @@ def save(
     model: nn.Module,
     optimizer: torch.optim.AdamW,
     settings: TrainSettings,
-    curve: list[CurvePoint],
+    losses: list[float],
 ) -> None:
     """Write a checkpoint: tensors first, then the JSON that makes it the current one."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -150,14 +175,12 @@ def save(
     for name, parameter in model.named_parameters():
         if state := optimizer.state.get(parameter):
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
-    file = f"training-{len(curve):07}.safetensors"
+    file = f"training-{len(losses):07}.safetensors"
     save_file(tensors, directory / file)
-    points = "".join(json.dumps(dataclasses.asdict(point)) + "\n" for point in curve)
-    (directory / CURVE).write_text(points)
-    state_json = {"step": len(curve), "file": file, "settings": dataclasses.asdict(settings)}
-    partial = directory / (STATE + ".partial")
-    partial.write_text(json.dumps(state_json, indent=1))
-    partial.replace(directory / STATE)
+    points = map(dataclasses.asdict, curve_of(losses, settings))
+    write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in points))
+    state = {"file": file, "settings": dataclasses.asdict(settings), "losses": losses}
+    write_json(directory / STATE, state)
     for old in directory.glob("training-*.safetensors"):
         if old.name != file:
             old.unlink()
@@ -165,11 +188,11 @@ def save(
 
 def resume(
     directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, settings: TrainSettings
-) -> list[CurvePoint]:
-    """Load the directory's checkpoint into model and optimizer; the curve up to it, else empty."""
+) -> list[float]:
+    """Load the directory's checkpoint into model and optimizer; the losses so far, else none."""
     if not (directory / STATE).is_file():
         return []
-    state: dict[str, Any] = json.loads((directory / STATE).read_text())
+    state = read_json(directory / STATE)
     if state["settings"] != dataclasses.asdict(settings):
         return []
     try:
@@ -180,8 +203,8 @@ def resume(
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:
             optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
-    lines = (directory / CURVE).read_text().splitlines()[: state["step"]]
-    return [CurvePoint(**json.loads(line)) for line in lines]
+    losses: list[float] = state["losses"]
+    return losses
 
 
 def kept(model: nn.Module) -> dict[str, Tensor]:
@@ -207,20 +230,13 @@ def digest(rows: Tensor) -> str:
     return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
 
 
-def print_rarely() -> Progress:
-    """A progress report that prints a plain line at most every 15 seconds, and the last one."""
-    started = last = time.monotonic()
-    first = 0
+@contextmanager
+def shown(what: str, steps: int) -> Iterator[Progress]:
+    """Progress as the terminal shows it: a bar for the ``steps`` to go, in a pipe a few lines."""
+    with show.progress(what, steps) as advance:
 
-    def report(step: int, steps: int, figures: dict[str, float]) -> None:
-        nonlocal last, first
-        first = first or step
-        now = time.monotonic()
-        if now - last < QUIET_SECONDS and step < steps:
-            return
-        last = now
-        left = (now - started) / (step - first + 1) * (steps - step)
-        values = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
-        print(f"step {step}/{steps}  {values}  {left:.0f} s left", flush=True)
+        def report(step: int, steps: int, figures: dict[str, float]) -> None:
+            values = "  ".join(f"{name} {value:.4g}" for name, value in figures.items())
+            advance(1, f"step {step}  {values}")
 
-    return report
+        yield report
