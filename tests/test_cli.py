@@ -137,12 +137,10 @@ def test_plan_asks_what_if_by_format(
 @pytest.mark.parametrize("command", ["score", "search", "distill", "export", "eval", "run"])
 def test_flags_are_recipe_keys(command: str) -> None:
     [registered] = [
-        each
-        for each in app.registered_commands
-        if (each.name or each.callback.__name__) == command  # type: ignore[union-attr]
+        each for each in app.registered_commands if (each.name or each.callback.__name__) == command
     ]
     own = {"model", "models", "run", "print_config", "json", "tasks", "recipe"}
-    flags = set(registered.callback.__signature__.parameters) - own  # type: ignore[union-attr]
+    flags = set(registered.callback.__signature__.parameters) - own
     assert flags
     assert flags <= set(Recipe.model_fields)
 

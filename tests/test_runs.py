@@ -68,9 +68,14 @@ def test_a_broken_state_is_one_clear_error(run: Run) -> None:
 
 def test_a_directory_appears_whole_or_not_at_all(tmp_path: Path) -> None:
     target = tmp_path / "student"
-    with pytest.raises(RuntimeError), atomic_directory(target) as partial:  # noqa: PT012
-        (partial / "half").write_text("")
-        raise RuntimeError
+
+    def fail_halfway() -> None:
+        with atomic_directory(target) as partial:
+            (partial / "half").write_text("")
+            raise RuntimeError
+
+    with pytest.raises(RuntimeError):
+        fail_halfway()
     assert list(tmp_path.iterdir()) == []
     for text in ("first", "second"):
         with atomic_directory(target) as partial:
