@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from compress import show
 from compress.errors import InputError
-from compress.runs import read_json, write_json, write_text
+from compress.runs import fingerprint, read_json, write_json, write_text
 
 STATE = "training.json"
 CURVE = "curve.jsonl"
@@ -69,7 +69,7 @@ def train(
     """Train what requires a gradient in ``model``, in place; the curve, a point per step.
 
     With a directory there is a checkpoint every ``checkpoint_every`` steps and at the end, and an
-    unfinished training of the same settings continues; one of other settings is started over.
+    unfinished training of the same start and settings continues; any other is started over.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change
     buffers of the model, which checkpoints keep, and nothing else.
@@ -78,7 +78,9 @@ def train(
         InputError: the loss is not finite; the message names the step.
     """
     optimizer = optimizer_of(model, settings)
-    losses = [] if directory is None else resume(directory, model, optimizer, settings)
+    # Taken before a checkpoint is loaded: the same start, settings and text are the same training.
+    identity = identity_of(model, settings) if directory else ""
+    losses = resume(directory, model, optimizer, identity) if directory else []
     left = settings.steps - len(losses)
     with nullcontext(progress) if progress else shown(what, left) as report:
         for step in range(len(losses), settings.steps):
@@ -86,7 +88,7 @@ def train(
             done = step + 1
             figures = after_step(done) if after_step else None
             if directory and (done % settings.checkpoint_every == 0 or done == settings.steps):
-                save(directory, model, optimizer, settings, losses)
+                save(directory, model, optimizer, curve_of(losses, settings), identity)
             rate = rate_at(step, settings)
             report(done, settings.steps, {"loss": losses[-1], "lr": rate, **(figures or {})})
     return curve_of(losses, settings)
@@ -166,8 +168,8 @@ def save(
     directory: Path,
     model: nn.Module,
     optimizer: torch.optim.AdamW,
-    settings: TrainSettings,
-    losses: list[float],
+    curve: list[CurvePoint],
+    identity: str,
 ) -> None:
     """Write a checkpoint: tensors first, then the JSON that makes it the current one."""
     directory.mkdir(parents=True, exist_ok=True)
@@ -175,25 +177,25 @@ def save(
     for name, parameter in model.named_parameters():
         if state := optimizer.state.get(parameter):
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
-    file = f"training-{len(losses):07}.safetensors"
+    file = f"training-{len(curve):07}.safetensors"
     save_file(tensors, directory / file)
-    points = map(dataclasses.asdict, curve_of(losses, settings))
+    points = map(dataclasses.asdict, curve)
     write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in points))
-    state = {"file": file, "settings": dataclasses.asdict(settings), "losses": losses}
-    write_json(directory / STATE, state)
+    losses = [point.loss for point in curve]
+    write_json(directory / STATE, {"file": file, "identity": identity, "losses": losses})
     for old in directory.glob("training-*.safetensors"):
         if old.name != file:
             old.unlink()
 
 
 def resume(
-    directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, settings: TrainSettings
+    directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, identity: str
 ) -> list[float]:
     """Load the directory's checkpoint into model and optimizer; the losses so far, else none."""
     if not (directory / STATE).is_file():
         return []
     state = read_json(directory / STATE)
-    if state["settings"] != dataclasses.asdict(settings):
+    if state["identity"] != identity:
         return []
     try:
         tensors = load_file(directory / state["file"])
@@ -225,9 +227,17 @@ def forget(directory: Path) -> None:
         file.unlink()
 
 
-def digest(rows: Tensor) -> str:
-    """What recognizes the same rows again."""
-    return hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+def identity_of(model: nn.Module, settings: TrainSettings) -> str:
+    """What recognizes the same training again: its settings and the weights it starts from."""
+    weights = {name: digest(tensor) for name, tensor in kept(model).items()}
+    return fingerprint({"settings": dataclasses.asdict(settings), "weights": weights})
+
+
+def digest(tensor: Tensor) -> str:
+    """The sha256 of a tensor's type, shape and bytes."""
+    plain = tensor.detach().cpu().contiguous()
+    head = f"{plain.dtype} {tuple(plain.shape)}".encode()
+    return hashlib.sha256(head + plain.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()
 
 
 @contextmanager

@@ -82,6 +82,17 @@ def test_a_finished_training_is_not_redone_and_other_settings_start_over(tmp_pat
     assert fit(tmp_path, other)[1] == fit(None, other)[1]
 
 
+def test_a_checkpoint_of_another_model_is_not_continued(tmp_path: Path) -> None:
+    fit(tmp_path)
+    wider = nn.Linear(6, 7)
+    curve = train(
+        wider, lambda step: wider.weight.square().sum(), SETTINGS, directory=tmp_path,
+        progress=quiet,
+    )  # fmt: skip
+    assert len(curve) == SETTINGS.steps
+    assert curve[0].loss > curve[-1].loss
+
+
 def test_checkpoints_leave_one_file_of_tensors_and_the_curve_survives_them(tmp_path: Path) -> None:
     _, curve = fit(tmp_path)
     assert [path.name for path in tmp_path.glob("*.safetensors")] == [
