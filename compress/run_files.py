@@ -1,0 +1,182 @@
+"""The files of a run directory as values; what has not been written yet is None or empty."""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from safetensors import SafetensorError
+from safetensors.numpy import load_file
+
+from compress.architecture import Architecture, from_json
+from compress.errors import InputError
+from compress.memory import Deployment, Footprint, footprint
+from compress.runs import Run, read_json
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Teacher:
+    """``teacher.json``: what was compressed, for which deployment, into how many bytes."""
+
+    name: str
+    note: str
+    architecture: Architecture
+    deployment: Deployment
+    footprint: Footprint
+    budget: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Student:
+    """A row of ``candidates.json``."""
+
+    id: str
+    kind: str
+    bytes: int
+    parameters: int
+    architecture: Architecture
+    predicted_kl: float | None
+    measured_kl: float | None
+    measured_se: float | None
+    distilled_kl: float | None
+    finalist: bool
+    selected: bool
+
+    @property
+    def kl(self) -> float | None:
+        """The latest figure: after distillation if it had any."""
+        return self.measured_kl if self.distilled_kl is None else self.distilled_kl
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunFiles:
+    """Everything that a report shows."""
+
+    name: str
+    recipe: str | None
+    teacher: Teacher | None
+    students: tuple[Student, ...]
+    baselines: Rows
+    curves: Mapping[str, Rows]
+    results: dict[str, Any] | None
+    table: Rows
+    keep: Mapping[str, NDArray[np.int64]] | None
+
+    @property
+    def selected(self) -> Student | None:
+        """The student that the run stands for: the one marked, else the best."""
+        marked = [student for student in self.students if student.selected]
+        return next(iter([*marked, *self.students]), None)
+
+
+def read_run(path: Path) -> RunFiles:
+    """Read a run directory; InputError when it is none, or when a file is not what it should be."""
+    if not (path / "recipe.yaml").is_file() and not (path / "teacher.json").is_file():
+        raise InputError(f"{path} is not a run: it has neither recipe.yaml nor teacher.json")
+    students = tuple(read_student(path, row) for row in rows_of(path / "candidates.json"))
+    run = RunFiles(
+        name=Run(path.resolve()).name,
+        recipe=text_of(path / "recipe.yaml"),
+        teacher=read_teacher(path / "teacher.json"),
+        students=students,
+        baselines=rows_of(path / "baselines.json"),
+        curves={
+            file.parent.name: read_lines(file)
+            for file in sorted(path.glob("distill/*/curve.jsonl"))
+        },
+        results=optional(path / "eval" / "results.json"),
+        table=rows_of(path / "table.json"),
+        keep=None,
+    )
+    if run.selected is None:
+        return run
+    keep = read_keep(path / "candidates" / run.selected.id / "keep.safetensors")
+    return replace(run, keep=keep)
+
+
+def optional(file: Path) -> Any:
+    """The JSON of a file, None if it is not there."""
+    return read_json(file) if file.is_file() else None
+
+
+def text_of(file: Path) -> str | None:
+    """The text of a file, None if it is not there."""
+    return file.read_text() if file.is_file() else None
+
+
+def rows_of(file: Path) -> Rows:
+    """A JSON list of objects, empty if the file is not there."""
+    rows = optional(file)
+    if rows is not None and not (
+        isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    ):
+        raise InputError(f"{file} is not a list of objects")
+    return rows or []
+
+
+def read_lines(file: Path) -> Rows:
+    """JSON lines; a last line that a killed process left half-written is ignored."""
+    lines = file.read_text().splitlines()
+    rows: Rows = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            rows.append(json.loads(line))
+        except ValueError as error:
+            if number < len(lines):
+                raise InputError(f"{file}, line {number} is not JSON: {error}") from error
+    return rows
+
+
+def read_teacher(file: Path) -> Teacher | None:
+    """The teacher, its memory computed from its architecture."""
+    data = optional(file)
+    if data is None:
+        return None
+    try:
+        architecture = from_json(json.dumps(data["architecture"]))
+        deployment = Deployment(**data["deployment"])
+        return Teacher(
+            name=data["name"],
+            note=data.get("note") or "",
+            architecture=architecture,
+            deployment=deployment,
+            footprint=footprint(architecture, deployment),
+            budget=data["budget"],
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{file} is not a teacher's: {error!r}") from error
+
+
+def read_student(path: Path, row: Mapping[str, Any]) -> Student:
+    """One candidate."""
+    try:
+        return Student(
+            id=row["id"],
+            kind=row["kind"],
+            bytes=row["bytes"],
+            parameters=row["parameters"],
+            architecture=from_json(json.dumps(row["architecture"])),
+            predicted_kl=row.get("predicted_kl"),
+            measured_kl=row.get("measured_kl"),
+            measured_se=row.get("measured_se"),
+            distilled_kl=row.get("distilled_kl"),
+            finalist=row.get("finalist", False),
+            selected=row.get("selected", False),
+        )
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{path / 'candidates.json'} has a row without {error}") from error
+
+
+def read_keep(file: Path) -> Mapping[str, NDArray[np.int64]] | None:
+    """Kept indices of a candidate, None if it was not written."""
+    if not file.is_file():
+        return None
+    try:
+        return load_file(file)
+    except SafetensorError as error:
+        raise InputError(f"{file} is corrupt: {error}") from error

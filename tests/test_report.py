@@ -1,0 +1,307 @@
+import dataclasses
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import yaml
+from safetensors.numpy import save_file
+
+from compress.architecture import (
+    Architecture,
+    Attention,
+    Block,
+    Ffn,
+    Mamba,
+    Moe,
+    block_name,
+    to_json,
+)
+from compress.candidate import AXES
+from compress.errors import InputError
+from compress.families import count_parameters
+from compress.memory import Deployment, footprint
+from compress.report import print_report, render, report
+from compress.run_files import read_run
+
+CONTEXT = 2048
+LLAMA = Architecture(
+    family="llama",
+    vocab=4096,
+    hidden=256,
+    tied=True,
+    blocks=tuple(
+        block
+        for layer in range(12)
+        for block in (
+            Attention(layer=layer, kv_head=4, query=2, head_dim=32),
+            Ffn(layer=layer, ffn=768, gated=True),
+        )
+    ),
+)
+
+
+def hybrid_block(layer: int, letter: str) -> Block:
+    if letter == "M":
+        return Mamba(layer=layer, group=2, head=4, channel=16, state=16, kernel=4)
+    if letter == "*":
+        return Attention(layer=layer, kv_head=2, query=4, head_dim=32)
+    if letter == "-":
+        return Ffn(layer=layer, ffn=768, gated=False)
+    return Moe(layer=layer, expert=8, expert_ffn=128, shared_ffn=256, top_k=2)
+
+
+HYBRID = Architecture(
+    family="nemotron_h",
+    vocab=1024,
+    hidden=192,
+    tied=False,
+    blocks=tuple(hybrid_block(n, letter) for n, letter in enumerate("MEM*M-MEM*M-ME")),
+)
+TEACHERS = {"llama": LLAMA, "hybrid": HYBRID}
+SETTINGS = Deployment(context=CONTEXT)
+
+
+def cut(teacher: Architecture, seed: int) -> tuple[Architecture, dict[str, np.ndarray]]:
+    """A student of random sizes and formats, and what it kept."""
+    draw = np.random.default_rng(seed)
+    keep: dict[str, np.ndarray] = {}
+    blocks: list[Block] = []
+    numbers = [n for n in range(len(teacher.blocks)) if n == 3 or draw.random() > 0.15]
+    layers: dict[int, int] = {}
+    for number in numbers:
+        block = teacher.blocks[number]
+        changes: dict[str, object] = {
+            "layer": layers.setdefault(block.layer, len(layers)),
+            "format": str(draw.choice(["bf16", "fp8", "nvfp4"])),
+        }
+        for axis in AXES[block.kind]:
+            whole = getattr(block, axis)
+            step = 16 if whole % 16 == 0 else 1
+            kept = max(
+                step * (2 if axis == "expert" else 1),
+                int(whole * draw.uniform(0.4, 1.1)) // step * step,
+            )
+            if axis in ("ffn", "kv_head", "head", "expert", "shared_ffn") and kept < whole:
+                changes[axis] = kept
+                keep[f"{block_name(block)}/{axis}"] = np.arange(kept)
+        blocks.append(dataclasses.replace(block, **changes))
+    keep["blocks"] = np.array(numbers)
+    return dataclasses.replace(teacher, blocks=tuple(blocks), kv_format="fp8"), keep
+
+
+def write_run(directory: Path, family: str) -> Path:
+    """A run directory as the stages write it, with invented figures."""
+    directory.mkdir(parents=True)
+    teacher = TEACHERS[family]
+    student, keep = cut(teacher, seed=3)
+    size = footprint(student, SETTINGS).total
+    budget = int(size * 1.004)
+    draw = np.random.default_rng(0)
+    (directory / "recipe.yaml").write_text(
+        yaml.safe_dump({"model": "embedded", "budget": "45%", "seed": 0})
+    )
+    write(
+        directory / "teacher.json",
+        {
+            "name": "SmolLM2-135M-Instruct" if family == "llama" else "embedded",
+            "path": "teachers/embedded",
+            "architecture": json.loads(to_json(teacher)),
+            "bytes": dataclasses.asdict(footprint(teacher, SETTINGS)),
+            "budget": budget,
+            "deployment": dataclasses.asdict(SETTINGS),
+            "note": "SmolLM2-135M-Instruct dequantized from Q4_1" if family == "llama" else "",
+        },
+    )
+    kinds = ["joint"] * 40 + ["uniform", "random", "prune", "prune_then_quantize"]
+    levels = {
+        "joint": 0.35,
+        "uniform": 1.7,
+        "random": 3.2,
+        "prune": 0.9,
+        "prune_then_quantize": 0.52,
+    }
+    rows = []
+    for number, kind in enumerate(kinds):
+        level = (
+            0.11
+            if number == 0
+            else levels[kind] * float(np.exp(0.5 * draw.normal() ** 2 if kind == "joint" else 0))
+        )
+        finalist = number < 3 or kind != "joint"
+        rows.append(
+            {
+                "id": f"{kind}-{number:03d}" if kind == "joint" else kind,
+                "kind": kind,
+                "bytes": int(budget * (1 - 0.03 * draw.random() ** 2)) if number else size,
+                "parameters": count_parameters(student),
+                "predicted_kl": level * 0.8,
+                "measured_kl": level,
+                "measured_se": level * 0.06,
+                "distilled_kl": level * 0.45 if finalist else None,
+                "architecture": json.loads(to_json(student)),
+                "fits": True,
+                "finalist": finalist,
+                "selected": number == 0,
+            }
+        )
+    rows.sort(key=lambda row: row["distilled_kl"] or row["measured_kl"])
+    write(directory / "candidates.json", rows)
+    unfit = {"kind": "formats", "fits": False, "reason": "all in NVFP4 is too big"}
+    write(directory / "baselines.json", [unfit | {"floor_bytes": int(budget * 1.2)}])
+    folder = directory / "candidates" / "joint-000"
+    folder.mkdir(parents=True)
+    save_file(keep, folder / "keep.safetensors")
+    for name, floor in (("joint-000", 0.05), ("joint-001", 0.07), ("uniform", 0.7)):
+        curve = directory / "distill" / name / "curve.jsonl"
+        curve.parent.mkdir(parents=True)
+        losses = [floor * (1 + 4 / (1 + n / 12)) for n in range(1, 200)] * np.exp(
+            0.1 * draw.normal(size=199)
+        )
+        points = [
+            {"step": n, "tokens": 512 * n, "lr": 1e-4, "loss": loss}
+            for n, loss in enumerate(losses.tolist(), start=1)
+        ]
+        curve.write_text("".join(json.dumps(point) + "\n" for point in points))
+    amounts = {"teacher": (footprint(teacher, SETTINGS).total, 0.0)}
+    amounts |= {"student": (size, 0.11), "uniform": (budget, 0.62)}
+    models = {name: figures(amount, kl) for name, (amount, kl) in amounts.items()}
+    paired = [
+        {"a": "teacher", "b": name, "metric": metric, "difference": kl * scale, "stderr": 0.012}
+        for name, (_, kl) in list(amounts.items())[1:]
+        for metric, scale in (("kl", 1), ("nats_per_token", 1), ("choice/acc", -0.1))
+    ]
+    text = {"sequences": 128, "tokens": 16256, "bytes": 52110}
+    write(directory / "eval" / "results.json", {"models": models, "paired": paired, "text": text})
+    keys = ("name", "kind", "bytes", "fits", "kl", "kl_se", "distilled_kl", "distilled_kl_se")
+    keys += ("nats_per_token", "choice_accuracy", "choice_se")
+    whole = footprint(teacher, SETTINGS).total
+    table = [
+        ("teacher", "teacher", whole, False, 0.0, 0.0, None, None, 3.1, 0.71, 0.02),
+        ("formats only", "formats", int(budget * 1.2), False),
+        ("uniform cut", "uniform", budget, True, 1.7, 0.08, 0.74, 0.03, 3.9, 0.55, 0.03),
+        ("prune, then quantize", "prune_then_quantize", budget, True, 0.52, 0.03, 0.23, 0.01, 3.4),
+        ("joint", "joint", size, True, 0.11, 0.007, 0.051, 0.002, 3.2, 0.7, 0.03),
+    ]
+    write(directory / "table.json", [dict(zip(keys, row, strict=False)) for row in table])
+    return directory
+
+
+def figures(amount: int, kl: float) -> dict[str, object]:
+    """What an evaluation says about a model."""
+    choice = {"acc": 0.71 - kl / 5, "stderr": 0.02}
+    rolling = {"bits_per_byte": 1.4 + kl / 2, "stderr": 0.01}
+    return {
+        "bytes": amount,
+        "kl": kl,
+        "nats_per_token": 3.1 + kl,
+        "bits_per_byte": 1.4 + kl / 2,
+        "stderr": {"kl": kl / 30, "nats_per_token": 0.03, "bits_per_byte": 0.01},
+        "tasks": {"choice": choice, "rolling": rolling},
+    }
+
+
+def write(file: Path, value: object) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(value))
+
+
+@pytest.fixture(params=TEACHERS)
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    return write_run(tmp_path / f"demo-{request.param}", request.param)
+
+
+def test_the_page_shows_every_section(run: Path) -> None:
+    page = report(run).read_text()
+    for section in ("table", "fits", "kept", "candidates", "distillation", "evaluation", "recipe"):
+        assert f'<section id="{section}">' in page
+    assert page.count("<svg") == 3
+    assert not list((run / "report").glob("*.partial"))
+
+
+def test_the_page_refers_to_nothing_outside(run: Path) -> None:
+    page = report(run).read_text()
+    assert not re.findall(r"https?://|//\w+\.\w+|@import|<script|<link|<img", page)
+    assert all(target.startswith("#") for target in re.findall(r'(?:href|src)="([^"]*)"', page))
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_ids_of_the_page_are_unique(run: Path) -> None:
+    found = re.findall(r'\bid="([^"]*)"', report(run).read_text())
+    assert len(found) == len(set(found))
+
+
+@pytest.mark.parametrize(
+    "missing",
+    [
+        "candidates.json",
+        "baselines.json",
+        "candidates",
+        "distill",
+        "eval",
+        "table.json",
+        "recipe.yaml",
+        "teacher.json",
+    ],
+)
+def test_what_has_not_run_yet_is_left_out(run: Path, missing: str) -> None:
+    path = run / missing
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    assert "</html>" in report(run).read_text()
+    print_report(run)
+
+
+def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+    (tmp_path / "recipe.yaml").write_text("model: embedded\n")
+    page = report(tmp_path).read_text()
+    assert "model: embedded" in page
+    assert '<section id="kept">' not in page
+
+
+def test_removed_blocks_and_formats_are_in_the_picture(run: Path) -> None:
+    page = report(run).read_text()
+    student = read_run(run).selected
+    teacher = read_run(run).teacher
+    assert student is not None
+    assert teacher is not None
+    removed = len(teacher.architecture.blocks) - len(student.architecture.blocks)
+    assert removed > 0
+    assert len(set(re.findall(r"<title>(\S+): removed", page))) == removed
+    for format in student.architecture.formats:
+        assert f'fill="var(--{format})"' in page
+
+
+def test_text_of_the_run_is_escaped(run: Path) -> None:
+    teacher = json.loads((run / "teacher.json").read_text())
+    write(run / "teacher.json", teacher | {"note": "<script>alert(1)</script>"})
+    assert "<script" not in render(read_run(run))
+
+
+def test_tables_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    print_report(run)
+    printed = capsys.readouterr().out
+    assert "at equal bytes" in printed
+    assert "does not fit" in printed
+    assert "0.0510 ± 0.0020" in printed
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("teacher.json", "{}"),
+        ("candidates.json", "{}"),
+        ("candidates.json", "[{}]"),
+        ("table.json", "["),
+    ],
+)
+def test_broken_files_are_named(run: Path, name: str, text: str) -> None:
+    (run / name).write_text(text)
+    with pytest.raises(InputError, match=re.escape(name)):
+        report(run)
+
+
+def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="not a run"):
+        report(tmp_path)
