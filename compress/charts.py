@@ -12,65 +12,76 @@ from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from compress.run_files import Rows, Student
 
-# Colours that stand for variables of the page's style sheet while matplotlib draws.
-TOKENS: Mapping[str, str] = {
-    "ink": "#010101",
-    "muted": "#020202",
-    "line": "#030303",
-    "accent": "#040404",
-    "series1": "#050505",
-    "series2": "#060606",
-    "series3": "#070707",
-    "series4": "#080808",
-    "surface": "#090909",
+# The page's colours in light, by the name of its style variable; unique, because the SVG gets the
+# variables in their place.
+COLOURS: Mapping[str, str] = {
+    "ink": "#17191c",
+    "muted": "#5b626b",
+    "line": "#e2e3df",
+    "card": "#ffffff",
+    "accent": "#0b57a4",
+    "series1": "#4b5a66",
+    "series2": "#a02060",
+    "series3": "#6b3fa0",
+    "series4": "#1f7a6d",
+    "series5": "#b3540a",
 }
 # Any: matplotlib types the keys as a literal of all its settings.
 STYLE: Any = {
     "svg.fonttype": "none",
     "svg.hashsalt": "compress",
     "font.size": 11,
-    "axes.edgecolor": TOKENS["line"],
-    "axes.labelcolor": TOKENS["muted"],
+    "axes.edgecolor": COLOURS["line"],
+    "axes.labelcolor": COLOURS["muted"],
     "axes.spines.top": False,
     "axes.spines.right": False,
     "axes.axisbelow": True,
     "axes.grid": True,
-    "grid.color": TOKENS["line"],
+    "grid.color": COLOURS["line"],
     "grid.linewidth": 0.6,
-    "text.color": TOKENS["ink"],
-    "xtick.color": TOKENS["line"],
-    "ytick.color": TOKENS["line"],
-    "xtick.labelcolor": TOKENS["muted"],
-    "ytick.labelcolor": TOKENS["muted"],
+    "text.color": COLOURS["ink"],
+    "xtick.color": COLOURS["line"],
+    "ytick.color": COLOURS["line"],
+    "xtick.labelcolor": COLOURS["muted"],
+    "ytick.labelcolor": COLOURS["muted"],
 }
-# What a search is compared with; everything else it finds itself.
-BASELINES = ("uniform", "random", "prune", "formats", "prune_then_quantize")
-MARKERS: Mapping[str, str] = {
-    "uniform": "s", "random": "X", "prune": "^", "formats": "v", "prune_then_quantize": "P",
-}  # fmt: skip
+# What a search is compared with, each with its mark and colour; the rest it found itself.
+BASELINES: Mapping[str, tuple[str, str]] = {
+    "uniform": ("s", "series1"),
+    "random": ("X", "series2"),
+    "prune": ("^", "series3"),
+    "formats": ("v", "series4"),
+    "prune_then_quantize": ("P", "series5"),
+}
+FOUND = ("o", "accent")
+DESCRIPTIONS: Mapping[str, str] = {
+    "kl": "KL to the teacher against bytes, logarithmic; the table below has the numbers",
+    "distillation": "KL on training text against tokens, logarithmic",
+}
 MIB, GIB = 2**20, 2**30
+LABEL_POINTS = 14
 
 
-def inline_svg(figure: Figure, name: str, description: str) -> str:
+def inline_svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element; its ids begin with ``name``, so that several share a page."""
     buffer = io.StringIO()
-    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
-    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    with rc_context(STYLE):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
     text = text[text.index("<svg") :]
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
     text = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", text)
     text = text.replace("xlink:href", "href")
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
-    for variable, colour in TOKENS.items():
+    for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
     # Sizes in points would fix the width; the view box keeps the proportions.
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
     text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
-    return text.replace("<svg", f'<svg role="img" aria-label="{description}"', 1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{DESCRIPTIONS[name]}"', 1)
 
 
-def kl_against_bytes(students: Sequence[Student], budget: int | None) -> str | None:
+def kl_against_bytes(students: Sequence[Student], budget: int | None) -> Figure | None:
     """Every measured candidate and baseline; an arrow leads to its KL after distillation."""
     measured = [student for student in students if student.measured_kl and student.measured_kl > 0]
     if not measured:
@@ -81,41 +92,36 @@ def kl_against_bytes(students: Sequence[Student], budget: int | None) -> str | N
         figure = Figure(figsize=(9.4, 4.6), layout="constrained")
         axes = figure.subplots()
         axes.set_yscale("log")
-        found = [student for student in measured if student.kind not in BASELINES]
-        for student in found:
-            strong = student.selected or student.finalist
-            draw_student(axes, student, unit, "o", "accent" if strong else "muted", strong)
-        for number, student in enumerate(s for s in measured if s.kind in BASELINES):
-            colour = f"series{1 + number % 4}"
-            draw_student(axes, student, unit, MARKERS[student.kind], colour, True)
+        for student in measured:
+            draw_student(axes, student, unit)
         label_points(axes, measured, unit)
         if budget:
-            axes.axvline(budget / unit, color=TOKENS["ink"], linewidth=1, linestyle=(0, (4, 3)))
+            axes.axvline(budget / unit, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
             axes.annotate(
                 "budget", (budget / unit, 1), xycoords=("data", "axes fraction"),
                 xytext=(-5, -4), textcoords="offset points", ha="right", va="top",
-                color=TOKENS["ink"],
+                color=COLOURS["ink"],
             )  # fmt: skip
         axes.set_xlabel(f"bytes in this deployment, {unit_name}")
         axes.set_ylabel("KL to the teacher, nats per token")
         plain_log_ticks(axes)
         axes.margins(x=0.12, y=0.12)
-        return inline_svg(figure, "kl", "KL to the teacher against bytes, logarithmic")
+        return figure
 
 
-def draw_student(
-    axes: Axes, student: Student, unit: int, marker: str, colour: str, strong: bool
-) -> None:
+def draw_student(axes: Axes, student: Student, unit: int) -> None:
     """One candidate: hollow before distillation if there is an after, filled otherwise."""
     assert student.measured_kl is not None
+    strong = student.selected or student.finalist or student.kind in BASELINES
+    marker, colour = BASELINES.get(student.kind, FOUND if strong else ("o", "muted"))
     x, y = student.bytes / unit, student.measured_kl
-    ink = TOKENS[colour]
+    ink = COLOURS[colour]
     hollow = student.distilled_kl is not None
     if student.measured_se and strong:
         axes.errorbar(x, y, student.measured_se, color=ink, linewidth=1.2, capsize=3, zorder=2)
     axes.plot(
         x, y, marker, markersize=9 if strong else 5, alpha=1.0 if strong else 0.45, color=ink,
-        markerfacecolor=TOKENS["surface"] if hollow else ink,
+        markerfacecolor=COLOURS["card"] if hollow else ink,
         markeredgewidth=1.6 if strong else 0, zorder=3,
     )  # fmt: skip
     if student.distilled_kl:
@@ -127,32 +133,34 @@ def draw_student(
 
 
 def label_points(axes: Axes, students: Sequence[Student], unit: int) -> None:
-    """Name the best of each kind beside its last point, moved apart where they would overlap."""
+    """Name the best of each baseline and the student that the run stands for."""
     best: dict[str, Student] = {}
     for student in students:
         if student.kind in BASELINES or student.selected:
             best.setdefault(student.kind, student)
-    if not any(student.selected for student in best.values()) and students:
-        best.setdefault(students[0].kind, students[0])
-    named = sorted(best.values(), key=lambda student: student.kl or 0)
-    last = float("-inf")
-    axes.autoscale_view()
-    low, high = axes.get_ylim()
-    for student in named:
-        # 18 points between labels, on an axes about 260 points high.
-        assert student.kl is not None
-        at = axes.transScale.transform((1, student.kl))[1]
-        span = axes.transScale.transform((1, high))[1] - axes.transScale.transform((1, low))[1]
-        placed = max(at, last + 0.06 * span)
-        last = placed
+    named = [(student, student.kl) for student in best.values() if student.kl]
+    shifts = label_shifts(axes, [kl for _, kl in named])
+    for (student, kl), shift in zip(named, shifts, strict=True):
         axes.annotate(
-            student.kind.replace("_", " "), (student.bytes / unit, student.kl),
-            xytext=(11, (placed - at) / span * 260 - 4), textcoords="offset points",
-            color=TOKENS["ink"], fontweight="bold" if student.selected else "normal",
+            student.kind.replace("_", " "), (student.bytes / unit, kl), va="center",
+            xytext=(11, shift), textcoords="offset points", color=COLOURS["ink"],
+            fontweight="bold" if student.selected else "normal",
         )  # fmt: skip
 
 
-def distillation_curve(curves: Mapping[str, Rows], selected: str | None) -> str | None:
+def label_shifts(axes: Axes, values: Sequence[float]) -> list[float]:
+    """How far up, in points, each label at a value moves so that none lies on another."""
+    axes.autoscale_view()
+    points = [axes.transData.transform((0, value))[1] * 72 / axes.figure.dpi for value in values]
+    shifts = [0.0] * len(values)
+    last = float("-inf")
+    for number in sorted(range(len(values)), key=points.__getitem__):
+        last = max(points[number], last + LABEL_POINTS)
+        shifts[number] = last - points[number]
+    return shifts
+
+
+def distillation_curve(curves: Mapping[str, Rows], selected: str | None) -> Figure | None:
     """Loss of every distilled candidate against tokens; the selected one stands out."""
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
@@ -161,25 +169,29 @@ def distillation_curve(curves: Mapping[str, Rows], selected: str | None) -> str 
         figure = Figure(figsize=(9.4, 3.6), layout="constrained")
         axes = figure.subplots()
         axes.set_yscale("log")
+        ends: list[tuple[str, int, float, bool]] = []
         for number, (name, rows) in enumerate(curves.items()):
             strong = name == selected or len(curves) == 1
-            colour = TOKENS["accent" if strong else f"series{1 + number % 4}"]
+            colour = COLOURS["accent" if strong else f"series{1 + number % 5}"]
             tokens = [row["tokens"] for row in rows]
             losses = [row["loss"] for row in rows]
             if len(rows) > 40:
                 axes.plot(tokens, losses, color=colour, linewidth=0.8, alpha=0.3)
                 losses = smooth(losses, window=len(rows) // 20)
             axes.plot(tokens, losses, color=colour, linewidth=2.2 if strong else 1.4)
+            ends.append((name, tokens[-1], losses[-1], strong))
+        shifts = label_shifts(axes, [loss for _, _, loss, _ in ends])
+        for (name, tokens_seen, loss, strong), shift in zip(ends, shifts, strict=True):
             axes.annotate(
-                name, (tokens[-1], losses[-1]), xytext=(6, 0), textcoords="offset points",
-                va="center", color=TOKENS["ink"] if strong else TOKENS["muted"],
+                name, (tokens_seen, loss), xytext=(6, shift), textcoords="offset points",
+                va="center", color=COLOURS["ink" if strong else "muted"],
             )  # fmt: skip
         axes.set_xlabel("tokens seen in distillation")
         axes.set_ylabel("KL on training text, nats per token")
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         plain_log_ticks(axes)
         axes.margins(x=0.02)
-        return inline_svg(figure, "distill", "Distillation loss against tokens, logarithmic")
+        return figure
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -195,9 +207,9 @@ def plain_log_ticks(axes: Axes) -> None:
     low, high = axes.get_ylim()
     plain = FuncFormatter(lambda value, _: f"{value:g}")
     axes.yaxis.set_major_formatter(plain)
-    if high / low < 30:
+    if high / low < 300:
         axes.yaxis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "235" else "")
+            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
         )
     else:
         axes.yaxis.set_minor_formatter(NullFormatter())

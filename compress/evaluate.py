@@ -46,7 +46,8 @@ def evaluate(
         models: by name, loaded or to be loaded; the first is the reference of tables.
         teacher: what KL is measured from.
         tokenizer: the teacher's; students share it.
-        rows_RT: packed held-out text; every token after a row's first is predicted.
+        rows_RT: packed held-out text; KL is over all its positions, nats over the tokens that
+            are predicted, all but a row's first.
         tasks: our own (``choice``, ``rolling``) and any that lm-eval knows.
         task_rows: files of our own tasks by name, as ``harness.write_task_rows`` gives them.
         task_data: a directory of JSONL files that built-in tasks read instead of the hub.
@@ -84,7 +85,7 @@ def evaluate(
         ),
         "text": {
             "sequences": rows_RT.shape[0],
-            "tokens": rows_RT[:, 1:].numel(),
+            "tokens": rows_RT.numel(),
             "bytes": int(bytes_R.sum()),
         },
     }
@@ -104,11 +105,11 @@ def row_bytes(rows_RT: Tensor, tokenizer: PreTrainedTokenizerBase) -> np.ndarray
 
 @torch.no_grad()
 def final_hidden(model: PreTrainedModel, rows_RT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of rows and the normed hidden states [batch, T - 1, D] that predict their tokens."""
+    """Batches of rows [batch, T] and the model's normed hidden states [batch, T, D]."""
     for rows_BT in torch.split(rows_RT, max(1, BATCH_TOKENS // rows_RT.shape[1])):
         rows = rows_BT.to(model.device)
         hidden: Tensor = model.model(input_ids=rows, use_cache=False).last_hidden_state
-        yield rows, hidden[:, :-1]
+        yield rows, hidden
 
 
 @torch.no_grad()
@@ -124,10 +125,9 @@ def on_text(
     nats_R: list[Tensor] = []
     head, teacher_head = model.lm_head.weight, teacher.lm_head.weight.to(model.device)
     for (rows, hidden), reference in zip(final_hidden(model, rows_RT), teacher_hidden, strict=True):
-        hidden_ND = hidden.flatten(0, 1)
         reference_ND = reference.to(model.device).flatten(0, 1)
-        kl_N = kl_from_hidden(hidden_ND, head, reference_ND, teacher_head)
-        nats_N = nll_from_hidden(hidden_ND, head, rows[:, 1:].flatten())
+        kl_N = kl_from_hidden(hidden.flatten(0, 1), head, reference_ND, teacher_head)
+        nats_N = nll_from_hidden(hidden[:, :-1].flatten(0, 1), head, rows[:, 1:].flatten())
         kl_R.append(kl_N.reshape(len(rows), -1).double().mean(1).cpu())
         nats_R.append(nats_N.reshape(len(rows), -1).double().mean(1).cpu())
     nats = torch.cat(nats_R).numpy()

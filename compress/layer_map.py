@@ -7,8 +7,8 @@ from typing import Any
 from compress.architecture import Architecture, Block, Format, block_name, sizes
 from compress.candidate import AXES
 
-MOST_PIXELS = 940
-CELL_PIXELS = (9, 34)
+MOST_PIXELS = 820
+CELL_PIXELS = (9, 58)
 ROW_PIXELS = 30
 LABEL_PIXELS = 150
 

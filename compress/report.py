@@ -8,9 +8,10 @@ from typing import Any
 
 from jinja2 import Environment, StrictUndefined
 from markupsafe import Markup
+from matplotlib.figure import Figure
 
 from compress.architecture import FORMATS, Architecture
-from compress.charts import BASELINES, distillation_curve, kl_against_bytes
+from compress.charts import BASELINES, distillation_curve, inline_svg, kl_against_bytes
 from compress.devices import DEVICES
 from compress.families import count_parameters
 from compress.layer_map import layer_map
@@ -61,12 +62,27 @@ def report(run_dir: Path) -> Path:
     Raises:
         InputError: the directory is no run, or a file in it is not what it should be.
     """
+    run = read_run(run_dir)
     page = run_dir / "report" / "index.html"
-    write_text(page, render(read_run(run_dir)))
+    figures = charts(run)
+    page.parent.mkdir(exist_ok=True)
+    for name, figure in figures.items():
+        figure.savefig(page.with_name(f"{name}.png"), dpi=160, facecolor="white")
+    write_text(page, render(run, figures))
     return page
 
 
-def render(run: RunFiles) -> str:
+def charts(run: RunFiles) -> dict[str, Figure]:
+    """The charts that the run has files for, by name."""
+    selected = run.selected
+    drawn = {
+        "kl": kl_against_bytes(run.students, run.teacher.budget if run.teacher else None),
+        "distillation": distillation_curve(run.curves, selected.id if selected else None),
+    }
+    return {name: figure for name, figure in drawn.items() if figure is not None}
+
+
+def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
     """The page."""
     environment = Environment(
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
@@ -75,15 +91,13 @@ def render(run: RunFiles) -> str:
         "bytes": format_bytes,
         "count": format_count,
         "tokens": format_tokens,
-        "figure": figure,
+        "figure": number,
         "signed": signed,
         "words": words,
         "short": short,
     }
     template = environment.from_string((files("compress") / "report.html.j2").read_text())
     selected = run.selected
-    chart = kl_against_bytes(run.students, run.teacher.budget if run.teacher else None)
-    curve = distillation_curve(run.curves, selected.id if selected else None)
     picture = (
         layer_map(run.teacher.architecture, selected.architecture, run.keep)
         if run.teacher and selected
@@ -100,15 +114,14 @@ def render(run: RunFiles) -> str:
         table=[TABLE_ROW | row for row in run.table],
         candidates=worth_listing(run),
         picture=picture,
-        chart=Markup(chart) if chart else None,
-        curve=Markup(curve) if curve else None,
+        charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
         evaluation=evaluation_rows(run.results) if run.results else None,
         reference=next(iter(run.results["models"])) if run.results else None,
         parameters=count_parameters(run.teacher.architecture) if run.teacher else None,
     )
 
 
-def figure(value: float | None, digits: int = 4) -> str:
+def number(value: float | None, digits: int = 4) -> str:
     """A measured number with its digits, a dash where there is none."""
     if value is None:
         return DASH
@@ -177,7 +190,7 @@ def verdict(run: RunFiles) -> list[tuple[str, str, str]]:
     tiles.append(("student", format_bytes(selected.bytes), remark))
     if selected.kl is not None:
         after = "before distillation" if selected.distilled_kl is None else "after distillation"
-        tiles.append(("KL to the teacher", f"{figure(selected.kl)} nats", f"per token, {after}"))
+        tiles.append(("KL to the teacher", f"{number(selected.kl)} nats", f"per token, {after}"))
     if (rival := best_of(run.students, "uniform")) and rival is not selected:
         # Both before distillation unless both are after it: anything else compares two things.
         pairs = (
@@ -187,7 +200,7 @@ def verdict(run: RunFiles) -> list[tuple[str, str, str]]:
         for ours, theirs, how in pairs:
             if ours is not None and theirs:
                 change = f"{ours / theirs - 1:+.0%}".replace("-", MINUS)
-                tiles.append(("KL against a uniform cut", change, f"same bytes, {how}"))
+                tiles.append(("KL against a uniform cut", change, f"same budget, {how}"))
                 break
     return tiles
 
@@ -295,11 +308,11 @@ def print_table(run: RunFiles) -> None:
             format_bytes(row["bytes"]) if row.get("bytes") is not None else DASH,
             *(
                 ("does not fit", "", "", "")
-                if not row.get("fits", True)
+                if row.get("kl") is None and not row.get("fits", True)
                 else (
                     with_error(row.get("kl"), row.get("kl_se")),
                     with_error(row.get("distilled_kl"), row.get("distilled_kl_se")),
-                    figure(row.get("nats_per_token")),
+                    number(row.get("nats_per_token")),
                     with_error(row.get("choice_accuracy"), row.get("choice_se"), 3),
                 )
             ),
@@ -310,16 +323,16 @@ def print_table(run: RunFiles) -> None:
 
 def with_error(value: float | None, error: float | None, digits: int = 4) -> str:
     """A value and its standard error."""
-    text = figure(value, digits)
-    return text if value is None or error is None else f"{text} ± {figure(error, digits)}"
+    text = number(value, digits)
+    return text if value is None or error is None else f"{text} ± {number(error, digits)}"
 
 
 def worth_listing(run: RunFiles, most: int = 10) -> list[Student]:
     """The best candidates, every baseline and the selected one, best first."""
     return [
         student
-        for number, student in enumerate(run.students)
-        if number < most or student.kind in BASELINES or student is run.selected
+        for rank, student in enumerate(run.students)
+        if rank < most or student.kind in BASELINES or student is run.selected
     ]
 
 
@@ -334,9 +347,9 @@ def print_candidates(run: RunFiles) -> None:
                 words(student.kind),
                 format_bytes(student.bytes),
                 format_count(student.parameters),
-                figure(student.predicted_kl),
+                number(student.predicted_kl),
                 with_error(student.measured_kl, student.measured_se),
-                figure(student.distilled_kl),
+                number(student.distilled_kl),
             )
             for student in worth_listing(run)
         ],
@@ -352,7 +365,7 @@ def print_evaluation(results: Mapping[str, Any]) -> None:
             *(
                 with_error(cell["value"], cell["stderr"])
                 + ("" if cell["difference"] is None else f" ({signed(cell['difference'])}")
-                + ("" if cell["difference"] is None else f" ± {figure(cell['error'])})")
+                + ("" if cell["difference"] is None else f" ± {number(cell['error'])})")
                 for cell in row["cells"]
             ),
         )
