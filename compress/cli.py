@@ -46,7 +46,8 @@ Target = Annotated[
     str, typer.Argument(metavar="RUN[:CANDIDATE]", help="A run, by default its best candidate.")
 ]
 RunName = Annotated[
-    str | None, typer.Option("--run", help="Name under runs/, or a path. [default: MODEL-SPACE]")
+    str | None,
+    typer.Option("--run", help="Name under runs/, or a path. [default: MODEL or MODEL-SPACE]"),
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")

@@ -82,7 +82,7 @@ def begin(
         InputError: a wrong setting, or a run of another model.
     """
     fresh = check(({} if model is None else {"model": model}) | given, "command line")
-    run = run_at(name or f"{slug(fresh.model)}-{slug(fresh.space)}")
+    run = run_at(name or "-".join(slug(part) for part in (fresh.model, fresh.space) if part))
     recipe, file = fresh, run.path / "recipe.yaml"
     if file.is_file():
         before = read_recipe(file)

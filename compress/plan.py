@@ -46,11 +46,12 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer to ``compress plan``."""
+    """The answer to ``compress plan``; ``largest_context`` is None without a budget or a limit."""
 
     architecture: Architecture
     deployment: Deployment
     footprint: Footprint
+    largest_context: int | None
     options: tuple[Option, ...]
     budget: Budget | None
     notes: tuple[str, ...]
@@ -59,13 +60,6 @@ class Plan:
     def fits(self) -> bool | None:
         """Whether the model is within the budget; None without a budget."""
         return None if self.budget is None else self.footprint.total <= self.budget.bytes
-
-    @property
-    def largest_context(self) -> int | None:
-        """The longest context within the budget; None without a budget or without a limit."""
-        if self.budget is None:
-            return None
-        return largest_context(self.architecture, self.deployment, self.budget.bytes)
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``plan --json`` prints."""
@@ -145,9 +139,16 @@ def options_of(
 
 
 def notes_of(
-    config: Mapping[str, Any], architecture: Architecture, device: Device | None
+    config: Mapping[str, Any], architecture: Architecture, context: int | None, limit: Budget | None
 ) -> Iterator[str]:
-    """What a reader has to know about a plan besides its numbers."""
+    """What a reader has to know about a plan besides its numbers.
+
+    ``context`` is the longest that the plan speaks of; None if it has no limit.
+    """
+    device = limit.device if limit else None
+    trained = config.get("max_position_embeddings")
+    if trained and (context is None or context > trained):
+        yield f"config.json says that the model is made for {trained:,} tokens, whatever fits"
     family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks
     for format in FORMATS:
         if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
@@ -181,11 +182,14 @@ def make_plan(
     planned = architecture if format is None else in_format(architecture, format)
     if kv_format is not None:
         planned = replace(planned, kv_format=kv_format)
+    longest = largest_context(planned, deployment, limit.bytes) if limit else 0
+    spoken_of = None if longest is None else max(longest, deployment.context)
     return Plan(
         architecture=planned,
         deployment=deployment,
         footprint=footprint(planned, deployment),
+        largest_context=longest if limit else None,
         options=tuple(options_of(architecture, deployment, limit)),
         budget=limit,
-        notes=tuple(notes_of(config, planned, limit.device if limit else None)),
+        notes=tuple(notes_of(config, planned, spoken_of, limit)),
     )

@@ -134,6 +134,16 @@ def test_plan_asks_what_if_by_format(
     assert planned["budget"] is planned["fits"] is planned["largest_context"] is None
 
 
+def test_plan_says_where_memory_is_not_the_limit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps(HYBRID_9B | {"max_position_embeddings": 131072}))
+    for budget, said in (("22GiB", True), ("17GiB", False)):
+        assert run(monkeypatch, "plan", str(file), "--budget", budget) == 0
+        assert ("made for 131,072 tokens" in capsys.readouterr().out) == said
+
+
 @pytest.mark.parametrize("command", ["score", "search", "distill", "export", "eval", "run"])
 def test_flags_are_recipe_keys(command: str) -> None:
     [registered] = [
@@ -160,9 +170,9 @@ def test_search_passes_its_recipe_and_names_the_next_command(
     assert run(monkeypatch, "search", "--budget", "70%") == 0
     [(name, (made, recipe))] = stages.calls
     assert name == "search"
-    assert str(made.path) == "runs/embedded-joint"
+    assert str(made.path) == "runs/embedded"
     assert recipe == Recipe(budget="70%")
-    assert "next: compress distill embedded-joint" in capsys.readouterr().err
+    assert "next: compress distill embedded" in capsys.readouterr().err
 
 
 def test_a_run_keeps_its_recipe_and_flags_change_it(

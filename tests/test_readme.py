@@ -1,0 +1,30 @@
+import re
+from pathlib import Path
+
+from compress.recipe import Recipe
+
+ROOT = Path(__file__).parent.parent
+README = (ROOT / "README.md").read_text()
+SET_UP = "python -m pip install -e . && compress quickstart"
+TEST = 'python -m pip install -e ".[test]" && python -m pytest'
+
+
+def test_the_two_commands_of_the_readme_are_what_ci_runs() -> None:
+    assert f"```bash\n{SET_UP}\n```" in README
+    assert f"```bash\n{TEST}\n```" in README
+    assert f"\n{TEST}\n" in (ROOT / ".ci/run").read_text()
+
+
+def test_every_module_has_a_line_in_the_readme() -> None:
+    tree = README.split("## The code")[1]
+    for module in (ROOT / "compress").rglob("*.py"):
+        if module.name != "__init__.py":
+            assert re.search(rf"\b{module.name}\b", tree), module
+
+
+def test_flags_in_the_readme_exist() -> None:
+    commands = re.findall(r"^compress .*$", README, flags=re.MULTILINE)
+    known = {key.replace("_", "-") for key in Recipe.model_fields} | {"run", "tasks"}
+    assert commands
+    for command in commands:
+        assert set(re.findall(r"--([a-z-]+)", command)) <= known
