@@ -1,7 +1,7 @@
 """The files of a run directory as values; what has not been written yet is None or empty."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,19 @@ from compress.memory import Deployment, Footprint, footprint
 from compress.runs import Run, read_json
 
 Rows = list[dict[str, Any]]
+# What a row of table.json may leave out.
+TABLE_ROW: dict[str, Any] = {
+    "kind": "",
+    "bytes": None,
+    "fits": True,
+    "kl": None,
+    "kl_se": None,
+    "distilled_kl": None,
+    "distilled_kl_se": None,
+    "nats_per_token": None,
+    "choice_accuracy": None,
+    "choice_se": None,
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,13 +97,13 @@ def read_run(path: Path) -> RunFiles:
         recipe=text_of(path / "recipe.yaml"),
         teacher=read_teacher(path / "teacher.json"),
         students=students,
-        baselines=rows_of(path / "baselines.json"),
+        baselines=rows_of(path / "baselines.json", "kind", "reason"),
         curves={
-            file.parent.name: read_lines(file)
+            file.parent.name: having(read_lines(file), ("tokens", "loss"), file)
             for file in sorted(path.glob("distill/*/curve.jsonl"))
         },
-        results=optional(path / "eval" / "results.json"),
-        table=rows_of(path / "table.json"),
+        results=read_results(path / "eval" / "results.json"),
+        table=[TABLE_ROW | row for row in rows_of(path / "table.json", "name")],
         keep=None,
     )
     if run.selected is None:
@@ -109,14 +122,36 @@ def text_of(file: Path) -> str | None:
     return file.read_text() if file.is_file() else None
 
 
-def rows_of(file: Path) -> Rows:
-    """A JSON list of objects, empty if the file is not there."""
+def rows_of(file: Path, *keys: str) -> Rows:
+    """A JSON list of objects that have ``keys``, empty if the file is not there."""
     rows = optional(file)
     if rows is not None and not (
         isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
     ):
         raise InputError(f"{file} is not a list of objects")
-    return rows or []
+    return having(rows or [], keys, file)
+
+
+def having(rows: Rows, keys: Sequence[str], file: Path) -> Rows:
+    """The rows themselves, if each has all keys; InputError names what is missing."""
+    for number, row in enumerate(rows, start=1):
+        if missing := [key for key in keys if key not in row]:
+            raise InputError(f"{file}, row {number} has no {missing[0]!r}")
+    return rows
+
+
+def read_results(file: Path) -> dict[str, Any] | None:
+    """What ``eval --json`` printed: at least one model with its figures, and paired differences."""
+    results: dict[str, Any] | None = optional(file)
+    if results is None:
+        return None
+    try:
+        having(list(results["models"].values()), ("bytes", "kl", "nats_per_token", "tasks"), file)
+        having(results["paired"], ("a", "b", "metric", "difference", "stderr"), file)
+        next(iter(results["models"]))
+    except (KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise InputError(f"{file} is not an evaluation: {error!r}") from error
+    return results
 
 
 def read_lines(file: Path) -> Rows:
@@ -177,6 +212,9 @@ def read_keep(file: Path) -> Mapping[str, NDArray[np.int64]] | None:
     if not file.is_file():
         return None
     try:
-        return load_file(file)
+        keep = load_file(file)
     except SafetensorError as error:
         raise InputError(f"{file} is corrupt: {error}") from error
+    if "blocks" not in keep:
+        raise InputError(f"{file} has no tensor 'blocks'")
+    return keep

@@ -295,12 +295,25 @@ def test_tables_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -
         ("candidates.json", "{}"),
         ("candidates.json", "[{}]"),
         ("table.json", "["),
+        ("table.json", "[{}]"),
+        ("eval/results.json", '{"models": {}, "paired": []}'),
+        ("eval/results.json", "[]"),
+        ("distill/uniform/curve.jsonl", "{}"),
+        ("distill/uniform/curve.jsonl", "x\n{}"),
+        ("candidates/joint-000/keep.safetensors", "x"),
     ],
 )
 def test_broken_files_are_named(run: Path, name: str, text: str) -> None:
     (run / name).write_text(text)
     with pytest.raises(InputError, match=re.escape(name)):
         report(run)
+
+
+def test_a_curve_cut_short_by_a_kill_is_read(run: Path) -> None:
+    curve = run / "distill" / "joint-000" / "curve.jsonl"
+    lines = curve.read_text()
+    curve.write_text(lines + lines[:20])
+    assert read_run(run).curves["joint-000"][-1]["step"] == 199
 
 
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
