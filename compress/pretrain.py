@@ -1,6 +1,5 @@
 """``compress pretrain``: train a teacher from a recipe, from its tokenizer to its checkpoint."""
 
-import difflib
 import math
 import shutil
 import tempfile
@@ -9,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
 from transformers import (
@@ -26,6 +24,7 @@ from compress.errors import InputError
 from compress.families import parameters, read_architecture
 from compress.losses import nll_from_hidden
 from compress.model import load_model
+from compress.pretrain_recipe import PretrainRecipe, read_recipe
 from compress.runs import read_json, write_json
 from compress.show import note
 from compress.train import STATE, Progress, TrainSettings, batch_at, digest, forget, train
@@ -36,51 +35,6 @@ BALANCE_RATE = 1e-3
 HELD_OUT_TOKENS = 16_384
 RECIPE, METRICS = "recipe.yaml", "metrics.json"
 FLOAT = {False: torch.bfloat16, True: torch.float32}
-
-
-class TokenizerRecipe(BaseModel):
-    """A byte-level BPE to be trained on the train split."""
-
-    model_config = ConfigDict(extra="forbid")
-    vocab_size: int = Field(ge=257)
-
-
-class PretrainRecipe(BaseModel):
-    """What a teacher is made from; ``steps``, ``warmup`` and ``decay`` count steps, ``batch`` rows.
-
-    ``tokenizer`` may be the path of a directory that has one; ``model`` is a Hugging Face config;
-    ``data`` is a JSONL file, null the embedded text. Paths are relative to the working directory.
-    """
-
-    model_config = ConfigDict(extra="forbid")
-    tokenizer: TokenizerRecipe | Path
-    model: dict[str, Any]
-    data: Path | None = None
-    steps: int = Field(ge=1)
-    batch: int = Field(ge=1)
-    length: int = Field(ge=2)
-    learning_rate: float = Field(gt=0)
-    warmup: int = Field(ge=0)
-    decay: int = Field(ge=0)
-    weight_decay: float = Field(ge=0)
-    seed: int = 0
-    checkpoint_every: int = Field(default=100, ge=1)
-
-
-def read_recipe(path: Path) -> PretrainRecipe:
-    """The recipe of a YAML file; InputError names the key that is wrong and what it may be."""
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; a pretraining recipe is a YAML file")
-    try:
-        return PretrainRecipe.model_validate(yaml.safe_load(path.read_text()))
-    except yaml.YAMLError as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"]) or "the recipe"
-        close = difflib.get_close_matches(key, PretrainRecipe.model_fields, n=1)
-        hint = f"; did you mean {close[0]}?" if close and first["type"] == "extra_forbidden" else ""
-        raise InputError(f"{path}: {key}: {first['msg'].lower()}{hint}") from error
 
 
 def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[str, float]:
@@ -185,7 +139,7 @@ def tokenizer_of(settings: PretrainRecipe, documents: list[str]) -> PreTrainedTo
 
 
 def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
-    """A freshly initialized model of the recipe's config, fp32, in training mode."""
+    """A freshly initialized model of the recipe's config: fp32, training, on a GPU if any."""
     architecture = read_architecture(settings.model)
     if architecture.vocab < len(tokenizer):
         raise InputError(
@@ -194,9 +148,14 @@ def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> P
     torch.manual_seed(settings.seed)
     eos = tokenizer.eos_token_id
     special = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
-    config = AutoConfig.for_model(**settings.model | special | {"use_cache": True})
-    # Looping over the experts is twice as fast on a CPU as the grouped matrix product.
-    config._experts_implementation = "eager"
+    try:
+        config = AutoConfig.for_model(**settings.model | special | {"use_cache": True})
+    except StrictDataclassError as error:
+        raise InputError(f"the recipe's model: {' '.join(str(error).split())}") from error
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # Looping over the experts is faster on a CPU than the grouped matrix product.
+        config._experts_implementation = "eager"
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
     for module in model.modules():
@@ -204,13 +163,15 @@ def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> P
             # transformers draws Mamba's short kernels like wide matrices: so small that the block
             # would start below the eps of its gated norm and barely learn.
             module.reset_parameters()
+    placed: nn.Module = model
+    placed.to("cuda" if cuda else "cpu").train()
     assert isinstance(model, PreTrainedModel)
-    model.train()
     return model
 
 
 def nll(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Nats of every token that has one before it, flat."""
+    ids_BT = ids_BT.to(model.device)
     hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
     head_VD = model.lm_head.weight
     return nll_from_hidden(hidden_BTD[:, :-1].flatten(0, 1), head_VD, ids_BT[:, 1:].flatten())

@@ -204,7 +204,12 @@ def resume(
     model.load_state_dict({name: tensors[f"model.{name}"] for name in kept(model)}, strict=False)
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:
-            optimizer.state[parameter] = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
+            moments = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
+            # AdamW keeps its step count on the CPU and the moments beside the parameter.
+            optimizer.state[parameter] = {
+                key: tensor if key == "step" else tensor.to(parameter.device)
+                for key, tensor in moments.items()
+            }
     losses: list[float] = state["losses"]
     return losses
 

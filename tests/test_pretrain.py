@@ -18,6 +18,8 @@ from compress.model import load_model
 from compress.pretrain import Balance, pretrain
 from compress.train import Progress
 
+BROKEN = TINY["hybrid"] | {"vocab_size": 300, "conv_kernel": "four"}
+
 
 class Interrupted(Exception):
     """Stands for a kill: nothing after it runs."""
@@ -98,6 +100,7 @@ def test_the_tokenizer_of_another_model_can_be_used(tmp_path: Path, tiny_llama: 
         ({"steps": 0}, "steps: .* greater than or equal to 1"),
         ({"tokenizer": {"vocab_size": 500}}, "vocab_size 300 is below"),
         ({"model": {"model_type": "bert"}}, "'bert' is not supported"),
+        ({"model": BROKEN}, "recipe's model: .*conv_kernel"),
         ({"length": 100_000}, "are needed"),
         ({"learning_rate": 1e30, "warmup": 0}, "loss is (nan|inf) at step"),
     ],
