@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -12,14 +12,14 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from compress.architecture import Architecture, from_json
+from compress.architecture import Architecture
+from compress.config import ARCHITECTURE, CONFIG, architecture_of, read_config
 from compress.errors import InputError
-from compress.families import parameters, read_architecture
+from compress.families import parameters
+from compress.runs import atomic_directory
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
-CONFIG = "config.json"
-ARCHITECTURE = "architecture.json"
 # What makes a checkpoint usable besides its weights; copied, never interpreted.
 COMPANIONS = (
     "tokenizer.json",
@@ -55,27 +55,6 @@ class Checkpoint:
                 raise InputError(f"tensor {name} in {self.path} holds NaN or infinite values")
             self.finite.add(name)
         return tensor
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The config of a checkpoint directory, or of a config.json itself."""
-    file = path if path.suffix == ".json" else path / CONFIG
-    if not file.is_file():
-        raise InputError(f"{file} does not exist; a model is a directory with config.json")
-    try:
-        config: dict[str, Any] = json.loads(file.read_text())
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
-    return config
-
-
-def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
-    """The architecture of a directory: the file beside the config, else what the config says."""
-    if (path / ARCHITECTURE).is_file():
-        return from_json((path / ARCHITECTURE).read_text())
-    if config.get("model_type") == "compress":
-        raise InputError(f"{path} has no {ARCHITECTURE}, which model_type 'compress' needs")
-    return read_architecture(config)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -133,15 +112,28 @@ def write_checkpoint(
     config: Mapping[str, Any],
     source: Path | None,
     architecture_json: str | None = None,
+    finish: Callable[[Path], None] = lambda partial: None,
 ) -> None:
     """Write a checkpoint beside ``directory`` and rename it into place when it is whole.
 
-    ``source`` gives tokenizer and generation config; ``architecture_json`` is written where given.
-    An existing directory is replaced. At most one shard is held in memory.
+    ``source`` gives tokenizer and generation config; ``architecture_json`` is written where given;
+    ``finish`` may add files to the directory before it is renamed. An existing directory is
+    replaced, and left alone when anything fails. At most one shard is held in memory.
     """
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
+    with atomic_directory(directory) as partial:
+        write_files(partial, tensors, config, source)
+        if architecture_json is not None:
+            (partial / ARCHITECTURE).write_text(architecture_json)
+        finish(partial)
+
+
+def write_files(
+    partial: Path,
+    tensors: Iterable[tuple[str, Tensor]],
+    config: Mapping[str, Any],
+    source: Path | None,
+) -> None:
+    """Shards, index, config, and what ``source`` has besides weights."""
     shards: list[list[str]] = []
     total = 0
     for shard in in_shards(tensors):
@@ -151,7 +143,7 @@ def write_checkpoint(
     if len(shards) == 1:
         (partial / "shard-0").rename(partial / "model.safetensors")
     else:
-        weight_map = {}
+        weight_map: dict[str, str] = {}
         for number, names in enumerate(shards):
             file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
             (partial / f"shard-{number}").rename(partial / file)
@@ -159,13 +151,9 @@ def write_checkpoint(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         (partial / INDEX).write_text(json.dumps(index, indent=1))
     (partial / CONFIG).write_text(json.dumps(dict(config), indent=2))
-    if architecture_json is not None:
-        (partial / ARCHITECTURE).write_text(architecture_json)
     for name in COMPANIONS if source else ():
         if source and (source / name).is_file():
             shutil.copyfile(source / name, partial / name)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
 
 
 def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:

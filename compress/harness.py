@@ -4,10 +4,13 @@ The rows are what a run judges its students on when no benchmark is at hand: the
 teacher has not seen, the same rows for every model.
 """
 
+import itertools
 import json
 import random
 import re
-from collections.abc import Mapping, Sequence
+import sys
+from bisect import bisect_left
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,91 +34,104 @@ def make_choice_rows(documents: Sequence[str], count: int, seed: int) -> list[di
         InputError: the documents give fewer than ``count`` contexts.
     """
     generator = random.Random(seed)
-    span = CONTEXT_CHARACTERS + 2 * CHOICE_CHARACTERS
-    places = [
-        (number, start)
-        for number, text in enumerate(documents)
-        for start in range(0, len(text) - span + 1, span)
-    ]
+    words = [found for found in map(Words.of, documents) if found.starts]
+    places = [(number, span) for number, text in enumerate(words) for span in text.spans()]
     generator.shuffle(places)
-    words = [WordEdges.of(text) for text in documents]
-    long_enough = [number for number, text in enumerate(documents) if len(text) >= span]
-    rows: list[dict[str, Any]] = []
-    for number, start in places:
-        if len(rows) == count:
-            break
-        row = choice_row(documents, words, long_enough, (number, start), generator)
-        rows += [row] if row else []
+    found = (choice_row(words, number, span, generator) for number, span in places)
+    rows = list(itertools.islice(filter(None, found), count))
     if len(rows) < count:
         raise InputError(
             f"{count} choice rows were asked for, but the held-out text gives only {len(rows)} "
-            f"contexts of {span} characters; give more text or ask for fewer"
+            f"contexts of {CONTEXT_CHARACTERS} characters; give more text or ask for fewer"
         )
     return rows
 
 
 @dataclass(frozen=True)
-class WordEdges:
-    """Where pieces of whole words may begin (at single spaces) and end, by character."""
+class Words:
+    """A text, and where pieces of whole words may begin (at single spaces) and end, ascending."""
 
+    text: str
     starts: Sequence[int]
-    ends: frozenset[int]
+    ends: Sequence[int]
 
     @classmethod
-    def of(cls, text: str) -> "WordEdges":
-        """The edges of a text."""
+    def of(cls, text: str) -> "Words":
+        """The words of a text."""
         starts = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text)]
-        ends = frozenset(match.end() for match in re.finditer(r"\S+", text))
-        return cls(starts, ends)
+        return cls(text, starts, [match.end() for match in re.finditer(r"\S+", text)])
+
+    def piece(self, start: int, length: int) -> str | None:
+        """So many characters from an edge on, None if they do not end with a word."""
+        end = start + length
+        return self.text[start:end] if first_from(self.ends, end) == end else None
+
+    def spans(self) -> Iterator[tuple[int, int, int]]:
+        """Where context, continuation and rest begin, one row after the other, words kept whole."""
+        begin = 0
+        while True:
+            start = first_from(self.starts, begin + CONTEXT_CHARACTERS)
+            end = first_from(self.ends, start + CHOICE_CHARACTERS)
+            if end > len(self.text):
+                return
+            # Text without single spaces for long, or a long word, is no prose.
+            if end <= begin + CONTEXT_CHARACTERS + 3 * CHOICE_CHARACTERS:
+                yield begin, start, end
+            begin = end
+
+
+def first_from(edges: Sequence[int], position: int) -> int:
+    """The first edge at or after a position; beyond every text if there is none."""
+    at = bisect_left(edges, position)
+    return edges[at] if at < len(edges) else sys.maxsize
 
 
 def choice_row(
-    documents: Sequence[str],
-    words: Sequence[WordEdges],
-    others: Sequence[int],
-    place: tuple[int, int],
+    documents: Sequence[Words],
+    number: int,
+    span: tuple[int, int, int],
     generator: random.Random,
 ) -> dict[str, Any] | None:
-    """The row of one place; None if no piece of whole words with three equals begins there."""
-    number, begin = place
-    text, edges = documents[number], words[number]
-    after = begin + CONTEXT_CHARACTERS
-    start = next((s for s in edges.starts if after <= s < after + CHOICE_CHARACTERS // 2), None)
-    if start is None:
-        return None
-    end = min((e for e in edges.ends if e >= start + CHOICE_CHARACTERS), default=None)
-    if end is None or end > begin + CONTEXT_CHARACTERS + 2 * CHOICE_CHARACTERS:
-        return None
-    length, true = end - start, text[start:end]
-    false: list[str] = []
-    for _ in range(50 * CHOICES):
-        other = generator.choice(others)
-        if not words[other].starts:
-            continue
-        at = generator.choice(words[other].starts)
-        piece = documents[other][at : at + length]
-        overlaps = other == number and at < end and at + length > begin
-        if at + length in words[other].ends and not overlaps and piece not in (true, *false):
-            false.append(piece)
-        if len(false) == CHOICES - 1:
+    """The row of one span; None if three other pieces of its length are not found."""
+    words = documents[number]
+    begin, start, end = span
+    length = end - start
+    choices = [words.text[start:end]]
+    for _ in range(100 * CHOICES):
+        other = generator.choice(documents)
+        at = generator.choice(other.starts)
+        piece = other.piece(at, length)
+        overlaps = other is words and begin - length < at < end
+        if piece is not None and not overlaps and piece not in choices:
+            choices.append(piece)
+        if len(choices) == CHOICES:
             answer = generator.randrange(CHOICES)
-            choices = [*false[:answer], true, *false[answer:]]
-            return {"context": text[begin:start].lstrip(), "choices": choices, "answer": answer}
+            choices.insert(answer, choices.pop(0))
+            return {
+                "context": words.text[begin:start].strip(),
+                "choices": choices,
+                "answer": answer,
+            }
     return None
 
 
-def make_rolling_rows(documents: Sequence[str], characters: int) -> list[dict[str, str]]:
-    """Rows ``{text}`` of at most ``ROLLING_CHARACTERS``, in order, ``characters`` in all at most.
+def make_rolling_rows(documents: Sequence[str], characters: int, seed: int) -> list[dict[str, str]]:
+    """Rows ``{text}`` from random places, ``characters`` in all, or all text if it has fewer.
 
-    Pieces rather than documents, so that a few long documents still give a standard error.
+    Pieces of ``ROLLING_CHARACTERS`` rather than documents, so that a few long documents still give
+    a standard error.
     """
+    pieces = [
+        text[start : start + ROLLING_CHARACTERS]
+        for text in documents
+        for start in range(0, len(text), ROLLING_CHARACTERS)
+    ]
+    random.Random(seed).shuffle(pieces)
     rows: list[dict[str, str]] = []
-    for text in documents:
-        for start in range(0, len(text), ROLLING_CHARACTERS):
-            piece = text[start : min(start + ROLLING_CHARACTERS, start + characters)]
-            if piece.strip():
-                rows.append({"text": piece})
-                characters -= len(piece)
+    for piece in filter(str.strip, pieces):
+        if characters > 0:
+            rows.append({"text": piece[:characters]})
+            characters -= len(piece)
     return rows
 
 
@@ -125,7 +141,7 @@ def write_task_rows(
     """Write the rows of our own tasks from held-out ``documents``; their files by task name."""
     rows: dict[str, Sequence[Mapping[str, Any]]] = {
         "choice": make_choice_rows(documents, count, seed),
-        "rolling": make_rolling_rows(documents, characters),
+        "rolling": make_rolling_rows(documents, characters, seed),
     }
     for task, lines in rows.items():
         write_text(directory / f"{task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))

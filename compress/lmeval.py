@@ -80,6 +80,8 @@ class Tasks:
     def __init__(
         self, names: Sequence[str], rows: Mapping[str, Path], task_data: Path | None = None
     ) -> None:
+        self.files = dict(rows) | (data_files(task_data) if task_data else {})
+        self.members = {name: self.members_of(name, task_data) for name in names}
         manager = import_module("lm_eval.tasks").TaskManager
         builtin = [name for name in names if name not in rows]
         with importlib.resources.as_file(local_tasks()) as directory, quiet():
@@ -91,8 +93,6 @@ class Tasks:
                     f"task {name!r} is not known to lm-eval, nor one that has rows here: "
                     f"{', '.join(rows) or 'none'}"
                 )
-        self.files = dict(rows) | (data_files(task_data) if task_data else {})
-        self.members = {name: self.members_of(name, task_data) for name in names}
 
     def members_of(self, name: str, task_data: Path | None) -> list[str] | None:
         """The tasks with a file that a name stands for; None leaves the name to lm-eval."""
@@ -162,6 +162,7 @@ def run_tasks(
             max_length=window,
             batch_size=max(1, LOGITS_BYTES // (4 * window * model.config.vocab_size)),
         )
+        refuse_long_answers(adapter, window)
         loaded, members = tasks.load(cache)
         found = import_module("lm_eval").simple_evaluate(
             model=adapter,
@@ -188,6 +189,25 @@ def run_tasks(
                 for metric in sorted(shared)
             }
     return results
+
+
+def refuse_long_answers(adapter: Any, window: int) -> None:
+    """Make the adapter raise InputError for an answer that its window cannot hold.
+
+    lm-eval 0.4.13 fails an assertion without a message.
+    """
+    score = adapter._loglikelihood_tokens
+
+    def checked(requests: Sequence[tuple[Any, Any, Sequence[int]]], **options: Any) -> Any:
+        longest = max((len(answer) for _, _, answer in requests), default=0)
+        if longest > window:
+            raise InputError(
+                f"a task has an answer of {longest} tokens, but the model's window is {window}; "
+                "leave that task out"
+            )
+        return score(requests, **options)
+
+    adapter._loglikelihood_tokens = checked
 
 
 def task_estimates(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:

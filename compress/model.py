@@ -1,5 +1,4 @@
-"""Build and load the torch model of an Architecture: transformers' own classes, also when the
-blocks of a student differ.
+"""Build and load the torch model of an Architecture, from transformers' own classes.
 
 A layer that differs from the config is the stock layer class constructed with a changed copy of the
 config; a removed half of a llama layer is a module that returns zero.
@@ -7,7 +6,7 @@ config; a removed half of a llama layer is a module that returns zero.
 
 import copy
 import importlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +16,11 @@ from transformers import AutoConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.architecture import Architecture, Block
-from compress.checkpoint import architecture_of, open_checkpoint, read_config
+from compress.checkpoint import open_checkpoint
+from compress.config import architecture_of, read_config
 from compress.errors import InputError
-from compress.families import Family, family_of, parameters
+from compress.families import family_of, parameters
+from compress.families.family import Family
 
 
 class NoAttention(nn.Module):
@@ -105,8 +106,9 @@ def build_model(
     ``config`` is what ``student_config`` gives, or any config of the family with its sizes.
     """
     # One progress bar per stage is ours to draw; that torch runs without kernels is no news here.
-    transformers_logging.disable_progress_bar()
-    transformers_logging.set_verbosity_error()
+    silence: Any = transformers_logging
+    silence.disable_progress_bar()
+    silence.set_verbosity_error()
     family = family_of(architecture.family)
     module, model_name, _ = family.modules
     stock: type[PreTrainedModel] = getattr(importlib.import_module(module), model_name)
@@ -116,7 +118,9 @@ def build_model(
         stock.__init__(self, built)
         set_layers(self, architecture)
 
-    student = type(model_name, (stock,), {"__init__": construct, "__module__": stock.__module__})
+    student: Any = type(
+        model_name, (stock,), {"__init__": construct, "__module__": stock.__module__}
+    )
     # transformers 5.23 wants hidden divisible by heads, although head_dim is its own key and the
     # model code does not need it: these two are set past its check.
     unchecked = {key: own[key] for key in ("hidden_size", "num_attention_heads") if key in own}
@@ -125,6 +129,8 @@ def build_model(
     for key, value in unchecked.items():
         setattr(built, key, value)
     built.architectures = [model_name]
+    # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
+    built._experts_implementation = "eager"
     model, report = student.from_pretrained(
         None, config=built, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
@@ -165,6 +171,20 @@ def set_layers(model: Any, architecture: Architecture) -> None:
                 # Caches ask their first layer how long they are: it must be one that attends.
                 getattr(layer, site.mixer).layer_idx = attention
                 attention += 1
+
+
+def disk_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a built model under their names on disk, fused experts one by one."""
+    state = model.state_dict()
+    own = family_of(architecture.family).embedding.partition(".")[0] + "."
+    for parameter in parameters(architecture):
+        name = parameter.name
+        inside = "model." + name.removeprefix(own) if name.startswith(own) else name
+        if parameter.expert is None:
+            yield name, state[inside]
+        else:
+            stacked = inside.replace(f".{parameter.expert}.", ".").removesuffix(".weight")
+            yield name, state[stacked][parameter.expert]
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -1,20 +1,25 @@
 """Surgery: a candidate's tensors, cut from the teacher's one by one, safetensors to safetensors."""
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Iterable, Iterator, Mapping
 from math import prod, sqrt
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.architecture import Moe, sizes, to_json
+from compress.architecture import Architecture, Moe, from_json, sizes, to_json
 from compress.candidate import Candidate, block_keep, kept_experts
 from compress.checkpoint import Checkpoint, write_checkpoint
-from compress.families import family_of
+from compress.config import ARCHITECTURE
+from compress.families import family_of, parameters
 from compress.layout import Slot, take
 from compress.model import student_config
 from compress.precision.fake import fake_quantize_block
+from compress.runs import atomic_directory, write_text
+
+KEEP = "keep.safetensors"
 
 
 def cut(
@@ -32,13 +37,9 @@ def cut(
 
 
 def student_tensors(
-    teacher: Checkpoint, candidate: Candidate, *, quantized: bool = False
+    teacher: Checkpoint, candidate: Candidate
 ) -> Iterator[tuple[str, Tensor]]:
-    """The student's tensors under its names on disk, block by block.
-
-    ``quantized`` passes every block's linear weights through its format and back (weight-only fake
-    quantization of what was cut, so that scales are those of the export).
-    """
+    """The student's tensors under its names on disk, block by block, in the teacher's dtype."""
     architecture, keep = teacher.architecture, candidate.keep
     family = family_of(architecture.family)
     shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
@@ -50,8 +51,6 @@ def student_tensors(
         original = architecture.blocks[number]
         source, target = (family.layer.format(layer=b.layer) for b in (original, block))
         axis_sizes, kept = shared | sizes(original), block_keep(keep, original)
-        tensors: dict[str, Tensor] = {}
-        slots: dict[str, Slot] = {}
         for name, slot in family.tensors(original).items():
             per_expert = isinstance(original, Moe) and "{expert}" in name
             experts = (
@@ -61,32 +60,73 @@ def student_tensors(
                 own = dict(kept)
                 if per_expert and "expert_ffn" in own:
                     own["expert_ffn"] = own["expert_ffn"][row]
-                renamed = target + name.format(expert=row)
-                tensors[renamed] = cut(
-                    teacher[source + name.format(expert=expert)], slot, axis_sizes, own
-                )
-                slots[renamed] = slot
-        if quantized and block.format != "bf16":
-            tensors = fake_quantize_block(tensors, slots, block.format)
-        yield from tensors.items()
+                tensor = teacher[source + name.format(expert=expert)]
+                yield target + name.format(expert=row), cut(tensor, slot, axis_sizes, own)
+
+
+def quantized(
+    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors after every block's format and back, fp32 where it is not BF16.
+
+    Weight-only fake quantization, block by block as ``student_tensors`` and checkpoints stream
+    them; scales are those of the export. fp32, as a loader dequantizes: a code times its scale is
+    not a bf16 number.
+    """
+    known = {parameter.name: parameter for parameter in parameters(architecture)}
+
+    def block_of(item: tuple[str, Tensor]) -> int | None:
+        return known[item[0]].block
+
+    for number, group in itertools.groupby(tensors, block_of):
+        found = dict(group)
+        if number is None or (format := architecture.blocks[number].format) == "bf16":
+            yield from found.items()
+            continue
+        wide = {name: tensor.float() for name, tensor in found.items()}
+        slots = {name: known[name].slot for name in found}
+        yield from fake_quantize_block(wide, slots, format).items()
 
 
 def prune(teacher: Checkpoint, candidate: Candidate, directory: Path) -> None:
     """Write the candidate's BF16 student to ``directory``, with what it keeps beside it."""
     config = student_config(teacher.config, candidate.architecture)
-    tensors = (
-        (name, tensor if tensor.dtype == torch.bfloat16 or fp32(name) else tensor.bfloat16())
-        for name, tensor in student_tensors(teacher, candidate)
+    write_checkpoint(
+        directory,
+        in_bf16(student_tensors(teacher, candidate), candidate.architecture),
+        config,
+        teacher.path,
+        to_json(candidate.architecture),
+        lambda partial: save_keep(candidate.keep, partial / KEEP),
     )
-    write_checkpoint(directory, tensors, config, teacher.path, to_json(candidate.architecture))
-    save_keep(candidate, directory / "keep.safetensors")
 
 
-def fp32(name: str) -> bool:
-    """Whether a tensor stays in fp32: the routers' correction bias."""
-    return name.endswith("e_score_correction_bias")
+def in_bf16(
+    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors as they are stored: BF16, but what the tables keep in fp32."""
+    wide = {parameter.name for parameter in parameters(architecture) if parameter.slot.float32}
+    for name, tensor in tensors:
+        yield name, tensor.to(torch.float32 if name in wide else torch.bfloat16)
 
 
-def save_keep(candidate: Candidate, file: Path) -> None:
+def save_keep(keep: Mapping[str, Tensor], file: Path) -> None:
     """Write the kept indices."""
-    save_file({name: index.contiguous() for name, index in candidate.keep.items()}, file)
+    save_file({name: index.contiguous() for name, index in keep.items()}, file)
+
+
+def save_candidate(candidate: Candidate, directory: Path) -> None:
+    """Write what a candidate is, without weights; ``prune`` adds those."""
+    with atomic_directory(directory) as partial:
+        write_text(partial / ARCHITECTURE, to_json(candidate.architecture))
+        save_keep(candidate.keep, partial / KEEP)
+
+
+def load_candidate(directory: Path, kind: str) -> Candidate:
+    """The candidate of a directory; its name is the directory's."""
+    return Candidate(
+        id=directory.name,
+        kind=kind,
+        architecture=from_json((directory / ARCHITECTURE).read_text()),
+        keep=load_file(directory / KEEP),
+    )

@@ -32,7 +32,11 @@ class Recipe(BaseModel):
     ssm_format: SsmFormat = Field("fp32", description="Format of the Mamba states.")
     workspace: str = Field("0", description="Bytes a server needs besides model and caches (1GiB).")
     device: str | None = Field(None, description="Device preset, such as a10g or 8xh100.")
-    space: str = Field("joint", description="Search space: a shipped one or a YAML file.")
+    space: str | None = Field(
+        None,
+        description="Search space: a shipped one or a YAML file; default: formats where they "
+        "suffice, else joint.",
+    )
     target: Target = Field("compress", description="Loader the student has to work with.")
     data: str | None = Field(
         None,

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.architecture import Architecture, Block, Format, Mamba, block_name, sizes
@@ -69,6 +69,7 @@ def contributions(
     seed: int = 0,
     batch: int = 8,
     progress: Progress = lambda done, total: None,
+    directory: Path | None = None,
 ) -> dict[str, Tensor]:
     """The contribution matrix [sequences * draws, *units] of every gate, fp32.
 
@@ -82,15 +83,29 @@ def contributions(
         seed: of the labels.
         batch: sequences per forward pass.
         progress: called with backward passes done and in total.
+        directory: keeps every finished batch, so that a killed scoring continues there.
     """
     taps = Taps(model, architecture, formats)
-    batches = tokens.split(batch)
+    batches = torch.split(tokens, batch)
     collected: dict[str, list[Tensor]] = {}
     for number, rows in enumerate(batches):
-        for draw, found in enumerate(draw_rows(taps, rows, draws, seed)):
-            for key, value in found.items():
-                collected.setdefault(key, []).append(value)
-            progress(number * draws + draw + 1, len(batches) * draws)
+        part = directory / f"{number:04}.safetensors" if directory else None
+        if part is None or not part.is_file():
+            found: dict[str, list[Tensor]] = {}
+            for draw, drawn in enumerate(draw_rows(taps, rows, draws, seed)):
+                for key, value in drawn.items():
+                    found.setdefault(key, []).append(value)
+                progress(number * draws + draw + 1, len(batches) * draws)
+            whole_batch = {key: torch.cat(values) for key, values in found.items()}
+            if part:
+                part.parent.mkdir(parents=True, exist_ok=True)
+                save_file(whole_batch, part.with_suffix(".partial"))
+                part.with_suffix(".partial").replace(part)
+        else:
+            whole_batch = load_file(part)
+            progress((number + 1) * draws, len(batches) * draws)
+        for key, value in whole_batch.items():
+            collected.setdefault(key, []).append(value)
     return {key: torch.cat(values) for key, values in collected.items()}
 
 

@@ -96,7 +96,7 @@ def write_tiny(
     tokenizer.add_special_tokens(["<|end|>"])
     tokenizer.save(str(directory / "tokenizer.json"))
     (directory / "tokenizer_config.json").write_text(
-        '{"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": "<|end|>", "unk_token": "<unk>"}'
+        '{"eos_token": "<|end|>", "unk_token": "<unk>"}'
     )
     return directory
 

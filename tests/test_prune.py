@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import TINY, write_tiny
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
@@ -14,7 +15,6 @@ from compress.checkpoint import open_checkpoint
 from compress.errors import InputError
 from compress.model import build_model, is_plain, load_model, student_config
 from compress.prune import prune, student_tensors
-from conftest import HYBRID, TINY, write_tiny
 
 Keep = dict[str, Tensor]
 

@@ -1,0 +1,146 @@
+"""The score stage: contributions, exact removals and the KV format, once per teacher and text."""
+
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from compress.architecture import FORMATS, Block, block_name
+from compress.candidate import AXES
+from compress.kv import set_kv_format
+from compress.replay import removal_costs
+from compress.runs import Run, fingerprint
+from compress.scores import Scores, change, contributions, importance, kl_of, load_scores
+from compress.search.measure import reference, sequence_kl
+from compress.session import Session
+from compress.show import note, progress, table
+
+STAGE = "score"
+
+
+def score_inputs(session: Session) -> dict[str, object]:
+    """What decides the scores."""
+    recipe = session.recipe
+    return {
+        "session": session.identity(),
+        "tokens": [recipe.score_tokens, recipe.draws, recipe.replay_tokens],
+    }
+
+
+def scores_file(run: Run) -> Path:
+    """Where the scores are."""
+    return run.path / "scores" / "scores.safetensors"
+
+
+def score(session: Session) -> Scores:
+    """The scores of the session's teacher, computed where missing; every format is scored."""
+    run, recipe, inputs = session.run, session.recipe, score_inputs(session)
+    file = scores_file(run)
+    if run.stage_done(STAGE, inputs) and file.is_file():
+        return load_scores(file)
+    rows = session.rows("score", recipe.score_tokens)
+    replayed = rows[: max(1, recipe.replay_tokens // recipe.sequence_length)]
+    formats = [format for format in FORMATS if format != "bf16"]
+    architecture, model = session.architecture, session.model
+    # Its own directory for these inputs: parts of another scoring are never mixed in.
+    parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
+    with progress("score: contributions", len(rows)) as advance:
+        found = contributions(
+            model, architecture, rows, recipe.draws, formats, recipe.seed,
+            progress=stepwise(advance, len(rows)), directory=parts,
+        )  # fmt: skip
+    with progress("score: exact block removals", len(architecture.blocks)) as advance:
+        exact = removal_costs(
+            model, architecture, replayed, stepwise(advance, len(architecture.blocks))
+        )
+    text = reference(session.checkpoint, model, replayed)
+    set_kv_format(model, "fp8")
+    kv = float(torch.cat(list(sequence_kl(model, text))).mean())
+    set_kv_format(model, "bf16")
+    scores = Scores(found, exact, kv, recipe.sequence_length)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    scores.save(file.with_suffix(".partial"))
+    file.with_suffix(".partial").replace(file)
+    run.sign(STAGE, inputs)
+    shutil.rmtree(parts)
+    return scores
+
+
+def stepwise(advance: object, steps: int):  # type: ignore[no-untyped-def]
+    """Progress given as (done, total) on a bar that counts ``steps``."""
+    seen = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal seen
+        now = done * steps // total
+        advance(now - seen, "")
+        seen = now
+
+    return report
+
+
+def print_scores(session: Session, scores: Scores) -> None:
+    """The most and least important of every kind, in nats per token."""
+    blocks = session.architecture.blocks
+    by_cost = sorted(scores.exact.items(), key=lambda item: item[1])
+    removals = [(name, f"{cost:.4f}") for name, cost in by_cost]
+    shown = removals if len(removals) <= 12 else [*removals[:5], ("...", ""), *removals[-5:]]
+    table("Blocks by what removing them costs (KL, nats per token)", ["block", "KL"], shown)
+    rows = list(unit_rows(scores, blocks))
+    table(
+        "Units of every axis (KL of losing one alone, nats per token)",
+        ["kind", "axis", "units", "least", "where", "most", "where "],
+        rows,
+        left=2,
+    )
+    formats = []
+    for format in FORMATS[1:]:
+        costs = {
+            block_name(b): kl_of(change(scores, b, {}, format), scores.length)
+            for b in blocks
+            if f"{next(iter(units(b)))}/{format}" in scores.contributions
+        }
+        if costs:
+            low, high = min(costs, key=lambda n: costs[n]), max(costs, key=lambda n: costs[n])
+            formats.append(
+                (format, f"{sum(costs.values()):.4f}", f"{costs[low]:.5f}", low,
+                 f"{costs[high]:.5f}", high)
+            )  # fmt: skip
+    table(
+        "Number formats of a block (KL, nats per token)",
+        ["format", "sum of all", "least", "where", "most", "where "],
+        formats,
+    )
+    note(f"FP8 KV cache, measured: {scores.kv:.5f} nats per token")
+
+
+def units(block: Block) -> Iterator[str]:
+    """Keys of a block's unit arrays."""
+    from compress.gates import UNITS, unit_key
+
+    yield from (unit_key(block, axes) for axes in UNITS[block.kind])
+
+
+def unit_rows(scores: Scores, blocks: tuple[Block, ...]) -> Iterator[tuple[str, ...]]:
+    """A row per kind and axis: how many units, the least and the most important one."""
+    kinds = {block.kind for block in blocks}
+    for kind in (kind for kind in AXES if kind in kinds):
+        for axis in AXES[kind]:
+            values = [
+                (block_name(b), importance(scores, b, axis).flatten())
+                for b in blocks
+                if b.kind == kind
+            ]
+            least = min(values, key=lambda item: float(item[1].min()))
+            most = max(values, key=lambda item: float(item[1].max()))
+            yield (
+                kind, axis, str(sum(len(found) for _, found in values)),
+                f"{float(least[1].min()):.2e}", f"{least[0]} #{int(least[1].argmin())}",
+                f"{float(most[1].max()):.2e}", f"{most[0]} #{int(most[1].argmax())}",
+            )  # fmt: skip
+    hidden = importance(scores, None, "hidden")
+    yield (
+        "all", "hidden", str(len(hidden)), f"{float(hidden.min()):.2e}",
+        f"#{int(hidden.argmin())}", f"{float(hidden.max()):.2e}", f"#{int(hidden.argmax())}",
+    )  # fmt: skip

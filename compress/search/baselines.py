@@ -1,0 +1,133 @@
+"""What people do without a search, at the same bytes: uniform cuts, random cuts, one lever only."""
+
+import random
+from collections.abc import Sequence
+
+from compress.architecture import Format, KvFormat, sizes
+from compress.candidate import AXES, Candidate
+from compress.search.problem import Choice, Globals, Problem, total_bytes
+from compress.space import Option, Space, admissible
+
+FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")
+# Shares of the uniform cut, in steps of 1/256 of a width.
+STEPS = 256
+KINDS = ("joint", "prune_then_quantize", "prune", "formats", "uniform", "random")
+
+
+def main_kind(space: Space) -> str:
+    """What a search of this space produces."""
+    if not space.prunes:
+        return "formats"
+    return "joint" if len(space.formats) > 1 else "prune"
+
+
+def variants(space: Space, offered: Sequence[Format], kv: Sequence[KvFormat]) -> dict[str, Space]:
+    """The spaces of the searched kinds, by study name: the same structure with other formats.
+
+    ``offered`` are the formats of the target. Prune-then-quantize has a study per format.
+    """
+    both = {"kv_formats": tuple(kv)}
+    structure = space if space.prunes else space.model_copy(update={"remove": "block"})
+    found = {
+        "joint": structure.model_copy(update={"formats": tuple(offered), **both}),
+        "prune": structure.model_copy(update={"formats": ("bf16",), **both}),
+        "formats": space.model_copy(
+            update={"axes": {}, "remove": "none", "formats": tuple(offered), **both}
+        ),
+    }
+    for format in offered:
+        if format != "bf16":
+            name = f"prune_then_quantize:{format}"
+            found[name] = structure.model_copy(update={"formats": (format,), **both})
+    return found
+
+
+def uniform(problem: Problem) -> list[tuple[Candidate, float]]:
+    """The widest uniform cut that fits, per KV format, with its predicted KL; BF16.
+
+    One share for all FFN widths; where that is not enough, for every axis that can be cut.
+    """
+    found = []
+    for kv_format in problem.space.kv_formats:
+        chosen = Globals(kv_format=kv_format)
+        for axes in (FFN_AXES, tuple({axis for found in AXES.values() for axis in found})):
+            fitting = widest(problem, chosen, axes)
+            if fitting is not None:
+                found.append((named("uniform", len(found), problem, fitting, chosen),
+                              predicted(problem, fitting, chosen)))
+                break
+    return found
+
+
+def widest(problem: Problem, chosen: Globals, axes: Sequence[str]) -> list[Choice] | None:
+    """The largest uniform share of the axes that is within the budget."""
+    low, high = 0, STEPS
+    while low < high:
+        middle = (low + high + 1) // 2
+        picked = at_share(problem, middle / STEPS, axes)
+        low, high = (middle, high) if fits(problem, picked, chosen) else (low, middle - 1)
+    picked = at_share(problem, low / STEPS, axes)
+    return picked if fits(problem, picked, chosen) else None
+
+
+def at_share(problem: Problem, share: float, axes: Sequence[str]) -> list[Choice]:
+    """Every block with this share of its axes, at least one unit (top-k experts) of each."""
+    picked: list[Choice] = []
+    for number, block in enumerate(problem.teacher.blocks):
+        target = {}
+        for axis in AXES[block.kind]:
+            size = sizes(block)[axis]
+            count = max(1, int(share * size))
+            if axis in axes and count < size and admissible(block, {axis: count}):
+                target[axis] = count
+        picked.append(((number, Option(tuple(sorted(target.items())))),))
+    return picked
+
+
+def fits(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> bool:
+    """Whether a choice is within the budget."""
+    candidate = problem.candidate("x", "x", picked, chosen)
+    return total_bytes(candidate, problem.deployment) <= problem.budget
+
+
+def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, float]]:
+    """Random cuts of a problem's space: groups take random smaller options until all fits."""
+    found: list[tuple[Candidate, float]] = []
+    for number in range(count):
+        draw = random.Random(seed * 7919 + number)
+        chosen = Globals(kv_format=draw.choice(problem.space.kv_formats))
+        groups = problem.groups(chosen)
+        knapsack = problem.knapsack(groups, chosen)
+        choice = [0] * len(groups)
+        used = sum(float(options[0]) for options in knapsack.bytes)
+        smaller = [(g, o) for g, options in enumerate(groups) for o in range(1, len(options))]
+        draw.shuffle(smaller)
+        for group, option in smaller:
+            if used <= knapsack.budget:
+                break
+            saved = float(knapsack.bytes[group][choice[group]] - knapsack.bytes[group][option])
+            if saved > 0:
+                choice[group], used = option, used - saved
+        picked = [options[i] for options, i in zip(groups, choice, strict=True)]
+        alive = any(
+            o.removed is False and problem.teacher.blocks[n].kind == "attention"
+            for c in picked for n, o in c
+        )
+        if used <= knapsack.budget and alive:
+            found.append((named("random", number, problem, picked, chosen),
+                          predicted(problem, picked, chosen)))
+    return found
+
+
+def predicted(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> float:
+    """Predicted KL of a choice."""
+    costs = [sum(problem.cost(number, option)) for choice in picked for number, option in choice]
+    return sum(costs) + problem.global_cost(chosen)
+
+
+def named(
+    kind: str, number: int, problem: Problem, picked: Sequence[Choice], chosen: Globals
+) -> Candidate:
+    """A baseline's candidate."""
+    return problem.candidate(f"{kind}-{number:03}", kind, picked, chosen)
+

@@ -1,0 +1,195 @@
+"""From scores and a space to knapsacks, and from a choice back to a candidate."""
+
+import itertools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.architecture import Architecture, Format, KvFormat, block_name
+from compress.candidate import Candidate, student_architecture
+from compress.memory import (
+    Deployment,
+    block_bytes,
+    conv_state_bytes,
+    footprint,
+    kv_cache_bytes,
+    outside_bytes,
+    ssm_state_bytes,
+)
+from compress.scores import Scores, choose, importance, kl_of, option_cost, removed, top
+from compress.search.knapsack import Floats, Knapsack
+from compress.space import (
+    REMOVED,
+    Option,
+    Space,
+    block_options,
+    counts,
+    last_attention_must_stay,
+    resized,
+)
+
+# One option of a group: what each of its blocks does.
+Choice = tuple[tuple[int, Option], ...]
+
+
+@dataclass(frozen=True)
+class Globals:
+    """What one value decides for the whole model: the outer problem's variables.
+
+    ``multipliers`` scale the predicted cost of structure per kind of block, and of rounding under
+    ``"format"``: they repair what additive scores get wrong.
+    """
+
+    kv_format: KvFormat = "bf16"
+    shares: Mapping[str, float] = field(default_factory=dict)
+    multipliers: Mapping[str, float] = field(default_factory=dict)
+
+
+@dataclass
+class Problem:
+    """A teacher, its scores, a space and a budget; costs of options are computed once.
+
+    ``blind_to_rounding`` leaves the cost of formats out of the choice (prune, then quantize).
+    """
+
+    teacher: Architecture
+    scores: Scores
+    space: Space
+    deployment: Deployment
+    budget: int
+    blind_to_rounding: bool = False
+    costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
+    keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
+
+    def hidden(self, chosen: Globals) -> int:
+        """Hidden size under the chosen share."""
+        share = chosen.shares.get("hidden", 1.0)
+        size = self.teacher.hidden
+        return size if share == 1 else counts("hidden", size, (share,))[-1]
+
+    def groups(self, chosen: Globals) -> list[list[Choice]]:
+        """Options of every group: a block, or a layer where only whole layers may go."""
+        hidden = self.hidden(chosen)
+        found: list[list[Choice]] = []
+        options = {
+            number: list(block_options(self.teacher, number, self.space, chosen.shares, hidden))
+            for number in range(len(self.teacher.blocks))
+        }
+        if self.space.remove == "layer":
+            numbers: dict[int, list[int]] = {}
+            for number, block in enumerate(self.teacher.blocks):
+                numbers.setdefault(block.layer, []).append(number)
+            for members in numbers.values():
+                kept = itertools.product(*([(n, o) for o in options[n]] for n in members))
+                found.append([*kept, tuple((n, REMOVED) for n in members)])
+            return found
+        for number, kept_options in options.items():
+            group: list[Choice] = [((number, option),) for option in kept_options]
+            found.append(group + ([((number, REMOVED),)] if self.space.remove == "block" else []))
+        return found
+
+    def keep_of(self, number: int, option: Option) -> dict[str, Tensor]:
+        """Kept indices of a block under an option."""
+        key = (number, replace(option, format="bf16"))
+        if key not in self.keeps:
+            block = self.teacher.blocks[number]
+            self.keeps[key] = choose(self.scores, block, dict(option.target))
+        return self.keeps[key]
+
+    def cost(self, number: int, option: Option) -> tuple[float, float]:
+        """Predicted KL of an option's structure, and what its format adds."""
+        if (number, option) not in self.costs:
+            block = self.teacher.blocks[number]
+            if option.removed:
+                found = (removed(self.scores, block), 0.0)
+            else:
+                keep = self.keep_of(number, option)
+                structure = option_cost(self.scores, block, keep, "bf16") if keep else 0.0
+                both = option_cost(self.scores, block, keep, option.format)
+                found = (structure, both - structure if option.format != "bf16" else 0.0)
+            self.costs[number, option] = found
+        return self.costs[number, option]
+
+    def option_bytes(self, number: int, option: Option, chosen: Globals) -> int:
+        """Bytes that a block takes under an option: weights, KV cache and states."""
+        if option.removed:
+            return 0
+        block = resized(self.teacher.blocks[number], dict(option.target), option.format)
+        return (
+            block_bytes(block, self.hidden(chosen), self.teacher.family)
+            + kv_cache_bytes(block, chosen.kv_format, self.deployment)
+            + ssm_state_bytes(block, self.deployment)
+            + conv_state_bytes(block, self.deployment)
+        )
+
+    def knapsack(self, groups: Sequence[Sequence[Choice]], chosen: Globals) -> Knapsack:
+        """The inner problem under the outer choice."""
+        fixed = (
+            outside_bytes(replace(self.teacher, hidden=self.hidden(chosen)))
+            + self.deployment.workspace_bytes
+        )
+
+        def cost(choice: Choice) -> float:
+            total = 0.0
+            for number, option in choice:
+                structure, rounding = self.cost(number, option)
+                total += structure * chosen.multipliers.get(self.teacher.blocks[number].kind, 1.0)
+                if not self.blind_to_rounding:
+                    total += rounding * chosen.multipliers.get("format", 1.0)
+            return total
+
+        attention = set(last_attention_must_stay(self.teacher))
+        survivors = [
+            (g, o)
+            for g, options in enumerate(groups)
+            for o, choice in enumerate(options)
+            if any(n in attention and not option.removed for n, option in choice)
+        ]
+        return Knapsack(
+            costs=[np.array([cost(choice) for choice in options]) for options in groups],
+            bytes=[self.bytes_of(options, chosen) for options in groups],
+            budget=self.budget - fixed,
+            at_least_one=[survivors] if survivors else [],
+        )
+
+    def bytes_of(self, options: Sequence[Choice], chosen: Globals) -> Floats:
+        """Bytes of every option of a group."""
+        return np.array(
+            [float(sum(self.option_bytes(n, o, chosen) for n, o in choice)) for choice in options]
+        )
+
+    def global_cost(self, chosen: Globals) -> float:
+        """Predicted KL of the hidden size and the KV format."""
+        cost = self.scores.kv if chosen.kv_format == "fp8" else 0.0
+        if (hidden := self.hidden(chosen)) < self.teacher.hidden:
+            gone = torch.ones(self.teacher.hidden).index_fill_(0, self.hidden_keep(hidden), 0)
+            cost += kl_of(self.scores.contributions["hidden"] @ gone, self.scores.length)
+        return cost
+
+    def hidden_keep(self, hidden: int) -> Tensor:
+        """The most important hidden channels."""
+        return top(importance(self.scores, None, "hidden"), hidden)
+
+    def candidate(self, name: str, kind: str, picked: Sequence[Choice], chosen: Globals) -> Candidate:
+        """The candidate of one option per group."""
+        decided = dict(pair for choice in picked for pair in choice)
+        alive = [n for n in range(len(self.teacher.blocks)) if not decided[n].removed]
+        keep: dict[str, Tensor] = {"blocks": torch.tensor(alive, dtype=torch.long)}
+        formats: dict[int, Format] = {}
+        if (hidden := self.hidden(chosen)) < self.teacher.hidden:
+            keep["hidden"] = self.hidden_keep(hidden)
+        for number in alive:
+            formats[number] = decided[number].format
+            prefix = block_name(self.teacher.blocks[number])
+            for axis, index in self.keep_of(number, decided[number]).items():
+                keep[f"{prefix}/{axis}"] = index
+        student = student_architecture(self.teacher, keep, formats, chosen.kv_format)
+        return Candidate(id=name, kind=kind, architecture=student, keep=keep)
+
+
+def total_bytes(candidate: Candidate, deployment: Deployment) -> int:
+    """Bytes that serving a candidate takes."""
+    return footprint(candidate.architecture, deployment).total

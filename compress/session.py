@@ -1,0 +1,119 @@
+"""What the stages of one run share: the teacher, its text and where things are."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.architecture import Architecture
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.data import Split, load_tokenizer, pack, read_documents, split_documents
+from compress.errors import InputError
+from compress.fetch import note_of, resolve_model
+from compress.memory import Deployment
+from compress.model import load_model
+from compress.plan import Budget, resolve_budget, teacher_bytes
+from compress.recipe import Recipe
+from compress.runs import Run
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run and its recipe; everything heavy is loaded when first asked for."""
+
+    run: Run
+    recipe: Recipe
+
+    @cached_property
+    def path(self) -> Path:
+        """Directory of the teacher."""
+        return resolve_model(self.recipe.model)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The teacher on disk; it has to be in BF16."""
+        return open_checkpoint(self.path)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The teacher's."""
+        return self.checkpoint.architecture
+
+    @cached_property
+    def model(self) -> Any:
+        """The teacher in fp32."""
+        return load_model(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's."""
+        return load_tokenizer(self.path)
+
+    @property
+    def deployment(self) -> Deployment:
+        """How students are served."""
+        return self.recipe.deployment
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The limit that binds."""
+        limit = resolve_budget(
+            self.architecture, self.deployment, self.recipe.budget, self.recipe.device
+        )
+        if limit is None:
+            raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
+        return limit
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The teacher with BF16 weights and a 16-bit cache in the same deployment."""
+        return teacher_bytes(self.architecture, self.deployment)
+
+    @property
+    def note(self) -> str:
+        """What a reader must know about the teacher, such as how it was obtained."""
+        return note_of(self.path)
+
+    @cached_property
+    def splits(self) -> dict[Split, list[str]]:
+        """Documents by split; ``eval_data`` replaces the final one."""
+        recipe = self.recipe
+        splits = split_documents(read_documents(Path(recipe.data) if recipe.data else None))
+        if recipe.eval_data:
+            splits["final"] = read_documents(Path(recipe.eval_data))
+        return splits
+
+    def rows(self, split: Split, tokens: int, length: int | None = None) -> Tensor:
+        """Packed rows of a split, [rows, sequence length]."""
+        length = length or self.recipe.sequence_length
+        return pack(self.splits[split], self.tokenizer, length, tokens, self.recipe.seed)
+
+    def training_rows(self, tokens: int, length: int) -> Tensor:
+        """Rows to train on: as many as ``tokens`` asks for, or all that there are."""
+        texts = self.splits["train"]
+        # Far more than a token per 8 characters: then there is no need to tokenize everything.
+        plenty = sum(len(text) for text in texts) > 8 * tokens
+        wanted = tokens if plenty else None
+        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What recognizes the same teacher and text: settings, file sizes and times."""
+        files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
+        texts = [Path(t) for t in (self.recipe.data, self.recipe.eval_data) if t]
+        return {
+            "teacher": [stamp(file) for file in files],
+            "text": [stamp(file) for file in texts] or f"embedded {sys.version_info[:2]}",
+            "seed": self.recipe.seed,
+            "sequence_length": self.recipe.sequence_length,
+        }
+
+
+def stamp(file: Path) -> list[Any]:
+    """Path, size and time of a file."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist")
+    found = file.stat()
+    return [str(file.resolve()), found.st_size, found.st_mtime_ns]

@@ -1,0 +1,94 @@
+"""The stages of a run as the command line calls them."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from compress import evaluating, scoring, searching, students
+from compress.recipe import Recipe, read_recipe
+from compress.report import report as write_report
+from compress.runs import Run, run_at
+from compress.recipe import write_recipe
+from compress.session import Session
+from compress.show import note
+
+# The main job on the embedded teacher: a budget that number formats alone do not reach.
+QUICKSTART = Recipe(
+    budget="34%",
+    space="joint",
+    context="2k",
+    trials=24,
+    finalists=1,
+    draws=8,
+    select_tokens=4096,
+    replay_tokens=2048,
+    short_distill_tokens=49152,
+    distill_batch_tokens=2048,
+    learning_rate=1e-3,
+)
+
+
+def session_of(run: Run) -> Session:
+    """The session of a run that exists."""
+    return Session(run, read_recipe(run.path / "recipe.yaml"))
+
+
+def score(run: Run, recipe: Recipe) -> None:
+    """Score the teacher and print what matters most and least."""
+    session = Session(run, recipe)
+    scoring.print_scores(session, scoring.score(session))
+
+
+def search(run: Run, recipe: Recipe) -> None:
+    """Find and print the best candidates within the budget."""
+    searching.search(Session(run, recipe))
+
+
+def prune(run: Run, candidate: str | None) -> None:
+    """Write a candidate's BF16 student."""
+    session = session_of(run)
+    found, _ = students.find_candidate(session, candidate)
+    note(f"{found.id}: BF16 student in {students.pruned(session, found)}")
+
+
+def distill(run: Run, candidate: str | None) -> None:
+    """Train a candidate's student."""
+    students.distill(session_of(run), candidate)
+
+
+def quantize(run: Run, candidate: str | None) -> None:
+    """Quantize the latest student with ModelOpt and measure it."""
+    students.quantize(session_of(run), candidate)
+
+
+def export(run: Run, candidate: str | None) -> None:
+    """Export the latest student in its formats, verified."""
+    students.export(session_of(run), candidate)
+
+
+def evaluate(
+    names: Sequence[str],
+    tasks: Sequence[str],
+    as_json: bool,
+    recipe: Recipe,
+    task_data: Path | None = None,
+    limit: int | None = None,
+) -> None:
+    """Compare models and runs, and print the tables or one JSON object."""
+    found = evaluating.evaluate(names, tasks, recipe, task_data, limit)
+    if as_json:
+        print(json.dumps(found))
+    else:
+        evaluating.print_results(found)
+
+
+def quickstart() -> None:
+    """The whole path on the embedded teacher: search, distil, export, evaluate, report."""
+    run = run_at("quickstart")
+    write_recipe(QUICKSTART, run.path / "recipe.yaml")
+    session = Session(run, QUICKSTART)
+    searching.search(session)
+    students.export(session, None)
+    found = evaluating.final_table(session)
+    evaluating.print_table(session, found)
+    note(f"next: open {write_report(run.path)} in a browser, or compress fetch smollm2-135m")

@@ -1,0 +1,180 @@
+"""From a candidate to a student: cut, trained, quantized, exported."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.architecture import to_json
+from compress.candidate import Candidate
+from compress.checkpoint import open_checkpoint, write_checkpoint
+from compress.distill import DistillSettings
+from compress.distill import distill as train_on_teacher
+from compress.errors import InputError
+from compress.families import parameters
+from compress.kv import set_kv_format
+from compress.model import disk_tensors, load_model, student_config
+from compress.prune import in_bf16, load_candidate, prune
+from compress.runs import read_json, write_json
+from compress.search.measure import Reference, reference, sequence_kl, student_model
+from compress.session import Session
+from compress.show import note
+from compress.units import format_bytes
+
+SHORT = ".short"
+STUDENT = "student"
+
+
+def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mapping[str, Any]]:
+    """The candidate of a name, or the selected one, and its row of ``candidates.json``."""
+    file = session.run.path / "candidates.json"
+    if not file.is_file():
+        raise InputError(f"{session.run.path} has no candidates yet; run compress search first")
+    rows: list[Mapping[str, Any]] = read_json(file)
+    found = [row for row in rows if (row["id"] == name if name else row["selected"])]
+    if not found:
+        known = ", ".join(row["id"] for row in rows[:8])
+        raise InputError(f"no candidate {name} in {session.run.path}; the best are {known}")
+    directory = session.run.path / "candidates" / found[0]["id"]
+    return load_candidate(directory, found[0]["kind"]), found[0]
+
+
+def pruned(session: Session, candidate: Candidate) -> Path:
+    """Directory of the candidate's BF16 student, cut now if it was not before."""
+    directory = session.run.path / "candidates" / candidate.id
+    if not (directory / "config.json").is_file():
+        prune(session.checkpoint, candidate, directory)
+    return directory
+
+
+def latest(session: Session, candidate: Candidate) -> Path:
+    """The most trained BF16 student there is: distilled, shortly distilled, or only cut."""
+    for name in (candidate.id, candidate.id + SHORT):
+        directory = session.run.path / "distill" / name / STUDENT
+        if directory.is_dir():
+            return directory
+    return pruned(session, candidate)
+
+
+def distilled(session: Session, candidate: Candidate, tokens: int, *, short: bool) -> Path:
+    """Directory of the student trained on its teacher for so many tokens, in BF16."""
+    run, recipe = session.run, session.recipe
+    name = candidate.id + (SHORT if short else "")
+    directory = run.path / "distill" / name
+    settings = DistillSettings(
+        tokens=tokens,
+        batch_tokens=recipe.distill_batch_tokens,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        checkpoint_every=25,
+    )
+    start = pruned(session, candidate)
+    inputs = {
+        "session": session.identity(),
+        "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate],
+        "length": recipe.distill_length,
+        "architecture": to_json(candidate.architecture),
+        "keep": {key: index.tolist() for key, index in candidate.keep.items()},
+    }
+    stage = f"distill:{name}"
+    if run.stage_done(stage, inputs) and (directory / STUDENT).is_dir():
+        return directory / STUDENT
+    student = load_model(start)
+    rows = session.training_rows(tokens, recipe.distill_length)
+    train_on_teacher(session.model, student, rows, settings, directory)
+    architecture = candidate.architecture
+    write_checkpoint(
+        directory / STUDENT,
+        in_bf16(disk_tensors(student, architecture), architecture),
+        student_config(session.checkpoint.config, architecture),
+        session.path,
+        to_json(architecture),
+    )
+    run.sign(stage, inputs)
+    return directory / STUDENT
+
+
+def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:
+    """The BF16 student of a directory as a model in fp32, in the candidate's formats."""
+    checkpoint = open_checkpoint(directory)
+    tensors = ((p.name, checkpoint[p.name]) for p in parameters(candidate.architecture))
+    return student_model(session.checkpoint, candidate.architecture, tensors)
+
+
+def kl_of(model: Any, text: Reference) -> float:
+    """Mean KL of a model to the teacher on a text, nats per token."""
+    return float(torch.cat(list(sequence_kl(model, text))).mean())
+
+
+def short_distill(session: Session, candidate: Candidate, fresh: Reference) -> float | None:
+    """KL of the candidate on fresh text, in its formats, after a short distillation; None if off."""
+    tokens = session.recipe.short_distill_tokens
+    if tokens == 0:
+        return None
+    directory = distilled(session, candidate, tokens, short=True)
+    return kl_of(in_formats(session, candidate, directory), fresh)
+
+
+def distill(session: Session, name: str | None) -> None:
+    """Train the candidate for the whole distance and say what it bought."""
+    candidate, _ = find_candidate(session, name)
+    recipe = session.recipe
+    text = reference(
+        session.checkpoint, session.model, session.rows("select", 2 * recipe.select_tokens)
+    )
+    before = kl_of(in_formats(session, candidate, pruned(session, candidate)), text)
+    directory = distilled(session, candidate, recipe.distill_tokens, short=False)
+    after = kl_of(in_formats(session, candidate, directory), text)
+    write_json(
+        directory.parent / "result.json",
+        {"before": before, "after": after, "tokens": recipe.distill_tokens},
+    )
+    note(
+        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {recipe.distill_tokens} tokens "
+        f"(select text, in its formats); student in {directory}"
+    )
+
+
+def quantize(session: Session, name: str | None) -> None:
+    """Quantize the latest student with ModelOpt and say what that costs."""
+    from compress.quantize import quantize as with_modelopt
+
+    candidate, _ = find_candidate(session, name)
+    directory, architecture = latest(session, candidate), candidate.architecture
+    tokens = session.rows("select", session.recipe.select_tokens)
+    text = reference(session.checkpoint, session.model, tokens)
+    plain = load_model(directory)
+    set_kv_format(plain, architecture.kv_format)
+    whole = kl_of(plain, text)
+    calibration = session.rows("score", session.recipe.score_tokens)
+    rounded = kl_of(with_modelopt(plain, architecture, calibration[:8]), text)
+    formats = ", ".join(sorted(architecture.formats))
+    note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
+
+
+def export(session: Session, name: str | None) -> Path:
+    """Export the latest student in its formats, verified by reading it back."""
+    from compress.export import export_student
+
+    candidate, row = find_candidate(session, name)
+    directory, run = latest(session, candidate), session.run
+    out = run.path / "export" / candidate.id
+    card = {
+        "command": f"compress search {session.recipe.model} --run {run.name}",
+        "budget": session.budget.description,
+        "teacher": f"{session.recipe.model} ({session.note})" if session.note else session.recipe.model,
+        "bytes": f"{format_bytes(row['bytes'])} with caches at {session.recipe.context} context",
+        "KL to the teacher": f"{row['measured_kl']:.4f} nats per token before distillation",
+        "student": str(directory.relative_to(run.path)),
+    }
+    calibration = session.rows("score", session.recipe.score_tokens)[:8]
+    facts = export_student(
+        directory, out, candidate.architecture, session.recipe.target, card, calibration
+    )
+    note(
+        f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
+        f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
+    )
+    return out
+

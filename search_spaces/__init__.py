@@ -1,0 +1,1 @@
+"""Search spaces as data: which axes may shrink, to what, and which formats a block may take."""
