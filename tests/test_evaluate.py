@@ -87,10 +87,13 @@ def test_too_little_text_for_choice_rows_says_how_much_there_is() -> None:
         make_choice_rows(["short"], 5, seed=0)
 
 
-def test_rolling_rows_are_the_text_up_to_the_limit() -> None:
-    texts = documents(count=3)
-    rows = make_rolling_rows(texts, characters=5000)
-    assert "".join(row["text"] for row in rows) == "".join(texts)[:5000]
+def test_rolling_rows_are_pieces_of_the_text_up_to_the_limit() -> None:
+    texts = documents(count=3, words=2000)
+    rows = make_rolling_rows(texts, characters=15000, seed=0)
+    assert sum(len(row["text"]) for row in rows) == 15000
+    assert all(any(row["text"] in text for text in texts) for row in rows)
+    whole = make_rolling_rows(texts, characters=10**9, seed=0)
+    assert sum(len(row["text"]) for row in whole) == sum(map(len, texts))
 
 
 @pytest.fixture(scope="module")
@@ -178,6 +181,52 @@ def text_nats(model, tokenizer, context: str, continuation: str) -> float:  # ty
     with torch.no_grad():
         log = model(tokens).logits[0, start - 1 : -1].log_softmax(-1)
     return -float(log.gather(-1, tokens[0, start:, None]).sum())
+
+
+def test_an_answer_longer_than_the_window_is_refused(
+    tiny_llama: Path, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    row = {"context": "the", "choices": [" model" * 100, " small"], "answer": 0}
+    (tmp_path / "choice.jsonl").write_text(json.dumps(row) + "\n")
+    teacher = load_model(tiny_llama)
+    with pytest.raises(InputError, match="600 tokens, but the model's window is 512"):
+        evaluate(
+            {"a": teacher},
+            teacher,
+            load_tokenizer(tiny_llama),
+            rows,
+            tasks=["choice"],
+            task_rows={"choice": tmp_path / "choice.jsonl"},
+        )
+
+
+def test_benchmarks_read_local_files(tiny_llama: Path, rows: torch.Tensor, tmp_path: Path) -> None:
+    pairs = [{"sentence_good": f"the model {n}", "sentence_bad": f"model the {n}"} for n in "abcd"]
+    for name in ("passive_1", "intransitive"):
+        lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
+        (tmp_path / "blimp").mkdir(exist_ok=True)
+        (tmp_path / "blimp" / f"{name}.jsonl").write_text(lines)
+    teacher = load_model(tiny_llama)
+    found = evaluate(
+        {"a": teacher},
+        teacher,
+        load_tokenizer(tiny_llama),
+        rows,
+        tasks=["blimp"],
+        task_data=tmp_path,
+    )
+    tasks = found["models"]["a"]["tasks"]
+    assert set(tasks) == {"blimp", "blimp_passive_1", "blimp_intransitive"}
+    assert tasks["blimp"]["acc"] == tasks["blimp_passive_1"]["acc"]
+    with pytest.raises(InputError, match="no file for task 'piqa'"):
+        evaluate(
+            {"a": teacher},
+            teacher,
+            load_tokenizer(tiny_llama),
+            rows,
+            tasks=["piqa"],
+            task_data=tmp_path,
+        )
 
 
 def test_unknown_task_names_are_refused_before_anything_runs(
