@@ -11,11 +11,15 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from compress.architecture import BLOCKS
 from compress.checkpoint import open_checkpoint
-from compress.data import load_tokenizer
+from compress.data import load_tokenizer, read_documents, split_documents
 from compress.errors import InputError
+from compress.families import count_parameters, read_architecture
+from compress.fetch import resolve_model
 from compress.model import load_model
-from compress.pretrain import Balance, pretrain
+from compress.pretrain import Balance, HeldOut, pretrain
+from compress.pretrain_recipe import read_recipe
 from compress.train import Progress
 
 BROKEN = TINY["hybrid"] | {"vocab_size": 300, "conv_kernel": "four"}
@@ -130,3 +134,20 @@ def test_balancing_raises_the_bias_of_idle_experts() -> None:
     balance.update()
     signs = router.e_score_correction_bias.sign().tolist()
     assert signs == [-1, -1, 1, 1]
+
+
+def test_the_embedded_teacher_is_what_its_recipe_makes() -> None:
+    teacher = resolve_model("embedded")
+    assert (teacher / "model.safetensors").stat().st_size <= 4_000_000
+    checkpoint = open_checkpoint(teacher)
+    architecture = checkpoint.architecture
+    assert architecture == read_architecture(read_recipe(teacher / "recipe.yaml").model)
+    assert {block.kind for block in architecture.blocks} == set(BLOCKS)
+    stay = 2 * architecture.vocab * architecture.hidden
+    assert stay <= 0.2 * count_parameters(architecture)
+    # Its text may differ a little between Python versions, its quality not by much.
+    metrics = json.loads((teacher / "metrics.json").read_text())
+    documents = split_documents(read_documents(None))["select"]
+    held_out = HeldOut(documents, load_tokenizer(teacher), 256)
+    measured = held_out.measure(load_model(teacher))
+    assert measured["nats_per_token"] == pytest.approx(metrics["nats_per_token"], abs=0.2)
