@@ -60,6 +60,7 @@ DESCRIPTIONS: Mapping[str, str] = {
 }
 MIB, GIB = 2**20, 2**30
 LABEL_POINTS = 14
+SHORT = ".short"
 
 
 def inline_svg(figure: Figure, name: str) -> str:
@@ -112,8 +113,8 @@ def kl_against_bytes(students: Sequence[Student], budget: int | None) -> Figure 
 def draw_student(axes: Axes, student: Student, unit: int) -> None:
     """One candidate: hollow before distillation if there is an after, filled otherwise."""
     assert student.measured_kl is not None
-    strong = student.selected or student.finalist or student.kind in BASELINES
-    marker, colour = BASELINES.get(student.kind, FOUND if strong else ("o", "muted"))
+    strong = student.selected or student.finalist
+    marker, colour = mark_of(student)
     x, y = student.bytes / unit, student.measured_kl
     ink = COLOURS[colour]
     hollow = student.distilled_kl is not None
@@ -130,6 +131,14 @@ def draw_student(axes: Axes, student: Student, unit: int) -> None:
             arrowprops={"arrowstyle": "-", "color": ink, "linestyle": ":", "shrinkA": 6},
         )  # fmt: skip
         axes.plot(x, student.distilled_kl, marker, markersize=9, color=ink, zorder=4)
+
+
+def mark_of(student: Student) -> tuple[str, str]:
+    """Marker and colour of a candidate."""
+    if student.selected:
+        return FOUND
+    found = FOUND if student.finalist else ("o", "muted")
+    return BASELINES.get(student.kind, found)
 
 
 def label_points(axes: Axes, students: Sequence[Student], unit: int) -> None:
@@ -160,31 +169,40 @@ def label_shifts(axes: Axes, values: Sequence[float]) -> list[float]:
     return shifts
 
 
-def distillation_curve(curves: Mapping[str, Rows], selected: str | None) -> Figure | None:
-    """Loss of every distilled candidate against tokens; the selected one stands out."""
+def distillation_curve(
+    curves: Mapping[str, Rows], students: Sequence[Student], selected: Student | None
+) -> Figure | None:
+    """Loss of every distilled candidate against tokens; the selected one stands out.
+
+    A candidate's short distillation, which chose among finalists, has ``.short`` after its id.
+    """
     curves = {name: rows for name, rows in curves.items() if rows}
     if not curves:
         return None
+    by_id = {student.id: student for student in students}
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 3.6), layout="constrained")
+        figure = Figure(figsize=(9.4, 3.8), layout="constrained")
         axes = figure.subplots()
         axes.set_yscale("log")
         ends: list[tuple[str, int, float, bool]] = []
-        for number, (name, rows) in enumerate(curves.items()):
-            strong = name == selected or len(curves) == 1
-            colour = COLOURS["accent" if strong else f"series{1 + number % 5}"]
+        for name, rows in curves.items():
+            student = by_id.get(name.removesuffix(SHORT))
+            strong = student is not None and student is selected
+            colour = COLOURS[mark_of(student)[1] if student else "muted"]
             tokens = [row["tokens"] for row in rows]
             losses = [row["loss"] for row in rows]
             if len(rows) > 40:
-                axes.plot(tokens, losses, color=colour, linewidth=0.8, alpha=0.3)
+                axes.plot(tokens, losses, color=colour, linewidth=0.7, alpha=0.25)
                 losses = smooth(losses, window=len(rows) // 20)
-            axes.plot(tokens, losses, color=colour, linewidth=2.2 if strong else 1.4)
-            ends.append((name, tokens[-1], losses[-1], strong))
+            axes.plot(tokens, losses, color=colour, linewidth=2.4 if strong else 1.3)
+            label = name.removesuffix(SHORT) + (" (short)" if name.endswith(SHORT) else "")
+            ends.append((label, tokens[-1], losses[-1], strong))
         shifts = label_shifts(axes, [loss for _, _, loss, _ in ends])
-        for (name, tokens_seen, loss, strong), shift in zip(ends, shifts, strict=True):
+        for (label, seen, loss, strong), shift in zip(ends, shifts, strict=True):
             axes.annotate(
-                name, (tokens_seen, loss), xytext=(6, shift), textcoords="offset points",
-                va="center", color=COLOURS["ink" if strong else "muted"],
+                label, (seen, loss), xytext=(6, shift), textcoords="offset points",
+                va="center", color=COLOURS["ink" if strong else "muted"], fontsize=10,
+                fontweight="bold" if strong else "normal",
             )  # fmt: skip
         axes.set_xlabel("tokens seen in distillation")
         axes.set_ylabel("KL on training text, nats per token")

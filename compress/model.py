@@ -183,7 +183,7 @@ def disk_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator
         if parameter.expert is None:
             yield name, state[inside]
         else:
-            stacked = inside.replace(f".{parameter.expert}.", ".").removesuffix(".weight")
+            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.").removesuffix(".weight")
             yield name, state[stacked][parameter.expert]
 
 

@@ -15,7 +15,10 @@ from compress.families import count_parameters
 from compress.layer_map import layer_map
 from compress.report_content import (
     DASH,
-    evaluation_rows,
+    Cell,
+    Line,
+    evaluation_grid,
+    lines,
     number,
     servings,
     short,
@@ -54,7 +57,7 @@ def charts(run: RunFiles) -> dict[str, Figure]:
     selected = run.selected
     drawn = {
         "kl": kl_against_bytes(run.students, run.teacher.budget if run.teacher else None),
-        "distillation": distillation_curve(run.curves, selected.id if selected else None),
+        "distillation": distillation_curve(run.curves, run.students, selected),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -88,12 +91,11 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         servings=list(servings(run.teacher, selected)) if run.teacher else [],
         devices=sorted(DEVICES.values(), key=lambda device: device.visible_bytes),
         parts=PARTS,
-        table=run.table,
+        lines=lines(run),
         candidates=worth_listing(run),
         picture=picture,
         charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
-        evaluation=evaluation_rows(run.results) if run.results else None,
-        reference=next(iter(run.results["models"])) if run.results else None,
+        evaluation=evaluation_grid(run.results) if run.results else None,
         parameters=count_parameters(run.teacher.architecture) if run.teacher else None,
     )
 
@@ -136,24 +138,31 @@ def print_servings(teacher: Teacher, selected: Student | None) -> None:
 
 def print_table(run: RunFiles) -> None:
     """The table at equal bytes."""
-    columns = ("", "bytes", "KL", "KL distilled", "nats per token", "choice accuracy")
-    table("at equal bytes (KL in nats per token, ± a standard error)", columns, [
-        (
-            words(row["name"]),
-            format_bytes(row["bytes"]) if row["bytes"] is not None else DASH,
-            *(
-                ("does not fit", "", "", "")
-                if row["kl"] is None and not row["fits"]
-                else (
-                    with_error(row["kl"], row["kl_se"]),
-                    with_error(row["distilled_kl"], row["distilled_kl_se"]),
-                    number(row["nats_per_token"]),
-                    with_error(row["choice_accuracy"], row["choice_se"], 3),
-                )
-            ),
-        )
-        for row in run.table
-    ])  # fmt: skip
+    columns = ("", "bytes", "KL", "KL distilled", "minus the chosen's", "nats", "choice accuracy")
+    table(
+        "at equal bytes (KL and nats per token, ± a standard error)",
+        columns,
+        [table_cells(line) for line in lines(run)],
+    )
+
+
+def table_cells(line: Line) -> tuple[str, ...]:
+    """A row of the table at equal bytes; the last two figures are after distillation if any."""
+    row = line.row
+    name = words(row["kind"] or row["name"]) + (" *" if line.chosen else "")
+    size = DASH if row["bytes"] is None else format_bytes(row["bytes"])
+    if row["kl"] is None:
+        return (name, size, "does not fit", "", "", "", "")
+    after = "" if row["distilled_kl"] is None else "distilled_"
+    return (
+        name,
+        size,
+        with_error(row["kl"], row["kl_se"]),
+        with_error(row["distilled_kl"], row["distilled_kl_se"]),
+        DASH if line.behind is None else f"{signed(line.behind)} ± {number(line.behind_error)}",
+        number(row[f"{after}nats_per_token"]),
+        with_error(row[f"{after}choice_accuracy"], row[f"{after}choice_se"], 3),
+    )
 
 
 def print_candidates(run: RunFiles) -> None:
@@ -178,18 +187,18 @@ def print_candidates(run: RunFiles) -> None:
 
 
 def print_evaluation(results: Mapping[str, Any]) -> None:
-    """Every metric of every model; differences from the first model in brackets."""
-    rows = [
-        (
-            row["metric"],
-            *(
-                with_error(cell["value"], cell["stderr"])
-                + ("" if cell["difference"] is None else f" ({signed(cell['difference'])}")
-                + ("" if cell["difference"] is None else f" ± {number(cell['error'])})")
-                for cell in row["cells"]
-            ),
-        )
-        for row in evaluation_rows(results)
-    ]
-    names = list(results["models"])
-    table(f"evaluation (in brackets: paired difference from {names[0]})", ("", *names), rows)
+    """Every metric of every model; paired differences from the first model in brackets."""
+    grid = evaluation_grid(results)
+    table(
+        f"evaluation (in brackets: paired difference from {grid.reference})",
+        ("", *grid.columns),
+        [(label, *map(cell_text, cells)) for label, cells in grid.rows],
+    )
+
+
+def cell_text(cell: Cell) -> str:
+    """A figure, its standard error and its difference in one line."""
+    text = with_error(cell.value, cell.stderr)
+    if cell.difference is None:
+        return text
+    return f"{text} ({signed(cell.difference)} ± {number(cell.error)})"

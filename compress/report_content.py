@@ -5,7 +5,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.architecture import FORMATS, Architecture
-from compress.charts import BASELINES
 from compress.devices import DEVICES
 from compress.memory import Deployment, Footprint, footprint, largest_context
 from compress.plan import in_format, teacher_bytes
@@ -20,6 +19,10 @@ TEXT_METRICS: Mapping[str, str] = {
 }
 # Two standard errors: what it takes to call a difference one.
 CLEAR = 2.0
+# More models than this go down the page rather than across.
+MOST_ACROSS = 4
+# The baseline of the headline.
+RIVAL = "uniform"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,61 +108,137 @@ def verdict(run: RunFiles) -> list[tuple[str, str, str]]:
     left = run.teacher.budget - selected.bytes if run.teacher and run.teacher.budget else None
     remark = "" if left is None else f"{format_bytes(left)} to spare" if left >= 0 else "over"
     tiles.append(("student", format_bytes(selected.bytes), remark))
-    if selected.kl is not None:
-        after = "before distillation" if selected.distilled_kl is None else "after distillation"
-        tiles.append(("KL to the teacher", f"{number(selected.kl)} nats", f"per token, {after}"))
-    if (rival := best_of(run.students, "uniform")) and rival is not selected:
-        # Both before distillation unless both are after it: anything else compares two things.
-        pairs = (
-            (selected.distilled_kl, rival.distilled_kl, "both distilled"),
-            (selected.measured_kl, rival.measured_kl, "neither distilled"),
-        )
-        for ours, theirs, how in pairs:
-            if ours is not None and theirs:
-                change = f"{ours / theirs - 1:+.0%}".replace("-", MINUS)
-                tiles.append(("KL against a uniform cut", change, f"same budget, {how}"))
-                break
+    ours, text = chosen_figures(run)
+    if (latest := ours[1] if ours[1] is not None else ours[0]) is not None:
+        after = "after" if ours[1] is not None else "before"
+        remark = f"per token, {after} distillation, {text} text"
+        tiles.append(("KL to the teacher", f"{number(latest)} nats", remark))
+    # Both after distillation, or both before it: anything else compares two things.
+    pairs = zip(ours, rival_figures(run), ("before", "after"), strict=True)
+    both = [(mine / theirs, how) for mine, theirs, how in pairs if mine is not None and theirs]
+    if both and selected.kind != RIVAL:
+        ratio, how = both[-1]
+        change = f"{ratio - 1:+.0%}".replace("-", MINUS)
+        tiles.append(("KL against a uniform cut", change, f"same budget, both {how} distillation"))
     return tiles
 
 
-def best_of(students: Sequence[Student], kind: str) -> Student | None:
-    """The first student of a kind; the list is best first."""
-    return next((student for student in students if student.kind == kind), None)
+def chosen_figures(run: RunFiles) -> tuple[tuple[float | None, float | None], str]:
+    """KL of the selected student before and after distillation, and the text it is from."""
+    selected = run.selected
+    assert selected is not None
+    for row in run.table:
+        if row["name"] == selected.id:
+            return (row["kl"], row["distilled_kl"]), "final"
+    return (selected.measured_kl, selected.distilled_kl), "selection"
 
 
-def evaluation_rows(results: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """One row per metric: a cell per model, with its difference from the first model.
+def rival_figures(run: RunFiles) -> tuple[float | None, float | None]:
+    """KL of the uniform cut before and after distillation, on the text of the selected one's."""
+    if run.selected and any(row["name"] == run.selected.id for row in run.table):
+        rows = [row for row in run.table if row["kind"] == RIVAL]
+        return (rows[0]["kl"], rows[0]["distilled_kl"]) if rows else (None, None)
+    rival = next((student for student in run.students if student.kind == RIVAL), None)
+    return (rival.measured_kl, rival.distilled_kl) if rival else (None, None)
 
-    A cell is ``{"value", "stderr", "difference", "error", "clear"}``; ``clear`` says whether the
-    difference is more than two of its standard errors.
-    """
+
+@dataclass(frozen=True, kw_only=True)
+class Line:
+    """A row of the table at equal bytes; ``behind`` is its KL minus the chosen student's, paired."""
+
+    row: Mapping[str, Any]
+    chosen: bool
+    behind: float | None
+    behind_error: float | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the paired difference is more than two of its standard errors."""
+        return is_clear(self.behind, self.behind_error)
+
+
+def lines(run: RunFiles) -> list[Line]:
+    """The table at equal bytes, each row compared with the chosen student on the same sequences."""
+    chosen = [row for row in run.table if run.selected and row["name"] == run.selected.id]
+    changes: dict[tuple[str, str], tuple[float, float | None]] = {}
+    for pair in run.results["paired"] if run.results else ():
+        if pair["metric"] == "kl":
+            changes[pair["b"], pair["a"]] = (pair["difference"], pair["stderr"])
+            changes[pair["a"], pair["b"]] = (-pair["difference"], pair["stderr"])
+    found = []
+    for row in run.table:
+        against = (model_of(row), model_of(chosen[0])) if chosen else None
+        behind, error = changes.get(against, (None, None)) if against else (None, None)
+        found.append(Line(row=row, chosen=row in chosen, behind=behind, behind_error=error))
+    return found
+
+
+def model_of(row: Mapping[str, Any]) -> str:
+    """What the evaluation calls the model of a table's row, in its latest state."""
+    kind: str = row["kind"]
+    return kind if row["distilled_kl"] is None else f"{kind} distilled"
+
+
+def is_clear(change: float | None, error: float | None) -> bool:
+    """Whether a difference is more than two of its standard errors."""
+    return change is not None and bool(error) and abs(change) > CLEAR * (error or 0)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cell:
+    """A metric of a model, with its paired difference from the first model."""
+
+    value: float | None
+    stderr: float | None
+    difference: float | None
+    error: float | None
+
+    @property
+    def clear(self) -> bool:
+        """Whether the difference is more than two of its standard errors."""
+        return is_clear(self.difference, self.error)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Grid:
+    """The evaluation: models across and metrics down, or the other way if models are many."""
+
+    reference: str
+    columns: Sequence[str]
+    rows: Sequence[tuple[str, Sequence[Cell]]]
+
+
+def evaluation_grid(results: Mapping[str, Any]) -> Grid:
+    """Every metric of every model; tasks whose group is listed are left to ``results.json``."""
     models: Mapping[str, Any] = results["models"]
     reference = next(iter(models))
     changes = {(row["b"], row["metric"]): row for row in results["paired"] if row["a"] == reference}
-    rows = []
-    for metric, label in metrics_of(models[reference]).items():
-        cells = []
-        for name, model in models.items():
+    metrics = metrics_of(models[reference])
+    cells: dict[tuple[str, str], Cell] = {}
+    for name, model in models.items():
+        for metric in metrics:
             value, stderr = cell_value(model, metric)
             change = changes.get((name, metric), {"difference": None, "stderr": None})
-            difference, error = change["difference"], change["stderr"]
-            cells.append(
-                {
-                    "value": value,
-                    "stderr": stderr,
-                    "difference": difference,
-                    "error": error,
-                    "clear": bool(error and abs(difference) > CLEAR * error),
-                }
+            cells[name, metric] = Cell(
+                value=value,
+                stderr=stderr,
+                difference=change["difference"],
+                error=change["stderr"],
             )
-        rows.append({"metric": label, "cells": cells})
-    return rows
+    if len(models) <= MOST_ACROSS:
+        down = [(metrics[metric], [cells[name, metric] for name in models]) for metric in metrics]
+        return Grid(reference=reference, columns=list(models), rows=down)
+    down = [(name, [cells[name, metric] for metric in metrics]) for name in models]
+    return Grid(reference=reference, columns=list(metrics.values()), rows=down)
 
 
 def metrics_of(model: Mapping[str, Any]) -> dict[str, str]:
     """Label of every metric of a model, by the name that paired differences use."""
-    found = dict(TEXT_METRICS)
-    for task, metrics in model["tasks"].items():
+    found = {metric: label for metric, label in TEXT_METRICS.items() if metric in model}
+    tasks: Mapping[str, Any] = model["tasks"]
+    for task, metrics in tasks.items():
+        if any(task.startswith(f"{group}_") for group in tasks):
+            continue
         found |= {f"{task}/{m}": f"{task}, {words(m)}" for m in metrics if not m.endswith("stderr")}
     return found
 
@@ -167,7 +246,7 @@ def metrics_of(model: Mapping[str, Any]) -> dict[str, str]:
 def cell_value(model: Mapping[str, Any], metric: str) -> tuple[float | None, float | None]:
     """Value and standard error of a metric."""
     if "/" not in metric:
-        return model[metric], model.get("stderr", {}).get(metric)
+        return model.get(metric), model.get("stderr", {}).get(metric)
     task, _, name = metric.partition("/")
     metrics = model["tasks"].get(task, {})
     first = next(iter(metrics), None)
@@ -175,9 +254,15 @@ def cell_value(model: Mapping[str, Any], metric: str) -> tuple[float | None, flo
 
 
 def worth_listing(run: RunFiles, most: int = 10) -> list[Student]:
-    """The best candidates, every baseline and the selected one, best first."""
+    """The best candidates, the finalists, the best of every kind and the selected one."""
+    first: dict[str, Student] = {}
+    for student in run.students:
+        first.setdefault(student.kind, student)
     return [
         student
         for rank, student in enumerate(run.students)
-        if rank < most or student.kind in BASELINES or student is run.selected
+        if rank < most
+        or student.finalist
+        or student is first[student.kind]
+        or student is run.selected
     ]

@@ -27,8 +27,11 @@ TABLE_ROW: dict[str, Any] = {
     "distilled_kl": None,
     "distilled_kl_se": None,
     "nats_per_token": None,
+    "distilled_nats_per_token": None,
     "choice_accuracy": None,
     "choice_se": None,
+    "distilled_choice_accuracy": None,
+    "distilled_choice_se": None,
 }
 
 

@@ -169,7 +169,7 @@ def candidates(
     problem = problem_of(session, space, scores)
     rows += explored(session, problem, main, main, recipe.trials, text, journal)
     for name, variant in named.items():
-        kind = name.partition(":")[0]
+        kind = name.partition("-")[0]
         if kind == main:
             continue
         other = replace(

@@ -1,8 +1,10 @@
 import dataclasses
+import itertools
 import json
 import re
 import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -24,6 +26,7 @@ from compress.errors import InputError
 from compress.families import count_parameters
 from compress.memory import Deployment, footprint
 from compress.report import print_report, render, report
+from compress.report_content import evaluation_grid
 from compress.run_files import read_run
 
 CONTEXT = 2048
@@ -147,14 +150,19 @@ def write_run(directory: Path, family: str) -> Path:
                 "selected": number == 0,
             }
         )
-    rows.sort(key=lambda row: row["distilled_kl"] or row["measured_kl"])
+    rows.sort(key=lambda row: (not row["finalist"], row["distilled_kl"] or row["measured_kl"]))
     write(directory / "candidates.json", rows)
     unfit = {"kind": "formats", "fits": False, "reason": "all in NVFP4 is too big"}
     write(directory / "baselines.json", [unfit | {"floor_bytes": int(budget * 1.2)}])
     folder = directory / "candidates" / "joint-000"
     folder.mkdir(parents=True)
     save_file(keep, folder / "keep.safetensors")
-    for name, floor in (("joint-000", 0.05), ("joint-001", 0.07), ("uniform", 0.7)):
+    for name, floor in (
+        ("joint-000", 0.05),
+        ("joint-000.short", 0.08),
+        ("joint-001.short", 0.09),
+        ("uniform.short", 0.7),
+    ):
         curve = directory / "distill" / name / "curve.jsonl"
         curve.parent.mkdir(parents=True)
         losses = [floor * (1 + 4 / (1 + n / 12)) for n in range(1, 200)] * np.exp(
@@ -165,31 +173,39 @@ def write_run(directory: Path, family: str) -> Path:
             for n, loss in enumerate(losses.tolist(), start=1)
         ]
         curve.write_text("".join(json.dumps(point) + "\n" for point in points))
-    amounts = {"teacher": (footprint(teacher, SETTINGS).total, 0.0)}
-    amounts |= {"student": (size, 0.11), "uniform": (budget, 0.62)}
-    models = {name: figures(amount, kl) for name, (amount, kl) in amounts.items()}
-    paired = [
-        {"a": "teacher", "b": name, "metric": metric, "difference": kl * scale, "stderr": 0.012}
-        for name, (_, kl) in list(amounts.items())[1:]
-        for metric, scale in (("kl", 1), ("nats_per_token", 1), ("choice/acc", -0.1))
-    ]
-    text = {"sequences": 128, "tokens": 16256, "bytes": 52110}
-    write(directory / "eval" / "results.json", {"models": models, "paired": paired, "text": text})
-    keys = ("name", "kind", "bytes", "fits", "kl", "kl_se", "distilled_kl", "distilled_kl_se")
-    keys += ("nats_per_token", "choice_accuracy", "choice_se")
     whole = footprint(teacher, SETTINGS).total
+    # Kind, name, bytes, and KL before and after distillation.
     table = [
-        ("teacher", "teacher", whole, False, 0.0, 0.0, None, None, 3.1, 0.71, 0.02),
-        ("formats only", "formats", int(budget * 1.2), False),
-        ("uniform cut", "uniform", budget, True, 1.7, 0.08, 0.74, 0.03, 3.9, 0.55, 0.03),
-        ("prune, then quantize", "prune_then_quantize", budget, True, 0.52, 0.03, 0.23, 0.01, 3.4),
-        ("joint", "joint", size, True, 0.11, 0.007, 0.051, 0.002, 3.2, 0.7, 0.03),
+        ("teacher", "teacher", whole, 0.0, None),
+        ("uniform", "uniform", budget, 1.7, 0.74),
+        ("prune_then_quantize", "prune_then_quantize", budget, 0.52, 0.23),
+        ("joint", "joint-000", size, 0.11, 0.051),
     ]
-    write(directory / "table.json", [dict(zip(keys, row, strict=False)) for row in table])
+    models: dict[str, dict[str, Any]] = {}
+    lines: list[dict[str, object]] = []
+    for kind, name, amount, *kls in table:
+        line: dict[str, object] = {"name": name, "kind": kind, "bytes": amount}
+        line["fits"] = kind != "teacher"
+        for state, prefix, kl in zip(("", " distilled"), ("", "distilled_"), kls, strict=True):
+            if kl is not None:
+                models[kind + state] = figures(amount, kl)
+                line |= {f"{prefix}kl": kl, f"{prefix}kl_se": kl / 30}
+                line |= {f"{prefix}choice_accuracy": 0.71 - kl / 5, f"{prefix}choice_se": 0.03}
+                line |= {f"{prefix}nats_per_token": 3.1 + kl}
+        lines.append(line)
+    lines.append({"name": "formats", "kind": "formats", "fits": False})
+    write(directory / "table.json", lines)
+    paired = [
+        {"a": a, "b": b, "metric": "kl", "stderr": 0.01}
+        | {"difference": models[b]["kl"] - models[a]["kl"]}
+        for a, b in itertools.combinations(models, 2)
+    ]
+    text = {"sequences": 128, "tokens": 16384, "bytes": 52110}
+    write(directory / "eval" / "results.json", {"models": models, "paired": paired, "text": text})
     return directory
 
 
-def figures(amount: int, kl: float) -> dict[str, object]:
+def figures(amount: int, kl: float) -> dict[str, Any]:
     """What an evaluation says about a model."""
     choice = {"acc": 0.71 - kl / 5, "stderr": 0.02}
     rolling = {"bits_per_byte": 1.4 + kl / 2, "stderr": 0.01}
@@ -285,7 +301,27 @@ def test_tables_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -
     printed = capsys.readouterr().out
     assert "at equal bytes" in printed
     assert "does not fit" in printed
-    assert "0.0510 ± 0.0020" in printed
+    assert "0.0510 ± 0.0017" in printed
+    # The uniform cut minus the chosen student, both distilled: .74 - .051.
+    assert "+0.6890 ± 0.0100" in printed
+
+
+def test_few_models_go_across_and_many_down(run: Path) -> None:
+    results = json.loads((run / "eval" / "results.json").read_text())
+    many = evaluation_grid(results)
+    few = evaluation_grid(results | {"models": dict(list(results["models"].items())[:3])})
+    assert [label for label, _ in many.rows] == list(results["models"])
+    assert len(few.columns) == 3
+    assert [cell.value for cell in few.rows[0][1]] == [row[0].value for _, row in many.rows[:3]]
+
+
+def test_members_of_a_group_are_not_listed_beside_it() -> None:
+    model = figures(1, 0.1)
+    model["tasks"] |= {"blimp": {"acc": 0.8, "stderr": 0.01}, "blimp_passive_1": {"acc": 0.7}}
+    grid = evaluation_grid({"models": {"a": model}, "paired": []})
+    labels = [label for label, _ in grid.rows]
+    assert "blimp, acc" in labels
+    assert not any("passive" in label for label in labels)
 
 
 @pytest.mark.parametrize(
@@ -298,8 +334,8 @@ def test_tables_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -
         ("table.json", "[{}]"),
         ("eval/results.json", '{"models": {}, "paired": []}'),
         ("eval/results.json", "[]"),
-        ("distill/uniform/curve.jsonl", "{}"),
-        ("distill/uniform/curve.jsonl", "x\n{}"),
+        ("distill/uniform.short/curve.jsonl", "{}"),
+        ("distill/uniform.short/curve.jsonl", "x\n{}"),
         ("candidates/joint-000/keep.safetensors", "x"),
     ],
 )

@@ -37,7 +37,7 @@ def variants(space: Space, offered: Sequence[Format], kv: Sequence[KvFormat]) ->
     }
     for format in offered:
         if format != "bf16":
-            name = f"prune_then_quantize:{format}"
+            name = f"prune_then_quantize-{format}"
             found[name] = structure.model_copy(update={"formats": (format,), **both})
     return found
 
