@@ -7,7 +7,7 @@ from typing import Any
 from compress.architecture import FORMATS, Architecture
 from compress.devices import DEVICES
 from compress.memory import Deployment, Footprint, footprint, largest_context
-from compress.plan import in_format, teacher_bytes
+from compress.planning import in_format, teacher_bytes
 from compress.run_files import RunFiles, Student, Teacher
 from compress.units import format_bytes
 
@@ -99,7 +99,8 @@ def verdict(run: RunFiles) -> list[tuple[str, str, str]]:
     """Tiles (label, figure, remark) with what the run came to, as far as it has come."""
     tiles: list[tuple[str, str, str]] = []
     if run.teacher and run.teacher.budget is not None:
-        share = run.teacher.budget / teacher_bytes(run.teacher.architecture, run.teacher.deployment)
+        teacher = run.teacher
+        share = run.teacher.budget / teacher_bytes(teacher.architecture, teacher.deployment)
         tiles.append(
             ("budget", format_bytes(run.teacher.budget), f"{share:.0%} of the teacher in BF16")
         )
@@ -144,7 +145,7 @@ def rival_figures(run: RunFiles) -> tuple[float | None, float | None]:
 
 @dataclass(frozen=True, kw_only=True)
 class Line:
-    """A row of the table at equal bytes; ``behind`` is its KL minus the chosen student's, paired."""
+    """A row of the table at equal bytes; ``behind`` is its KL minus that of the chosen, paired."""
 
     row: Mapping[str, Any]
     chosen: bool
