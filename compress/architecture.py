@@ -45,7 +45,7 @@ class Ffn:
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """Routed experts plus one shared expert; ``latent`` is the experts' input width if projected."""
+    """Routed experts and a shared one; ``latent`` is the experts' input width if projected."""
 
     kind: ClassVar[str] = "moe"
     layer: int

@@ -176,7 +176,9 @@ def distillation_curve(
 
     A candidate's short distillation, which chose among finalists, has ``.short`` after its id.
     """
-    curves = {name: rows for name, rows in curves.items() if rows}
+    # A student that was only quantized is its teacher in BF16: a loss of 0 has no logarithm.
+    positive = {name: [row for row in rows if row["loss"] > 0] for name, rows in curves.items()}
+    curves = {name: rows for name, rows in positive.items() if rows}
     if not curves:
         return None
     by_id = {student.id: student for student in students}

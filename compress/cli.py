@@ -72,7 +72,7 @@ def plan(
     Reads config.json only: bytes by block and format, and the largest context.
     """
     from compress.fetch import resolve_model
-    from compress.plan import make_plan
+    from compress.planning import make_plan
     from compress.show_plan import print_plan
 
     recipe = check({"model": model} | given, "command line")

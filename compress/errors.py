@@ -12,7 +12,7 @@ class InputError(CompressError):
 
 
 class Infeasible(CompressError):
-    """No student of the space fits the budget; the message names the reachable floor. Exit code 3."""
+    """No student of the space fits the budget; the message names the floor. Exit code 3."""
 
     exit_code = 3
 

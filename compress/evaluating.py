@@ -1,18 +1,17 @@
 """The evaluation stage: models, runs and their students on held-out text and tasks."""
 
-import json as jsonlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from compress.candidate import Candidate
-from compress.evaluate import evaluate as measure_models
+from compress.evaluation import evaluate as measure_models
+from compress.harness import write_task_rows
 from compress.kv import set_kv_format
 from compress.model import load_model
 from compress.recipe import Recipe, read_recipe
 from compress.runs import Run, find_run, read_json, run_at, write_json
 from compress.session import Session
-from compress.harness import write_task_rows
 from compress.show import note, progress, table
 from compress.students import find_candidate, in_formats, latest, pruned
 from compress.units import format_bytes
@@ -125,7 +124,12 @@ def cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
         error = errors.get(key)
         return f"{row[key]:.4f}" + (f" ± {error:.4f}" if error is not None else "")
 
-    found = [format_bytes(row["bytes"]), figure("kl"), figure("nats_per_token"), figure("bits_per_byte")]
+    found = [
+        format_bytes(row["bytes"]),
+        figure("kl"),
+        figure("nats_per_token"),
+        figure("bits_per_byte"),
+    ]
     for task in tasks:
         metrics = row["tasks"].get(task, {})
         names = [key for key in metrics if "stderr" not in key]
@@ -159,7 +163,7 @@ def final_table(session: Session, tasks: Sequence[str] = ("choice",)) -> dict[st
 
 
 def students_of(session: Session, candidate: Candidate, kind: str) -> list[tuple[str, Path]]:
-    """Names and directories of a candidate's student before and, if there is one, after training."""
+    """Name and directory of a candidate's student before and, if it was trained, after."""
     before, after = pruned(session, candidate), latest(session, candidate)
     found = [(kind, before)]
     return found if after == before else [*found, (f"{kind} distilled", after)]
@@ -235,10 +239,5 @@ def print_table(session: Session, found: Mapping[str, Any]) -> None:
         if pair["metric"] == "kl" and pair["b"].startswith("joint") and pair["a"] != "teacher":
             same = pair["a"].endswith("distilled") == pair["b"].endswith("distilled")
             if same:
-                note(f"{pair['b']} minus {pair['a']}: KL {pair['difference']:+.4f} ± {pair['stderr']:.4f}")
-
-
-def print_json(found: Mapping[str, Any]) -> None:
-    """One JSON object on stdout and nothing else."""
-    print(jsonlib.dumps(found))
-
+                shift = f"{pair['difference']:+.4f} ± {pair['stderr']:.4f}"
+                note(f"{pair['b']} minus {pair['a']}: KL {shift}")

@@ -91,7 +91,7 @@ class Taps:
     def tap_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
         """Tap a residual norm's output: the hidden channels."""
         value = output.detach()
-        output.register_hook(lambda grad: self.add("hidden", (value * grad).sum(1)))
+        on_gradient(output, lambda grad: self.add("hidden", (value * grad).sum(1)))
 
     def tap_linear(self, number: int, name: str, slot: Slot) -> Callable[..., None]:
         """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
@@ -107,7 +107,7 @@ class Taps:
         value = x.detach()
         reads_units = units_of(parse(slot.shape)[1][0], block) is not None
         if reads_units and x.requires_grad:
-            x.register_hook(lambda grad: self.add_units(block, slot, 1, gather(value * grad), ""))
+            on_gradient(x, lambda grad: self.add_units(block, slot, 1, gather(value * grad), ""))
         found = {
             f: self.errors[number, f][name] for f in self.formats if (number, f) in self.errors
         }
@@ -121,7 +121,7 @@ class Taps:
                 cost = value * (grad @ error.float()) if reads_units else grad * shifts[format]
                 self.add_units(block, slot, int(reads_units), gather(cost), f"/{format}")
 
-        y.register_hook(rounding)
+        on_gradient(y, rounding)
 
     def add_units(self, block: Block, slot: Slot, side: int, rows: Tensor, suffix: str) -> None:
         """Add [rows, features of one side of a weight] to the unit arrays they belong to."""
@@ -169,6 +169,11 @@ class Taps:
         return forward
 
     sequences: int = 0  # rows of the batch that is under way; experts see flattened tokens
+
+
+def on_gradient(tensor: Any, hook: Callable[[Tensor], None]) -> None:
+    """Call ``hook`` with the gradient of a tensor; the gradient itself stays as it is."""
+    tensor.register_hook(hook)
 
 
 def units_of(product: Sequence[str], block: Block) -> tuple[str, ...] | None:
@@ -233,7 +238,7 @@ def takes_format(architecture: Architecture, block: Block, format: Format) -> bo
 def rounding_errors(
     model: Any, architecture: Architecture, number: int, format: Format
 ) -> dict[str, Tensor]:
-    """What a format adds to a block's weights, bf16, by module name; empty if a shape refuses it."""
+    """What a format adds to a block's weights, bf16, by module; empty if a shape refuses it."""
     block = architecture.blocks[number]
     if not takes_format(architecture, block, format):
         return {}

@@ -25,13 +25,13 @@ ROLLING_CHARACTERS = 4000
 
 
 def make_choice_rows(documents: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
-    """Rows ``{context, choices, answer}``: what follows the context, among four pieces of text.
+    """At most ``count`` rows ``{context, choices, answer}``: what follows, among four pieces.
 
     All four have the same number of characters and consist of whole words; the three false ones
     begin at random places of ``documents``. Contexts do not overlap.
 
     Raises:
-        InputError: the documents give fewer than ``count`` contexts.
+        InputError: the documents are too short for a single row.
     """
     generator = random.Random(seed)
     words = [found for found in map(Words.of, documents) if found.starts]
@@ -39,10 +39,10 @@ def make_choice_rows(documents: Sequence[str], count: int, seed: int) -> list[di
     generator.shuffle(places)
     found = (choice_row(words, number, span, generator) for number, span in places)
     rows = list(itertools.islice(filter(None, found), count))
-    if len(rows) < count:
+    if not rows:
         raise InputError(
-            f"{count} choice rows were asked for, but the held-out text gives only {len(rows)} "
-            f"contexts of {CONTEXT_CHARACTERS} characters; give more text or ask for fewer"
+            "the held-out text is too short for the task choice: no document of it has "
+            f"{CONTEXT_CHARACTERS} characters of prose and what follows; give more text"
         )
     return rows
 

@@ -124,7 +124,10 @@ def build_model(
     # transformers 5.23 wants hidden divisible by heads, although head_dim is its own key and the
     # model code does not need it: these two are set past its check.
     unchecked = {key: own[key] for key in ("hidden_size", "num_attention_heads") if key in own}
-    rest = {key: value for key, value in own.items() if key not in unchecked}
+    # transformers 5.23 writes an infinity in time_step_limit as an object that it cannot read; the
+    # model code uses another key.
+    unread = {*unchecked, "time_step_limit"}
+    rest = {key: value for key, value in own.items() if key not in unread}
     built = AutoConfig.for_model(**{"attn_implementation": "sdpa", **rest})
     for key, value in unchecked.items():
         setattr(built, key, value)
@@ -173,7 +176,9 @@ def set_layers(model: Any, architecture: Architecture) -> None:
                 attention += 1
 
 
-def disk_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+def disk_tensors(
+    model: PreTrainedModel, architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a built model under their names on disk, fused experts one by one."""
     state = model.state_dict()
     own = family_of(architecture.family).embedding.partition(".")[0] + "."
@@ -183,7 +188,9 @@ def disk_tensors(model: PreTrainedModel, architecture: Architecture) -> Iterator
         if parameter.expert is None:
             yield name, state[inside]
         else:
-            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.").removesuffix(".weight")
+            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.").removesuffix(
+                ".weight"
+            )
             yield name, state[stacked][parameter.expert]
 
 

@@ -36,9 +36,7 @@ def cut(
     return smaller if shrunk == 1 else (smaller.float() * sqrt(shrunk)).to(tensor.dtype)
 
 
-def student_tensors(
-    teacher: Checkpoint, candidate: Candidate
-) -> Iterator[tuple[str, Tensor]]:
+def student_tensors(teacher: Checkpoint, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
     """The student's tensors under its names on disk, block by block, in the teacher's dtype."""
     architecture, keep = teacher.architecture, candidate.keep
     family = family_of(architecture.family)

@@ -42,7 +42,7 @@ def layer_inputs(model: Any, tokens: Tensor, batch: int = 8) -> tuple[list[Tenso
         with torch.no_grad():
             final = [
                 model.model(input_ids=rows, use_cache=False).last_hidden_state
-                for rows in tokens.split(batch)
+                for rows in torch.split(tokens, batch)
             ]
     finally:
         for handle in handles:
@@ -58,7 +58,7 @@ def run_from(model: Any, layer: int, hidden: Tensor, batch: int = 8) -> Tensor:
         with torch.no_grad():
             final = [
                 model.model(inputs_embeds=rows, use_cache=False).last_hidden_state
-                for rows in hidden.split(batch)
+                for rows in torch.split(hidden, batch)
             ]
     finally:
         model.model.layers = layers

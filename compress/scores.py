@@ -128,7 +128,7 @@ def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[
                 expected[row] = probability @ head
         for draw in range(draws):
             taps.rows = {}
-            # The log-likelihood's gradient at the final hidden state, without a vocabulary-sized graph.
+            # The log-likelihood's gradient at the final hidden state: no graph over the vocabulary.
             hidden.backward(head[labels[draw]] - expected, retain_graph=draw < draws - 1)
             yield {key: value.detach() for key, value in taps.rows.items()}
 
@@ -173,7 +173,7 @@ def top(values: Tensor, count: int) -> Tensor:
 def choose(scores: Scores, block: Block, target: Mapping[str, int]) -> dict[str, Tensor]:
     """Kept indices of a block by axis, the most important units of each; whole axes are left out.
 
-    ``target`` gives counts by axis. KV heads and experts are chosen first, what is inside them after.
+    ``target`` gives counts by axis. KV heads and experts come first, what is inside them after.
     """
     keep: dict[str, Tensor] = {}
     for axis in AXES[block.kind]:

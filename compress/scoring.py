@@ -1,18 +1,27 @@
 """The score stage: contributions, exact removals and the KV format, once per teacher and text."""
 
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
 
 from compress.architecture import FORMATS, Block, block_name
 from compress.candidate import AXES
+from compress.gates import UNITS, unit_key
 from compress.kv import set_kv_format
 from compress.replay import removal_costs
 from compress.runs import Run, fingerprint
-from compress.scores import Scores, change, contributions, importance, kl_of, load_scores
-from compress.search.measure import reference, sequence_kl
+from compress.scores import (
+    Progress,
+    Scores,
+    change,
+    contributions,
+    importance,
+    kl_of,
+    load_scores,
+)
+from compress.searches.measure import reference, sequence_kl
 from compress.session import Session
 from compress.show import note, progress, table
 
@@ -67,7 +76,7 @@ def score(session: Session) -> Scores:
     return scores
 
 
-def stepwise(advance: object, steps: int):  # type: ignore[no-untyped-def]
+def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:
     """Progress given as (done, total) on a bar that counts ``steps``."""
     seen = 0
 
@@ -117,8 +126,6 @@ def print_scores(session: Session, scores: Scores) -> None:
 
 def units(block: Block) -> Iterator[str]:
     """Keys of a block's unit arrays."""
-    from compress.gates import UNITS, unit_key
-
     yield from (unit_key(block, axes) for axes in UNITS[block.kind])
 
 

@@ -13,17 +13,17 @@ from compress.errors import Infeasible
 from compress.families import count_parameters
 from compress.memory import footprint
 from compress.model import is_plain
-from compress.plan import in_format
+from compress.planning import in_format
 from compress.prune import save_candidate
 from compress.runs import read_json, write_json
 from compress.scores import Scores
-from compress.search.baselines import main_kind, randomly, uniform, variants
-from compress.search.measure import Reference, measure, reference
-from compress.search.problem import Problem, total_bytes
-from compress.search.study import Trial, explore
-from compress.session import Session
 from compress.scoring import STAGE as SCORE
 from compress.scoring import score
+from compress.searches.baselines import main_kind, randomly, uniform, variants
+from compress.searches.measure import Reference, measure, reference
+from compress.searches.problem import Problem, total_bytes
+from compress.searches.study import Trial, explore
+from compress.session import Session
 from compress.show import note, progress, table
 from compress.space import Space, load_space
 from compress.students import pruned, short_distill
@@ -193,9 +193,7 @@ def candidates(
 
 def problem_of(session: Session, space: Space, scores: Scores) -> Problem:
     """The search problem of a space in this session."""
-    return Problem(
-        session.architecture, scores, space, session.deployment, session.budget.bytes
-    )
+    return Problem(session.architecture, scores, space, session.deployment, session.budget.bytes)
 
 
 def selection_text(session: Session) -> tuple[Reference, Reference]:
@@ -227,9 +225,7 @@ def explored(
     return [Row(trial=trial, kind=kind) for trial in found]
 
 
-def measured(
-    candidate: Candidate, predicted: float, session: Session, text: Reference
-) -> Trial:
+def measured(candidate: Candidate, predicted: float, session: Session, text: Reference) -> Trial:
     """A candidate measured outside a study."""
     values = torch.cat(list(measure(candidate, text))).tolist()
     return Trial(
@@ -261,14 +257,18 @@ def finalists(session: Session, space: Space, rows: Sequence[Row]) -> list[Row]:
         done[candidate.id] = short_distill(session, candidate, fresh)
     ids = set(done)
     marked = [
-        replace(row, finalist=row.trial.candidate.id in ids,
-                distilled_kl=done.get(row.trial.candidate.id))
+        replace(
+            row,
+            finalist=row.trial.candidate.id in ids,
+            distilled_kl=done.get(row.trial.candidate.id),
+        )
         for row in ordered
     ]
     marked.sort(key=rank)
     allowed = set(space.formats)
     best = next(
-        row for row in marked
+        row
+        for row in marked
         if row.finalist and row.trial.candidate.architecture.formats <= allowed
     )
     return [replace(row, selected=row is best) for row in marked]
@@ -311,4 +311,3 @@ def line(row: Mapping[str, Any], whole: int) -> Iterator[str]:
     yield format_count(row["parameters"])
     yield f"{row['measured_kl']:.4f} ± {row['measured_se']:.4f}"
     yield "" if row["distilled_kl"] is None else f"{row['distilled_kl']:.4f}"
-

@@ -15,7 +15,7 @@ from compress.errors import InputError
 from compress.fetch import note_of, resolve_model
 from compress.memory import Deployment
 from compress.model import load_model
-from compress.plan import Budget, resolve_budget, teacher_bytes
+from compress.planning import Budget, resolve_budget, teacher_bytes
 from compress.recipe import Recipe
 from compress.runs import Run
 

@@ -82,8 +82,6 @@ def plain_progress(what: str, total: int) -> Callable[[int, str], None]:
             return
         last = now
         left = (now - begun) / max(done, 1) * max(total - done, 0)
-        note(
-            f"{what}: {done}/{total}, {now - begun:.0f} s, {left:.0f} s to go  {status}".rstrip()
-        )
+        note(f"{what}: {done}/{total}, {now - begun:.0f} s, {left:.0f} s to go  {status}".rstrip())
 
     return advance

@@ -13,7 +13,7 @@ from compress.memory import (
     outside_bytes,
     ssm_state_bytes,
 )
-from compress.plan import Option, Plan
+from compress.planning import Option, Plan
 from compress.show import console, table
 from compress.units import format_bytes, format_count, format_tokens
 

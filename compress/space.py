@@ -5,12 +5,21 @@ import itertools
 from collections.abc import Iterator, Mapping
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from compress.architecture import Architecture, Attention, Block, Format, KvFormat, Moe, sizes
+from compress.architecture import (
+    FORMATS,
+    Architecture,
+    Attention,
+    Block,
+    Format,
+    KvFormat,
+    Moe,
+    sizes,
+)
 from compress.candidate import AXES
 from compress.errors import InputError
 from compress.memory import block_takes
@@ -128,7 +137,11 @@ REMOVED = Option(removed=True)
 
 
 def block_options(
-    architecture: Architecture, number: int, space: Space, globals_: Mapping[str, float], hidden: int
+    architecture: Architecture,
+    number: int,
+    space: Space,
+    globals_: Mapping[str, float],
+    hidden: int,
 ) -> Iterator[Option]:
     """Every option of one block but removal. ``globals_`` are the chosen shares of global axes."""
     block = architecture.blocks[number]
@@ -148,16 +161,18 @@ def block_options(
         if not admissible(block, target):
             continue
         smaller = resized(block, target)
-        taken = [f for f in space.formats if block_takes(smaller, hidden, architecture.family, f)]
+        taken: list[Format] = [
+            f for f in space.formats if block_takes(smaller, hidden, architecture.family, f)
+        ]
         # A block whose shapes refuse all formats of the space stays BF16.
-        for format in taken or ("bf16",):
+        for format in taken or [FORMATS[0]]:
             yield Option(tuple(sorted(target.items())), format)
 
 
 def resized(block: Block, target: Mapping[str, int], format: Format = "bf16") -> Block:
     """The block with other sizes and format."""
-    changes: dict[str, object] = {**target, "format": format}
-    return dataclasses.replace(block, **changes)  # type: ignore[arg-type]
+    changes: dict[str, Any] = {**target, "format": format}
+    return dataclasses.replace(block, **changes)
 
 
 def last_attention_must_stay(architecture: Architecture) -> list[int]:

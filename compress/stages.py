@@ -3,17 +3,17 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from compress import evaluating, scoring, searching, students
-from compress.recipe import Recipe, read_recipe
+from compress.recipe import Recipe, check, read_recipe, write_recipe
 from compress.report import report as write_report
 from compress.runs import Run, run_at
-from compress.recipe import write_recipe
 from compress.session import Session
 from compress.show import note
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
-QUICKSTART = Recipe(
+QUICKSTART: dict[str, Any] = dict(
     budget="34%",
     space="joint",
     context="2k",
@@ -85,8 +85,9 @@ def evaluate(
 def quickstart() -> None:
     """The whole path on the embedded teacher: search, distil, export, evaluate, report."""
     run = run_at("quickstart")
-    write_recipe(QUICKSTART, run.path / "recipe.yaml")
-    session = Session(run, QUICKSTART)
+    recipe = check(QUICKSTART, "quickstart")
+    write_recipe(recipe, run.path / "recipe.yaml")
+    session = Session(run, recipe)
     searching.search(session)
     students.export(session, None)
     found = evaluating.final_table(session)

@@ -17,9 +17,10 @@ from compress.kv import set_kv_format
 from compress.model import disk_tensors, load_model, student_config
 from compress.prune import in_bf16, load_candidate, prune
 from compress.runs import read_json, write_json
-from compress.search.measure import Reference, reference, sequence_kl, student_model
+from compress.searches.measure import Reference, reference, sequence_kl, student_model
 from compress.session import Session
 from compress.show import note
+from compress.train import forget
 from compress.units import format_bytes
 
 SHORT = ".short"
@@ -92,6 +93,7 @@ def distilled(session: Session, candidate: Candidate, tokens: int, *, short: boo
         to_json(architecture),
     )
     run.sign(stage, inputs)
+    forget(directory)
     return directory / STUDENT
 
 
@@ -108,7 +110,7 @@ def kl_of(model: Any, text: Reference) -> float:
 
 
 def short_distill(session: Session, candidate: Candidate, fresh: Reference) -> float | None:
-    """KL of the candidate on fresh text, in its formats, after a short distillation; None if off."""
+    """KL on fresh text, in the candidate's formats, after a short distillation; None if off."""
     tokens = session.recipe.short_distill_tokens
     if tokens == 0:
         return None
@@ -163,7 +165,9 @@ def export(session: Session, name: str | None) -> Path:
     card = {
         "command": f"compress search {session.recipe.model} --run {run.name}",
         "budget": session.budget.description,
-        "teacher": f"{session.recipe.model} ({session.note})" if session.note else session.recipe.model,
+        "teacher": f"{session.recipe.model} ({session.note})"
+        if session.note
+        else session.recipe.model,
         "bytes": f"{format_bytes(row['bytes'])} with caches at {session.recipe.context} context",
         "KL to the teacher": f"{row['measured_kl']:.4f} nats per token before distillation",
         "student": str(directory.relative_to(run.path)),
@@ -177,4 +181,3 @@ def export(session: Session, name: str | None) -> Path:
         f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
     )
     return out
-

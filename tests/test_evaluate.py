@@ -9,7 +9,7 @@ import torch
 from compress.data import load_tokenizer
 from compress.errors import InputError
 from compress.estimate import difference, exponential, mean_of, pooled, ratio_of
-from compress.evaluate import evaluate
+from compress.evaluation import evaluate
 from compress.harness import CHOICES, make_choice_rows, make_rolling_rows, write_task_rows
 from compress.model import load_model
 

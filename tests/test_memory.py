@@ -20,7 +20,7 @@ from compress.memory import (
     parameter_bytes,
     weight_bytes,
 )
-from compress.plan import in_format, resolve_budget, teacher_bytes
+from compress.planning import in_format, resolve_budget, teacher_bytes
 from compress.units import parse_bytes
 
 LONG = Deployment(context=131072)

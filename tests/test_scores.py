@@ -1,4 +1,4 @@
-"""Contributions predict the KL of small changes, rank what is dead last, and depend on nothing else."""
+"""Contributions predict the KL of small changes and rank what is dead last."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_the_prediction_is_second_order_exact_for_whole_blocks(scored) -> None:
     for block in architecture.blocks:
         less = 0.02
 
-        def hook(module: nn.Module, args: object, output: object) -> object:
+        def hook(module: nn.Module, args: object, output: object, less: float = less) -> object:
             if isinstance(output, tuple):
                 return (output[0] * (1 - less), *output[1:])
             return output * (1 - less)  # type: ignore[operator]

@@ -70,7 +70,7 @@ def settings(block: Block) -> dict[str, Any]:
 
 
 def write(config: Config, student: Architecture) -> dict[str, Any]:
-    """Config keys of the whole student; the norm's eps follows a hidden cut (DESIGN: cut = mask)."""
+    """Config keys of the whole student; the norm's eps follows a hidden cut (cut equals mask)."""
     return {
         "hidden_size": student.hidden,
         "num_hidden_layers": student.layers,

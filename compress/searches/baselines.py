@@ -5,7 +5,7 @@ from collections.abc import Sequence
 
 from compress.architecture import Format, KvFormat, sizes
 from compress.candidate import AXES, Candidate
-from compress.search.problem import Choice, Globals, Problem, total_bytes
+from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.space import Option, Space, admissible
 
 FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")
@@ -47,14 +47,18 @@ def uniform(problem: Problem) -> list[tuple[Candidate, float]]:
 
     One share for all FFN widths; where that is not enough, for every axis that can be cut.
     """
-    found = []
+    found: list[tuple[Candidate, float]] = []
     for kv_format in problem.space.kv_formats:
         chosen = Globals(kv_format=kv_format)
         for axes in (FFN_AXES, tuple({axis for found in AXES.values() for axis in found})):
             fitting = widest(problem, chosen, axes)
             if fitting is not None:
-                found.append((named("uniform", len(found), problem, fitting, chosen),
-                              predicted(problem, fitting, chosen)))
+                found.append(
+                    (
+                        named("uniform", len(found), problem, fitting, chosen),
+                        predicted(problem, fitting, chosen),
+                    )
+                )
                 break
     return found
 
@@ -111,11 +115,16 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
         picked = [options[i] for options, i in zip(groups, choice, strict=True)]
         alive = any(
             o.removed is False and problem.teacher.blocks[n].kind == "attention"
-            for c in picked for n, o in c
+            for c in picked
+            for n, o in c
         )
         if used <= knapsack.budget and alive:
-            found.append((named("random", number, problem, picked, chosen),
-                          predicted(problem, picked, chosen)))
+            found.append(
+                (
+                    named("random", number, problem, picked, chosen),
+                    predicted(problem, picked, chosen),
+                )
+            )
     return found
 
 
@@ -130,4 +139,3 @@ def named(
 ) -> Candidate:
     """A baseline's candidate."""
     return problem.candidate(f"{kind}-{number:03}", kind, picked, chosen)
-

@@ -20,7 +20,7 @@ from compress.memory import (
     ssm_state_bytes,
 )
 from compress.scores import Scores, choose, importance, kl_of, option_cost, removed, top
-from compress.search.knapsack import Floats, Knapsack
+from compress.searches.knapsack import Floats, Knapsack
 from compress.space import (
     REMOVED,
     Option,
@@ -173,7 +173,9 @@ class Problem:
         """The most important hidden channels."""
         return top(importance(self.scores, None, "hidden"), hidden)
 
-    def candidate(self, name: str, kind: str, picked: Sequence[Choice], chosen: Globals) -> Candidate:
+    def candidate(
+        self, name: str, kind: str, picked: Sequence[Choice], chosen: Globals
+    ) -> Candidate:
         """The candidate of one option per group."""
         decided = dict(pair for choice in picked for pair in choice)
         alive = [n for n in range(len(self.teacher.blocks)) if not decided[n].removed]

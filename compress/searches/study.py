@@ -1,9 +1,9 @@
 """The outer problem: Optuna asks, the knapsack decodes, the student in memory is measured.
 
-Moves, by the number of completed trials: ``seed`` (diverse knapsack solutions), ``sample`` (TPE over
-KV format, hidden size, global widths and score multipliers) and ``swap`` (the incumbent's knapsack
-with jittered scores, where only a few groups may differ). Everything is a function of the seed and
-the completed trials, so that a killed study continues as if it had not been killed.
+Moves, by the number of completed trials: ``seed`` (diverse knapsack solutions), ``sample`` (TPE
+over KV format, hidden size, global widths and score multipliers) and ``swap`` (the incumbent's
+knapsack with jittered scores, where only a few groups may differ). Everything is a function of the
+seed and the completed trials, so that a killed study continues as if it had not been killed.
 """
 
 import math
@@ -16,13 +16,14 @@ from typing import Any
 
 import numpy as np
 import optuna
+from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from compress.candidate import Candidate
 from compress.errors import Infeasible
-from compress.search.knapsack import Knapsack, Overlap, Solution, diverse, smallest, solve
-from compress.search.problem import Choice, Globals, Problem, total_bytes
+from compress.searches.knapsack import Knapsack, Overlap, Solution, diverse, smallest, solve
+from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.units import format_bytes
 
 SEEDS = 8
@@ -74,7 +75,7 @@ def open_study(journal: Path, name: str) -> optuna.Study:
     """The study of a run, new or as an earlier process left it; what that left open is closed."""
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     journal.parent.mkdir(parents=True, exist_ok=True)
-    backend = optuna.storages.journal.JournalFileBackend(str(journal))
+    backend = JournalFileBackend(str(journal))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         study = optuna.create_study(
@@ -137,8 +138,11 @@ def explore(
         trial.set_user_attr("key", key_of(problem, proposal))
         trial.set_user_attr("predicted", proposal.predicted)
         values = run_trial(trial, measure(candidate), tokens_per_sequence)
-        best = min((t.value for t in finished(study) if whole(t)), default=values and np.mean(values))
-        progress(len(done) + 1, trials, float(best or 0.0))
+        best = min(
+            (t.value for t in finished(study) if t.value is not None and whole(t)),
+            default=float(np.mean(values)),
+        )
+        progress(len(done) + 1, trials, best)
     return measured(problem, kind, finished(study))
 
 
@@ -220,7 +224,7 @@ def decode(
     chosen = globals_of(problem, params)
     groups = problem.groups(chosen)
     solution = solve(problem.knapsack(groups, chosen), overlaps)
-    return solution and as_proposal(problem, groups, solution, chosen)
+    return None if solution is None else as_proposal(problem, groups, solution, chosen)
 
 
 def as_proposal(
@@ -310,9 +314,9 @@ def propose(
     known = {trial.user_attrs["key"] for trial in done}
     number = len(done)
     if number < len(first):
-        params, proposal = first[number]
-        if key_of(problem, proposal) not in known:
-            return proposal, params, "seed"
+        params, seeded = first[number]
+        if key_of(problem, seeded) not in known:
+            return seeded, params, "seed"
     best = min((t for t in done if whole(t)), key=lambda t: t.value or 0.0, default=None)
     if best is None or (number % 3 == 0 and distributions(problem)):
         # The sampler's own ask, read and closed: it is enqueued again with what it decodes to.
@@ -341,14 +345,12 @@ def swapped(
     knapsack = problem.knapsack(groups, chosen)
     jittered = replace(
         knapsack,
-        costs=[
-            costs * np.exp([draw.gauss(0, jitter) for _ in costs]) for costs in knapsack.costs
-        ],
+        costs=[costs * np.exp([draw.gauss(0, jitter) for _ in costs]) for costs in knapsack.costs],
     )
     incumbent = tuple(best.user_attrs["choice"])
     near = Overlap(incumbent, len(groups) - 1, len(groups) - draw.choice(RADII))
     solution = solve(jittered, [near])
-    return solution and as_proposal(problem, groups, solution, chosen)
+    return None if solution is None else as_proposal(problem, groups, solution, chosen)
 
 
 def key_of(problem: Problem, proposal: Proposal) -> str:

@@ -63,7 +63,7 @@ def sequence_kl(model: Any, text: Reference) -> Iterator[Tensor]:
         kl = kl_from_hidden(
             hidden.flatten(0, 1), model.lm_head.weight, text.hidden[rows].flatten(0, 1), text.head
         )
-        yield kl.unflatten(0, hidden.shape[:2]).mean(1)
+        yield kl.reshape(hidden.shape[:2]).mean(1)
 
 
 def measure(candidate: Candidate, text: Reference) -> Iterator[Tensor]:

@@ -1,5 +1,6 @@
 """The inner problem: one option per group at least predicted KL under the byte budget, exactly."""
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -64,7 +65,7 @@ def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | Non
     scale = max(float(weight.max()), 1.0)
     rows: list[tuple[Sequence[int], Sequence[float], float, float]] = [
         (range(int(a), int(b)), [1.0] * int(b - a), 1.0, 1.0)
-        for a, b in zip(offsets[:-1], offsets[1:], strict=True)
+        for a, b in itertools.pairwise(offsets)
     ]
     rows.append((range(total), list(weight / scale), -np.inf, problem.budget / scale))
     for pairs in problem.at_least_one:
@@ -84,16 +85,14 @@ def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | Non
     costs = np.concatenate(problem.costs)
     result = milp(
         costs / max(float(np.abs(costs).max()), 1e-30),
-        integrality=np.ones(total),
+        integrality=np.ones(total, dtype=np.int64),
         bounds=Bounds(0, 1),
         constraints=LinearConstraint(matrix, low, high),
         options={"mip_rel_gap": RELATIVE_GAP},
     )
     if result.x is None:
         return None
-    picked = [
-        int(np.argmax(result.x[a:b])) for a, b in zip(offsets[:-1], offsets[1:], strict=True)
-    ]
+    picked = [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(offsets)]
     choice = repaired(problem, tuple(picked))
     if choice is None:
         return None
@@ -126,8 +125,9 @@ def repaired(problem: Knapsack, choice: tuple[int, ...]) -> tuple[int, ...] | No
 
 
 def diverse(problem: Knapsack, count: int, share: float = 0.8) -> list[Solution]:
-    """Up to ``count`` solutions, best first, each sharing at most ``share`` of its groups with any
-    earlier one (Puzzle's diversity cut).
+    """Up to ``count`` solutions, best first, by Puzzle's diversity cut.
+
+    Each shares at most ``share`` of its groups with any earlier one.
     """
     found: list[Solution] = []
     most = int(share * len(problem.costs))

@@ -1,0 +1,80 @@
+"""The Python interface: the commands as functions from values to values."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from compress.fetch import resolve_model
+from compress.planning import make_plan
+from compress.recipe import check
+from compress.runs import read_json, run_at
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from compress.scores import Scores
+
+
+def plan(model: str, **settings: Any) -> dict[str, Any]:
+    """What a model takes and whether it fits, as ``compress plan --json`` prints it.
+
+    Args:
+        model: a directory, a config.json, a short name or a hub id.
+        **settings: recipe keys: budget, context, batch_size, device, ...
+    """
+    recipe = check({"model": model} | settings, "plan")
+    path = resolve_model(model, config_only=True)
+    made = make_plan(path, recipe.deployment, budget=recipe.budget, device=recipe.device)
+    return made.to_json()
+
+
+def score(model: str = "embedded", *, run: str, **settings: Any) -> "Scores":
+    """Scores of a model's units, blocks and formats, kept in a run directory."""
+    from compress.scoring import score as compute
+    from compress.session import Session
+
+    return compute(Session(run_at(run), recipe_of(model, run, settings)))
+
+
+def search(model: str = "embedded", *, run: str, **settings: Any) -> list[dict[str, Any]]:
+    """The rows of ``candidates.json``, best first; empty where the teacher fits as it is."""
+    from compress.searching import search as find
+    from compress.session import Session
+
+    chosen = run_at(run)
+    find(Session(chosen, recipe_of(model, run, settings)))
+    file = chosen.path / "candidates.json"
+    rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+    return rows
+
+
+def load(path: str | Path) -> "PreTrainedModel":
+    """A torch model with transformers' ``forward`` and ``generate``, fp32, from any directory.
+
+    Plain Hugging Face checkpoints, heterogeneous students, and quantized exports (dequantized, and
+    reading an FP8 KV cache where that was decided).
+    """
+    from compress.config import architecture_of, read_config
+    from compress.kv import set_kv_format
+    from compress.model import load_model
+
+    directory = Path(path)
+    model = load_model(directory)
+    set_kv_format(model, architecture_of(directory, read_config(directory)).kv_format)
+    return model
+
+
+def evaluate(models: Sequence[str], tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
+    """Models and runs against the first, as ``compress eval --json`` prints it."""
+    from compress.evaluating import evaluate as measure
+
+    return measure(models, tasks, check({"model": models[0]} | settings, "evaluate"))
+
+
+def recipe_of(model: str, run: str, settings: dict[str, Any]) -> Any:
+    """The checked recipe of a call, written into its run."""
+    from compress.recipe import write_recipe
+
+    recipe = check({"model": model} | settings, "settings")
+    write_recipe(recipe, run_at(run).path / "recipe.yaml")
+    return recipe
