@@ -59,9 +59,9 @@ def evaluate(
         ``{"models": {name: {"bytes", "kl", "nats_per_token", "bits_per_byte", "stderr": {...},
         "tasks": {task: {metric: value, "stderr": of the first metric, "METRIC_stderr": of the
         others}}}}, "paired": [{"a", "b", "metric", "difference": b - a, "stderr"}], "text":
-        {"sequences", "tokens", "bytes"}}``. ``kl`` is in nats per token. Every pair of models is
-        compared, ``a`` being the earlier one; task metrics are called ``task/metric``. A standard
-        error is null where one sample gives none.
+        {"sequences", "tokens", "bytes"}, "samples": {task: count}}``. ``kl`` is in nats per token.
+        Every pair of models is compared, ``a`` being the earlier one; task metrics are called
+        ``task/metric``. A standard error is null where one sample gives none.
     """
     if not models:
         raise InputError("no model to evaluate")
@@ -87,6 +87,12 @@ def evaluate(
             "sequences": rows_RT.shape[0],
             "tokens": rows_RT.numel(),
             "bytes": int(bytes_R.sum()),
+        },
+        "samples": {
+            task: len(next(iter(found.values())).influence)
+            for _, _, results in measured.values()
+            for task, found in results.items()
+            if found
         },
     }
 

@@ -15,6 +15,7 @@ from compress.families import count_parameters
 from compress.layer_map import layer_map
 from compress.report_content import (
     DASH,
+    MOST_ACROSS,
     Cell,
     Line,
     evaluation_grid,
@@ -187,13 +188,18 @@ def print_candidates(run: RunFiles) -> None:
 
 
 def print_evaluation(results: Mapping[str, Any]) -> None:
-    """Every metric of every model; paired differences from the first model in brackets."""
+    """Every metric of every model; if they are few, with paired differences from the first."""
     grid = evaluation_grid(results)
-    table(
-        f"evaluation (in brackets: paired difference from {grid.reference})",
-        ("", *grid.columns),
-        [(label, *map(cell_text, cells)) for label, cells in grid.rows],
-    )
+    few = len(results["models"]) <= MOST_ACROSS
+    remark = f" (in brackets: paired difference from {grid.reference})" if few else ""
+    text = cell_text if few else plain_text
+    rows = [(words(label), *map(text, cells)) for label, cells in grid.rows]
+    table(f"evaluation, ± a standard error{remark}", ("", *map(words, grid.columns)), rows)
+
+
+def plain_text(cell: Cell) -> str:
+    """A figure and its standard error."""
+    return with_error(cell.value, cell.stderr)
 
 
 def cell_text(cell: Cell) -> str:
