@@ -97,7 +97,9 @@ def kl_against_bytes(students: Sequence[Student], budget: int | None) -> Figure 
             draw_student(axes, student, unit)
         label_points(axes, measured, unit)
         if budget:
-            axes.axvline(budget / unit, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)))
+            axes.axvline(
+                budget / unit, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
+            )
             axes.annotate(
                 "budget", (budget / unit, 1), xycoords=("data", "axes fraction"),
                 xytext=(-5, -4), textcoords="offset points", ha="right", va="top",

@@ -18,6 +18,7 @@ from compress.report_content import (
     MOST_ACROSS,
     Cell,
     Line,
+    cards_matter,
     evaluation_grid,
     lines,
     number,
@@ -84,12 +85,14 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         if run.teacher and selected
         else None
     )
+    shown = list(servings(run.teacher, selected)) if run.teacher else []
     return template.render(
         run=run,
         teacher=run.teacher,
         selected=selected,
         verdict=verdict(run),
-        servings=list(servings(run.teacher, selected)) if run.teacher else [],
+        servings=shown,
+        cards_matter=bool(shown) and cards_matter(shown),
         devices=sorted(DEVICES.values(), key=lambda device: device.visible_bytes),
         parts=PARTS,
         lines=lines(run),

@@ -52,7 +52,8 @@ def signed(value: float | None, digits: int = 4) -> str:
     """A difference with its sign; a true minus sign."""
     if value is None:
         return DASH
-    return f"{value:+,.{digits}f}".replace("-", MINUS)
+    # Adding zero takes the sign off a zero.
+    return f"{round(value, digits) + 0.0:+,.{digits}f}".replace("-", MINUS)
 
 
 def words(name: str) -> str:
@@ -88,6 +89,12 @@ def servings(teacher: Teacher, selected: Student | None) -> Iterator[Serving]:
                 for device in DEVICES.values()
             },
         )
+
+
+def cards_matter(shown: Sequence[Serving]) -> bool:
+    """Whether the size of a card limits anything: the smallest is not twenty times too big."""
+    largest = max(serving.bytes.total for serving in shown)
+    return largest * 20 > min(device.visible_bytes for device in DEVICES.values())
 
 
 def context_on(architecture: Architecture, deployment: Deployment, visible: int) -> int | None:

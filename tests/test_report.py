@@ -306,6 +306,16 @@ def test_tables_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert "+0.6890 ± 0.0100" in printed
 
 
+def test_cards_are_listed_where_they_limit_something(run: Path) -> None:
+    assert "room for twenty" in report(run).read_text()
+    teacher = json.loads((run / "teacher.json").read_text())
+    teacher["deployment"]["context"] = 2**22
+    write(run / "teacher.json", teacher)
+    page = report(run).read_text()
+    assert "room for twenty" not in page
+    assert "rtx5090</th>" in page
+
+
 def test_few_models_go_across_and_many_down(run: Path) -> None:
     results = json.loads((run / "eval" / "results.json").read_text())
     many = evaluation_grid(results)
