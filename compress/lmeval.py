@@ -16,6 +16,7 @@ from importlib import import_module
 from importlib.resources.abc import Traversable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -243,8 +244,16 @@ def quiet() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
+    evaluator = import_module("lm_eval.evaluator")
+    # lm-eval 0.4.13 asks git for the commit of the folder it runs in, and git complains on the
+    # terminal where that is no repository.
+    silent = mock.patch.object(evaluator, "get_git_commit_hash", return_value=None)
     try:
-        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        with (
+            silent,
+            contextlib.redirect_stderr(io.StringIO()),
+            contextlib.redirect_stdout(io.StringIO()),
+        ):
             yield
     finally:
         logger.setLevel(level)

@@ -23,8 +23,8 @@ QUICKSTART: dict[str, Any] = dict(
     select_tokens=4096,
     replay_tokens=2048,
     short_distill_tokens=49152,
-    distill_batch_tokens=2048,
-    learning_rate=1e-3,
+    distill_batch_tokens=1024,
+    learning_rate=6e-4,
 )
 
 

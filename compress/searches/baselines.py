@@ -112,6 +112,11 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
             saved = float(knapsack.bytes[group][choice[group]] - knapsack.bytes[group][option])
             if saved > 0:
                 choice[group], used = option, used - saved
+        # What the last step cut too much is given back where it fits, again at random.
+        for group, option in sorted(smaller, key=lambda pair: draw.random()):
+            more = float(knapsack.bytes[group][option] - knapsack.bytes[group][choice[group]])
+            if 0 < more <= knapsack.budget - used:
+                choice[group], used = option, used + more
         picked = [options[i] for options, i in zip(groups, choice, strict=True)]
         alive = any(
             o.removed is False and problem.teacher.blocks[n].kind == "attention"
