@@ -67,8 +67,9 @@ def load(path: str | Path) -> "PreTrainedModel":
 def evaluate(models: Sequence[str], tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
     """Models and runs against the first, as ``compress eval --json`` prints it."""
     from compress.evaluating import evaluate as measure
+    from compress.evaluating import recipe_for
 
-    return measure(models, tasks, check({"model": models[0]} | settings, "evaluate"))
+    return measure(models, tasks, recipe_for(models, settings))
 
 
 def recipe_of(model: str, run: str, settings: dict[str, Any]) -> Any:

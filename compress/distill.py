@@ -3,6 +3,7 @@
 Teacher and student run in one process; logits exist for one chunk of tokens at a time.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from transformers import PreTrainedModel
 from compress.errors import InputError
 from compress.losses import kl_from_hidden
 from compress.train import CurvePoint, Progress, TrainSettings, batch_at, digest, train
+
+# Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
+MICRO_TOKENS = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +65,11 @@ def distill(
     student.train(True)
     warmup = round(settings.warmup_share * steps)
 
-    def loss_of(step: int) -> Tensor:
-        return kl(teacher, student, batch_at(rows, step, batch, settings.seed), settings.bf16)
+    def loss_of(step: int) -> Iterator[Tensor]:
+        whole = batch_at(rows, step, batch, settings.seed)
+        for part in torch.split(whole, max(MICRO_TOKENS // rows.shape[1], 1)):
+            share = part.shape[0] / whole.shape[0]
+            yield kl(teacher, student, part, settings.bf16) * share
 
     curve = train(
         student,

@@ -9,7 +9,7 @@ from compress.evaluation import evaluate as measure_models
 from compress.harness import write_task_rows
 from compress.kv import set_kv_format
 from compress.model import load_model
-from compress.recipe import Recipe, read_recipe
+from compress.recipe import Recipe, check, read_recipe
 from compress.runs import Run, find_run, read_json, run_at, write_json
 from compress.session import Session
 from compress.show import note, progress, table
@@ -26,6 +26,18 @@ def is_run(name: str) -> bool:
     return (run_at(name.partition(":")[0]).path / "recipe.yaml").is_file()
 
 
+def recipe_for(names: Sequence[str], given: Mapping[str, Any]) -> Recipe:
+    """The recipe to evaluate with: that of the first run among the names, changed by the flags.
+
+    The teacher is the first name, or that run's where the first name is a run.
+    """
+    runs = [name for name in names if is_run(name)]
+    if not runs:
+        return check({"model": names[0], **given}, "command line")
+    kept = read_recipe(find_run(runs[0])[0].path / "recipe.yaml")
+    return kept.changed(**given) if is_run(names[0]) else kept.changed(**given, model=names[0])
+
+
 def evaluate(
     names: Sequence[str],
     tasks: Sequence[str],
@@ -33,17 +45,12 @@ def evaluate(
     task_data: Path | None = None,
     limit: int | None = None,
 ) -> dict[str, Any]:
-    """Measure models and runs against the first model; the result as ``eval --json`` prints it.
+    """Measure models and runs against the recipe's model; the result as ``eval --json`` prints it.
 
-    The text is that of the recipe, or of the first run among the names where the recipe has none.
     A run stands for its export if there is one, else for its latest student in its formats. The
     result is also written to every run's ``eval/results.json``.
     """
     runs = [find_run(name)[0] for name in names if is_run(name)]
-    if runs and recipe.data is None and recipe.eval_data is None:
-        kept = read_recipe(runs[0].path / "recipe.yaml")
-        recipe = recipe.changed(data=kept.data, eval_data=kept.eval_data, context=kept.context,
-                                batch_size=kept.batch_size)  # fmt: skip
     session = Session(runs[0] if runs else Run(Path("runs") / "eval"), recipe)
     models: dict[str, Any] = {}
     sizes: dict[str, int] = {}
@@ -137,7 +144,12 @@ def cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
     return found
 
 
-def final_table(session: Session, tasks: Sequence[str] = ("choice",)) -> dict[str, Any]:
+def final_table(
+    session: Session,
+    tasks: Sequence[str] = ("choice",),
+    task_data: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
     """The last table: teacher and the best of every kind at equal bytes, before and after training.
 
     Written to ``eval/results.json`` and ``table.json``; only this reads the final text.
@@ -156,7 +168,7 @@ def final_table(session: Session, tasks: Sequence[str] = ("choice",)) -> dict[st
         for name, directory in students_of(session, candidate, kind):
             models[name] = in_formats(session, candidate, directory)
             sizes[name] = row["bytes"]
-    found = on_final_text(session, models, sizes, tasks)
+    found = on_final_text(session, models, sizes, tasks, task_data, limit)
     write_json(session.run.path / "eval" / "results.json", found)
     write_json(session.run.path / "table.json", table_rows(found, best, missing))
     return found

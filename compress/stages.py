@@ -8,7 +8,7 @@ from typing import Any
 from compress import evaluating, scoring, searching, students
 from compress.recipe import Recipe, check, read_recipe, write_recipe
 from compress.report import report as write_report
-from compress.runs import Run, run_at
+from compress.runs import Run, find_run, run_at
 from compress.session import Session
 from compress.show import note
 
@@ -74,12 +74,23 @@ def evaluate(
     task_data: Path | None = None,
     limit: int | None = None,
 ) -> None:
-    """Compare models and runs, and print the tables or one JSON object."""
-    found = evaluating.evaluate(names, tasks, recipe, task_data, limit)
+    """Compare models and runs, and print the tables or one JSON object.
+
+    A run alone is its last table: the teacher and the best of every kind, before and after
+    distillation.
+    """
+    table = len(names) == 1 and evaluating.is_run(names[0])
+    if table:
+        session = Session(find_run(names[0])[0], recipe)
+        found = evaluating.final_table(session, tasks or ("choice",), task_data, limit)
+    else:
+        found = evaluating.evaluate(names, tasks, recipe, task_data, limit)
     if as_json:
         print(json.dumps(found))
-    else:
-        evaluating.print_results(found)
+        return
+    if table:
+        evaluating.print_table(session, found)
+    evaluating.print_results(found)
 
 
 def quickstart() -> None:

@@ -8,7 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -46,6 +46,10 @@ class TrainSettings:
     data: str = ""
 
 
+# A step's loss, or parts of it that add up.
+Loss = Tensor | Iterable[Tensor]
+
+
 @dataclass(frozen=True, kw_only=True)
 class CurvePoint:
     """One step of a training: the tokens seen with it, its loss in nats per token, its rate."""
@@ -58,7 +62,7 @@ class CurvePoint:
 
 def train(
     model: nn.Module,
-    loss_of: Callable[[int], Tensor],
+    loss_of: Callable[[int], Loss],
     settings: TrainSettings,
     *,
     what: str = "train",
@@ -70,6 +74,7 @@ def train(
 
     With a directory there is a checkpoint every ``checkpoint_every`` steps and at the end, and an
     unfinished training of the same start and settings continues; any other is started over.
+    ``loss_of`` gives a step's loss, or parts that add up to it, for batches larger than memory.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change
     buffers of the model, which checkpoints keep, and nothing else.
@@ -97,19 +102,25 @@ def train(
 def update(
     model: nn.Module,
     optimizer: torch.optim.AdamW,
-    loss: Tensor,
+    loss: Loss,
     step: int,
     settings: TrainSettings,
 ) -> float:
-    """One step down the gradient; the loss, which must be finite."""
-    if not math.isfinite(value := loss.item()):
-        raise InputError(
-            f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
-            f"learning_rate (now {settings.learning_rate:g}) usually helps"
-        )
+    """One step down the gradient; the loss, which must be finite.
+
+    Of a loss in parts, only one part's graph is in memory at a time.
+    """
+    value = 0.0
+    for part in (loss,) if isinstance(loss, Tensor) else loss:
+        value += part.item()
+        if not math.isfinite(value):
+            raise InputError(
+                f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
+                f"learning_rate (now {settings.learning_rate:g}) usually helps"
+            )
+        torch.autograd.backward(part)
     for group in optimizer.param_groups:
         group["lr"] = rate_at(step, settings)
-    torch.autograd.backward(loss)
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     optimizer.step()
     optimizer.zero_grad()

@@ -95,3 +95,21 @@ def test_different_vocabularies_and_no_text_are_refused(tmp_path: Path, tiny_lla
         distill(teacher, other, tokens(), SETTINGS)
     with pytest.raises(InputError, match="rows of tokens"):
         distill(teacher, load_model(tiny_llama), tokens(0), SETTINGS)
+
+
+def test_a_batch_in_parts_is_the_whole_batch(
+    tiny_llama: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows = torch.randint(0, 128, (8, 16), generator=torch.Generator().manual_seed(5))
+    settings = DistillSettings(tokens=128, batch_tokens=128, learning_rate=1e-3)
+    trained = []
+    for micro in (128, 32):
+        monkeypatch.setattr("compress.distill.MICRO_TOKENS", micro)
+        teacher, student = load_model(tiny_llama), load_model(tiny_llama)
+        torch.nn.init.normal_(
+            student.lm_head.weight, std=0.2, generator=torch.Generator().manual_seed(1)
+        )
+        curve = distill(teacher, student, rows, settings, progress=lambda *_: None)
+        trained.append((curve[-1].loss, student.model.norm.weight.detach().clone()))
+    assert trained[0][0] == pytest.approx(trained[1][0], rel=1e-5)
+    torch.testing.assert_close(trained[0][1], trained[1][1], rtol=1e-4, atol=1e-6)
