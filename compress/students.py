@@ -41,6 +41,12 @@ def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mappi
     return load_candidate(directory, found[0]["kind"]), found[0]
 
 
+def is_cut(session: Session, candidate: Candidate) -> bool:
+    """Whether a candidate lacks anything of its teacher besides bits."""
+    whole = len(session.architecture.blocks)
+    return len(candidate.keep["blocks"]) < whole or len(candidate.keep) > 1
+
+
 def pruned(session: Session, candidate: Candidate) -> Path:
     """Directory of the candidate's BF16 student, cut now if it was not before."""
     directory = session.run.path / "candidates" / candidate.id
@@ -114,7 +120,11 @@ def short_distill(session: Session, candidate: Candidate, fresh: Reference) -> f
     tokens = session.recipe.short_distill_tokens
     if tokens == 0:
         return None
-    directory = distilled(session, candidate, tokens, short=True)
+    if is_cut(session, candidate):
+        directory = distilled(session, candidate, tokens, short=True)
+    else:
+        # In BF16 it is the teacher: there is nothing to train, its KL is that of its formats.
+        directory = pruned(session, candidate)
     return kl_of(in_formats(session, candidate, directory), fresh)
 
 
@@ -126,6 +136,9 @@ def distill(session: Session, name: str | None) -> None:
         session.checkpoint, session.model, session.rows("select", 2 * recipe.select_tokens)
     )
     before = kl_of(in_formats(session, candidate, pruned(session, candidate)), text)
+    if not is_cut(session, candidate):
+        note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
+        return
     directory = distilled(session, candidate, recipe.distill_tokens, short=False)
     after = kl_of(in_formats(session, candidate, directory), text)
     write_json(
