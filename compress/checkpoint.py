@@ -16,7 +16,7 @@ from compress.architecture import Architecture
 from compress.config import ARCHITECTURE, CONFIG, architecture_of, read_config
 from compress.errors import InputError
 from compress.families import parameters
-from compress.runs import atomic_directory
+from compress.runs import atomic_directory, read_json
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -87,7 +87,10 @@ def open_checkpoint(path: Path) -> Checkpoint:
 def tensor_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
     """Shape and file of every tensor of a directory, from the safetensors headers."""
     if (path / INDEX).is_file():
-        shards = sorted(set(json.loads((path / INDEX).read_text())["weight_map"].values()))
+        index = read_json(path / INDEX)
+        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
+            raise InputError(f"{path / INDEX} has no weight_map")
+        shards = sorted(set(index["weight_map"].values()))
     else:
         shards = ["model.safetensors"]
     shapes: dict[str, tuple[int, ...]] = {}

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from safetensors import SafetensorError
 from typer.exceptions import TyperException
 
 from compress.architecture import Format, KvFormat
@@ -21,12 +22,14 @@ from compress.flags import (
     TRAINED,
     begin,
     resume,
+    resumed,
     save,
     settings,
     shown,
 )
+from compress.guide import next_step, possessions
 from compress.recipe import Recipe, check, read_recipe
-from compress.runs import run_at
+from compress.runs import is_run, run_at
 from compress.show import note
 
 INPUT, INTERRUPTED = 2, 130
@@ -130,7 +133,7 @@ def search(
 
     save(chosen, recipe)
     stages.search(chosen, recipe)
-    note(f"next: compress distill {shown(chosen)}")
+    note(f"next: {next_step(chosen)}")
 
 
 @app.command()
@@ -147,10 +150,10 @@ def prune(run: Target) -> None:
 @settings("distill_tokens", *TRAINED)
 def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Train a student on its teacher's predictions."""
-    chosen, _, candidate = resume(run, given, print_config)
-    from compress import stages
+    with resumed(run, given, print_config) as (chosen, _, candidate):
+        from compress import stages
 
-    stages.distill(chosen, candidate)
+        stages.distill(chosen, candidate)
     note(f"next: compress export {run}")
 
 
@@ -171,33 +174,58 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
 
     The result is a Hugging Face directory.
     """
-    chosen, recipe, candidate = resume(run, given, print_config)
-    from compress import stages
+    with resumed(run, given, print_config) as (chosen, recipe, candidate):
+        from compress import stages
 
-    stages.export(chosen, candidate)
+        stages.export(chosen, candidate)
     note(f"next: compress eval {recipe.model} {run}")
 
 
 @app.command(name="eval")
 @settings(*EVALUATED)
 def evaluate(
-    models: Annotated[list[str], typer.Argument(help="Models and runs; the first is compared to.")],
+    models: Annotated[
+        list[str],
+        typer.Argument(metavar="MODEL|RUN", help="Models and runs, or one run for its table."),
+    ],
     *,
-    tasks: Annotated[str, typer.Option(help="lm-eval tasks, separated by commas.")] = "",
+    tasks: Annotated[
+        str,
+        typer.Option(help="Tasks, separated by commas: choice, rolling, and those of lm-eval."),
+    ] = "",
+    task_data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="JSONL files of lm-eval's tasks, such as DIR/piqa/validation.jsonl, for machines "
+            "without a hub.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Only the first documents of each task.")
+    ] = None,
     json: Json = False,
     **given: Any,
 ) -> None:
     """Compare models on held-out text and tasks.
 
-    Differences are paired and have standard errors.
+    The first is compared to; differences are paired and have standard errors. A run stands for its
+    student, a run alone for its teacher and the best student of every kind.
     """
-    recipe = check({"model": models[0]} | given, "command line")
+    runs = [name for name in models if is_run(name)]
+    for name in models:
+        if name not in runs:
+            resolve_any(name)
     from compress import stages
+    from compress.evaluating import recipe_for
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
-    stages.evaluate(models, names, json, recipe)
+    stages.evaluate(models, names, json, recipe_for(models, given), task_data, limit)
     if not json:
-        note("next: compress report RUN")
+        after = (
+            f"report {runs[0].partition(':')[0]}" if runs else f"search {models[0]} --budget 70%"
+        )
+        note(f"next: compress {after}")
 
 
 @app.command()
@@ -250,8 +278,8 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run.")]) ->
     from compress.report import report as write_report
 
     print_report(chosen.path)
-    page = write_report(chosen.path)
-    note(f"next: open {page} in a browser")
+    note(f"open {write_report(chosen.path)} in a browser")
+    note(f"next: {next_step(chosen)}")
 
 
 @app.command()
@@ -263,6 +291,10 @@ def quickstart() -> None:
     from compress import stages
 
     stages.quickstart()
+    note("you have")
+    for line in possessions(run_at("quickstart")):
+        note(f"  {line}")
+    note("next: compress fetch smollm2-135m")
 
 
 @app.command()
@@ -277,6 +309,16 @@ def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
     directory = get(name)
     print(directory)
     note(f"{note_of(directory)}; next: compress plan {name}")
+
+
+def resolve_any(name: str) -> None:
+    """Refuse a name that is neither a run's nor a model's."""
+    from compress.fetch import resolve_model
+
+    try:
+        resolve_model(name, config_only=True)
+    except InputError as error:
+        raise InputError(f"{error}; nor is it a run") from error
 
 
 def with_limit(recipe: Recipe) -> None:
@@ -298,6 +340,9 @@ def main() -> None:
         code = failed(f"{message} (compress --help shows the commands)", INPUT)
     except KeyboardInterrupt:
         code = INTERRUPTED
+    except SafetensorError as error:
+        # Its only word for a full disk, too.
+        code = failed(f"weights could not be read or written: {error}", INPUT)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
         code = failed(f"{error.strerror or error}{where}", INPUT)

@@ -31,7 +31,15 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
     """The architecture of a model: the file beside its config, else what the config says."""
     beside = (path.parent if path.suffix == ".json" else path) / ARCHITECTURE
     if beside.is_file():
-        return from_json(beside.read_text())
+        try:
+            return from_json(beside.read_text())
+        except ValueError as error:
+            raise InputError(f"{beside} is not JSON: {error}") from error
     if config.get("model_type") == "compress":
         raise InputError(f"{path} has no {ARCHITECTURE}, which model_type 'compress' needs")
-    return read_architecture(config)
+    try:
+        return read_architecture(config)
+    except InputError as error:
+        raise InputError(f"{path}: {error}") from error
+    except TypeError as error:
+        raise InputError(f"{path}: config.json has a value of the wrong type: {error}") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -106,6 +107,10 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model directory; InputError if it has none or no end-of-text token."""
     if not (path / "tokenizer.json").is_file():
         raise InputError(f"{path} has no tokenizer.json; copy the tokenizer of the model into it")
+    try:
+        Tokenizer.from_file(str(path / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises nothing narrower
+        raise InputError(f"{path / 'tokenizer.json'} is corrupt: {error}") from error
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
     except (OSError, ValueError, KeyError) as error:

@@ -3,13 +3,16 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from compress.config import architecture_of, read_config
 from compress.errors import InputError
+from compress.fetch import resolve_model
 from compress.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
 from compress.runs import RUNS, Run, find_run, run_at
 from compress.show import note
@@ -77,9 +80,10 @@ def begin(
     """The run and recipe of a command that may make a run.
 
     A run that exists keeps its recipe; the flags change it, and what they change is redone.
+    What a look at the files can refuse is refused here, before there is a run.
 
     Raises:
-        InputError: a wrong setting, or a run of another model.
+        InputError: a wrong setting, a run of another model, no such model, family or text.
     """
     fresh = check(({} if model is None else {"model": model}) | given, "command line")
     run = run_at(name or "-".join(slug(part) for part in (fresh.model, fresh.space) if part))
@@ -93,11 +97,35 @@ def begin(
         recipe = before.changed(**given)
     if print_config:
         stop_with(recipe)
+    check_files(recipe)
     if file.is_file():
         kept = set(recipe.model_dump().items()) - set(fresh.model_dump().items())
         listed = ", ".join(f"{key} {value}" for key, value in sorted(kept))
         note(f"{run.path} exists: continuing it" + (f" with its {listed}" if listed else ""))
     return run, recipe
+
+
+def check_files(recipe: Recipe) -> None:
+    """InputError where the model is none or of no known family, or a text is not there."""
+    path = resolve_model(recipe.model, config_only=True)
+    architecture_of(path, read_config(path))
+    for text in (recipe.data, recipe.eval_data):
+        if text is not None and not Path(text).is_file():
+            raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")
+
+
+@contextmanager
+def resumed(
+    target: str, given: dict[str, Any], print_config: bool = False
+) -> Iterator[tuple[Run, Recipe, str | None]]:
+    """``resume``; the run has its recipe back when the stage fails, so that nothing is redone."""
+    before = read_recipe(find_run(target)[0].path / "recipe.yaml")
+    run, recipe, candidate = resume(target, given, print_config)
+    try:
+        yield run, recipe, candidate
+    except BaseException:
+        save(run, before)
+        raise
 
 
 def resume(

@@ -1,5 +1,7 @@
 """A GGUF file as a plain checkpoint: BF16 safetensors, config, tokenizer; transformers reads it."""
 
+import contextlib
+import io
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -28,10 +30,12 @@ def convert(gguf: Path, directory: Path) -> None:
     """
     if find_spec("gguf") is None:
         raise InputError('reading GGUF needs the package gguf: python -m pip install -e ".[gguf]"')
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float32
-    )
-    tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # Its bars go to stderr as it is at the call; which stage runs is ours to say.
+    with contextlib.redirect_stderr(io.StringIO()):
+        model: Any = AutoModelForCausalLM.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+        )
+        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
     tokenizer.model_max_length = model.config.max_position_embeddings
     # Without what every config says and what says nothing about this model.
     common = PreTrainedConfig().to_dict()

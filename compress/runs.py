@@ -138,6 +138,11 @@ def run_at(name: str) -> Run:
     return Run(Path(name) if os.sep in name or Path(name).is_absolute() else RUNS / name)
 
 
+def is_run(name: str) -> bool:
+    """Whether RUN or RUN:CANDIDATE names a run that exists."""
+    return bool(name) and (run_at(name.partition(":")[0]).path / "recipe.yaml").is_file()
+
+
 def find_run(target: str) -> tuple[Run, str | None]:
     """The existing run and candidate that RUN or RUN:CANDIDATE names; None stands for the best."""
     name, _, candidate = target.partition(":")

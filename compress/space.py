@@ -78,7 +78,7 @@ def load_space(name: str, target: Target = "compress") -> Space:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"])
         raise InputError(f"{path}: {where}: {first['msg']}") from error
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     known = {"hidden"} | {axis for axes in AXES.values() for axis in axes}
     for axis, choice in space.axes.items():

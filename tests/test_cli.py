@@ -14,6 +14,7 @@ import compress
 from compress.cli import app, main
 from compress.errors import Infeasible, VerificationFailed
 from compress.recipe import Recipe
+from compress.runs import write_json
 
 COMMANDS = [
     *("plan", "score", "search", "prune", "distill", "quantize", "export", "eval"),
@@ -149,7 +150,8 @@ def test_flags_are_recipe_keys(command: str) -> None:
     [registered] = [
         each for each in app.registered_commands if (each.name or each.callback.__name__) == command
     ]
-    own = {"model", "models", "run", "print_config", "json", "tasks", "recipe"}
+    own = {"model", "models", "run", "print_config", "json", "recipe"}
+    own |= {"tasks", "task_data", "limit"}
     flags = set(registered.callback.__signature__.parameters) - own
     assert flags
     assert flags <= set(Recipe.model_fields)
@@ -167,6 +169,7 @@ def test_print_config_shows_the_resolved_recipe(
 def test_search_passes_its_recipe_and_names_the_next_command(
     stages: Called, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    write_json(Path("runs/embedded/candidates.json"), [{"id": "c1", "selected": True}])
     assert run(monkeypatch, "search", "--budget", "70%") == 0
     [(name, (made, recipe))] = stages.calls
     assert name == "search"

@@ -81,9 +81,14 @@ def write_gguf(file: Path, checkpoint: Path) -> None:
     writer.close()
 
 
-def test_a_gguf_becomes_a_plain_bf16_checkpoint(tiny_llama: Path, tmp_path: Path) -> None:
+def test_a_gguf_becomes_a_plain_bf16_checkpoint(
+    tiny_llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     write_gguf(tmp_path / "tiny.gguf", tiny_llama)
+    capsys.readouterr()
     convert(tmp_path / "tiny.gguf", tmp_path / "model")
+    # No bars of transformers' own.
+    assert capsys.readouterr() == ("", "")
     made, source = open_checkpoint(tmp_path / "model"), open_checkpoint(tiny_llama)
     assert made.architecture == source.architecture == read_architecture(made.config)
     assert made.config["architectures"] == ["LlamaForCausalLM"]

@@ -24,7 +24,8 @@ def test_every_module_has_a_line_in_the_readme() -> None:
 
 def test_flags_in_the_readme_exist() -> None:
     commands = re.findall(r"^compress .*$", README, flags=re.MULTILINE)
-    known = {key.replace("_", "-") for key in Recipe.model_fields} | {"run", "tasks"}
+    known = {key.replace("_", "-") for key in Recipe.model_fields}
+    known |= {"run", "tasks", "task-data", "limit"}
     assert commands
     for command in commands:
         assert set(re.findall(r"--([a-z-]+)", command)) <= known

@@ -1,0 +1,46 @@
+"""What a run has so far, and which command comes next; reads files only, no torch."""
+
+from collections.abc import Iterator
+from typing import Any
+
+from compress.flags import shown
+from compress.recipe import read_recipe
+from compress.runs import Run, read_json
+
+
+def selected(run: Run) -> dict[str, Any] | None:
+    """The row of the candidate that the run stands for; None before a search found one."""
+    file = run.path / "candidates.json"
+    rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+    return next((row for row in rows if row["selected"]), None)
+
+
+def next_step(run: Run) -> str:
+    """The command that continues a run: the first of the path whose files are not there."""
+    name, row = shown(run), selected(run)
+    if row is None:
+        recipe = read_recipe(run.path / "recipe.yaml")
+        # Without candidates a search has not run, or found that the teacher fits as it is.
+        space = " --space joint" if (run.path / "teacher.json").is_file() else ""
+        return f"compress search --run {name} --budget {recipe.budget or '70%'}{space}"
+    if not (run.path / "export" / row["id"]).is_dir():
+        trained = (run.path / "distill" / row["id"]).is_dir()
+        return f"compress {'export' if trained else 'distill'} {name}"
+    if not (run.path / "eval" / "results.json").is_file():
+        return f"compress eval {name}"
+    return f"compress plan {run.path / 'export' / row['id']}"
+
+
+def possessions(run: Run) -> Iterator[str]:
+    """What a finished run leaves to its user, a line each; nothing that is not there."""
+    row = selected(run)
+    if row is not None and (student := run.path / "export" / row["id"]).is_dir():
+        yield f"the student, verified: {student}"
+        yield f"  from Python: compress.load({str(student)!r}).generate(...)"
+    for file, what in (
+        ("report/index.html", "the report, one page: "),
+        ("table.json", "the last table: "),
+        ("recipe.yaml", "what was run, to change and run again: compress run "),
+    ):
+        if (run.path / file).is_file():
+            yield f"{what}{run.path / file}"
