@@ -128,3 +128,15 @@ def load_candidate(directory: Path, kind: str) -> Candidate:
         architecture=from_json((directory / ARCHITECTURE).read_text()),
         keep=load_file(directory / KEEP),
     )
+
+
+def same_candidate(candidate: Candidate, directory: Path) -> bool:
+    """Whether a directory is that of this very candidate."""
+    if not (directory / KEEP).is_file() or not (directory / ARCHITECTURE).is_file():
+        return False
+    found = load_candidate(directory, candidate.kind)
+    return (
+        found.architecture == candidate.architecture
+        and found.keep.keys() == candidate.keep.keys()
+        and all(torch.equal(found.keep[key], index) for key, index in candidate.keep.items())
+    )

@@ -50,7 +50,7 @@ def load_scores(file: Path) -> Scores:
     """Read what ``Scores.save`` wrote."""
     contributions, exact = {}, {}
     with safe_open(file, framework="pt") as reader:
-        for key in reader.keys():  # noqa: SIM118
+        for key in reader.offset_keys():
             group, _, name = key.partition("/")
             if group == "contributions":
                 contributions[name] = reader.get_tensor(key)

@@ -72,7 +72,9 @@ def score(session: Session) -> Scores:
     scores.save(file.with_suffix(".partial"))
     file.with_suffix(".partial").replace(file)
     run.sign(STAGE, inputs)
-    shutil.rmtree(parts)
+    # Those of an interrupted scoring under other settings go too.
+    for directory in file.parent.glob("parts-*"):
+        shutil.rmtree(directory)
     return scores
 
 

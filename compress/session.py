@@ -100,12 +100,16 @@ class Session:
         return pack(texts, self.tokenizer, length, wanted, self.recipe.seed)
 
     def identity(self) -> dict[str, Any]:
-        """What recognizes the same teacher and text: settings, file sizes and times."""
+        """What recognizes the same teacher and text: settings, file sizes and times.
+
+        ``eval_data`` is not in it: no stage but the evaluation reads it.
+        """
         files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
-        texts = [Path(t) for t in (self.recipe.data, self.recipe.eval_data) if t]
         return {
             "teacher": [stamp(file) for file in files],
-            "text": [stamp(file) for file in texts] or f"embedded {sys.version_info[:2]}",
+            "text": [stamp(Path(data))]
+            if (data := self.recipe.data)
+            else f"embedded {sys.version_info[:2]}",
             "seed": self.recipe.seed,
             "sequence_length": self.recipe.sequence_length,
         }

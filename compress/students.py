@@ -1,6 +1,7 @@
 """From a candidate to a student: cut, trained, quantized, exported."""
 
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,26 +13,32 @@ from compress.checkpoint import open_checkpoint, write_checkpoint
 from compress.distill import DistillSettings
 from compress.distill import distill as train_on_teacher
 from compress.errors import InputError
+from compress.export import export_student
 from compress.families import parameters
 from compress.kv import set_kv_format
 from compress.model import disk_tensors, load_model, student_config
-from compress.prune import in_bf16, load_candidate, prune
-from compress.runs import read_json, write_json
+from compress.prune import in_bf16, load_candidate, prune, same_candidate, save_candidate
+from compress.quantize import quantize as with_modelopt
+from compress.runs import Run, read_json, write_json
+from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, reference, sequence_kl, student_model
 from compress.session import Session
 from compress.show import note
 from compress.train import forget
 from compress.units import format_bytes
 
+CANDIDATES = "candidates.json"
+# Directories of a run with one directory per candidate.
+PER_CANDIDATE = ("candidates", "distill", "export")
 SHORT = ".short"
 STUDENT = "student"
 
 
 def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mapping[str, Any]]:
     """The candidate of a name, or the selected one, and its row of ``candidates.json``."""
-    file = session.run.path / "candidates.json"
+    file = session.run.path / CANDIDATES
     if not file.is_file():
-        raise InputError(f"{session.run.path} has no candidates yet; run compress search first")
+        raise InputError(no_candidates(session))
     rows: list[Mapping[str, Any]] = read_json(file)
     found = [row for row in rows if (row["id"] == name if name else row["selected"])]
     if not found:
@@ -39,6 +46,44 @@ def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mappi
         raise InputError(f"no candidate {name} in {session.run.path}; the best are {known}")
     directory = session.run.path / "candidates" / found[0]["id"]
     return load_candidate(directory, found[0]["kind"]), found[0]
+
+
+def no_candidates(session: Session) -> str:
+    """Why a run has no candidates, and what gives it some."""
+    teacher = session.run.path / "teacher.json"
+    if teacher.is_file():
+        facts = read_json(teacher)
+        if facts["bytes"]["total"] <= facts["budget"] and session.recipe.space is None:
+            return (
+                f"{session.run.path} has no candidates: the teacher fits as it is, "
+                f"{format_bytes(facts['bytes']['total'])} within {format_bytes(facts['budget'])}; "
+                "compress search --space joint makes a smaller one all the same"
+            )
+    return f"{session.run.path} has no candidates yet; run compress search first"
+
+
+def keep_students(run: Run, candidates: Iterable[Candidate]) -> None:
+    """Write the candidates; students that are theirs already stay, those of others go.
+
+    A name stands for another candidate after a search with other settings, and the same choice
+    for other weights after another teacher.
+    """
+    inputs = {"score": run.fingerprint(SCORE)}
+    same_teacher = run.stage_done("students", inputs)
+    missing: dict[str, Candidate] = {}
+    kept: set[str] = set()
+    for candidate in candidates:
+        if same_teacher and same_candidate(candidate, run.path / "candidates" / candidate.id):
+            kept.add(candidate.id)
+        else:
+            missing[candidate.id] = candidate
+    for folder in PER_CANDIDATE:
+        for directory in (run.path / folder).glob("*"):
+            if directory.name.removesuffix(SHORT) not in kept:
+                shutil.rmtree(directory)
+    run.sign("students", inputs)
+    for name, candidate in missing.items():
+        save_candidate(candidate, run.path / "candidates" / name)
 
 
 def is_cut(session: Session, candidate: Candidate) -> bool:
@@ -153,8 +198,6 @@ def distill(session: Session, name: str | None) -> None:
 
 def quantize(session: Session, name: str | None) -> None:
     """Quantize the latest student with ModelOpt and say what that costs."""
-    from compress.quantize import quantize as with_modelopt
-
     candidate, _ = find_candidate(session, name)
     directory, architecture = latest(session, candidate), candidate.architecture
     tokens = session.rows("select", session.recipe.select_tokens)
@@ -170,8 +213,6 @@ def quantize(session: Session, name: str | None) -> None:
 
 def export(session: Session, name: str | None) -> Path:
     """Export the latest student in its formats, verified by reading it back."""
-    from compress.export import export_student
-
     candidate, row = find_candidate(session, name)
     directory, run = latest(session, candidate), session.run
     out = run.path / "export" / candidate.id

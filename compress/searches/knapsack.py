@@ -93,7 +93,7 @@ def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | Non
     if result.x is None:
         return None
     picked = [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(offsets)]
-    choice = repaired(problem, tuple(picked))
+    choice = repaired(problem, tuple(picked), overlaps)
     if choice is None:
         return None
     total = int(value(problem.bytes, choice))
@@ -105,23 +105,33 @@ def value(values: Sequence[Floats], choice: Sequence[int]) -> float:
     return float(sum(options[picked] for options, picked in zip(values, choice, strict=True)))
 
 
-def repaired(problem: Knapsack, choice: tuple[int, ...]) -> tuple[int, ...] | None:
+def allowed(problem: Knapsack, choice: Sequence[int], overlaps: Sequence[Overlap] = ()) -> bool:
+    """Whether a choice keeps every rule but the budget."""
+    taken = set(enumerate(choice))
+    return all(taken & set(pairs) for pairs in problem.at_least_one) and all(
+        near.least <= len(taken & set(enumerate(near.choice))) <= near.most for near in overlaps
+    )
+
+
+def repaired(
+    problem: Knapsack, choice: tuple[int, ...], overlaps: Sequence[Overlap] = ()
+) -> tuple[int, ...] | None:
     """The choice within the budget to the byte: the solver's tolerance may exceed it slightly.
 
     The group where saving the missing bytes costs least takes a smaller option.
     """
-    while (excess := value(problem.bytes, choice) - problem.budget) > 0:
-        best: tuple[float, int, int] | None = None
-        for group, picked in enumerate(choice):
-            saved = problem.bytes[group][picked] - problem.bytes[group]
-            for option in np.flatnonzero(saved >= excess):
-                price = float(problem.costs[group][option] - problem.costs[group][picked])
-                if best is None or price < best[0]:
-                    best = (price, group, int(option))
-        if best is None:
-            return None
-        choice = (*choice[: best[1]], best[2], *choice[best[1] + 1 :])
-    return choice
+    excess = value(problem.bytes, choice) - problem.budget
+    if excess <= 0:
+        return choice
+    best: tuple[float, tuple[int, ...]] | None = None
+    for group, picked in enumerate(choice):
+        saved = problem.bytes[group][picked] - problem.bytes[group]
+        for option in np.flatnonzero(saved >= excess):
+            other = (*choice[:group], int(option), *choice[group + 1 :])
+            price = float(problem.costs[group][option] - problem.costs[group][picked])
+            if (best is None or price < best[0]) and allowed(problem, other, overlaps):
+                best = (price, other)
+    return None if best is None else best[1]
 
 
 def diverse(problem: Knapsack, count: int, share: float = 0.8) -> list[Solution]:
@@ -140,8 +150,12 @@ def diverse(problem: Knapsack, count: int, share: float = 0.8) -> list[Solution]
 
 
 def smallest(problem: Knapsack) -> int:
-    """The fewest bytes that any choice takes."""
-    least = Knapsack(problem.bytes, problem.bytes, 2**62, problem.at_least_one)
-    solution = solve(least)
-    assert solution is not None
-    return solution.bytes
+    """The fewest bytes that any choice takes, exactly."""
+    least = tuple(int(np.argmin(options)) for options in problem.bytes)
+    if not allowed(problem, least):
+        # One pair of every set is forced; the other groups stay at their least.
+        forced = (dict(pairs) for pairs in itertools.product(*problem.at_least_one))
+        choices = (tuple(pairs.get(g, o) for g, o in enumerate(least)) for pairs in forced)
+        found = (choice for choice in choices if allowed(problem, choice))
+        return int(min(value(problem.bytes, choice) for choice in found))
+    return int(value(problem.bytes, least))

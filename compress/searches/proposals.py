@@ -1,0 +1,195 @@
+"""Proposals: from outer variables and the knapsack's answers to candidates worth measuring."""
+
+import math
+import random
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+
+from compress.candidate import Candidate
+from compress.errors import Infeasible
+from compress.searches.knapsack import Overlap, Solution, diverse, smallest, solve
+from compress.searches.problem import Choice, Globals, Problem
+from compress.units import format_bytes
+
+SEEDS = 8
+# Log of a multiplier's range: scores of a kind of block may be off by a factor of two.
+MULTIPLIER = math.log(2.0)
+# How many groups a swap may change.
+RADII = (2, 3, 4, 6, 8)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proposal:
+    """A decoded ask: the groups' options, the choice among them and the outer variables."""
+
+    groups: list[list[Choice]]
+    choice: tuple[int, ...]
+    chosen: Globals
+    predicted: float
+
+    @property
+    def picked(self) -> list[Choice]:
+        """The chosen option of every group."""
+        return [options[i] for options, i in zip(self.groups, self.choice, strict=True)]
+
+
+def distributions(problem: Problem) -> dict[str, BaseDistribution]:
+    """The outer variables of a problem."""
+    found: dict[str, BaseDistribution] = {}
+    if len(problem.space.kv_formats) > 1:
+        found["kv_format"] = CategoricalDistribution(problem.space.kv_formats)
+    for axis, choice in problem.space.axes.items():
+        if choice.scope == "global":
+            found[f"share_{axis}"] = CategoricalDistribution((1.0, *choice.keep))
+    kinds = sorted({block.kind for block in problem.teacher.blocks})
+    scaled = kinds if problem.space.prunes else []
+    if len(problem.space.formats) > 1 and problem.space.prunes:
+        scaled = [*kinds, "format"]
+    # One kind is the unit of the others.
+    for name in scaled[1:]:
+        found[f"log_{name}"] = FloatDistribution(-MULTIPLIER, MULTIPLIER)
+    return found
+
+
+def globals_of(problem: Problem, params: Mapping[str, Any]) -> Globals:
+    """The outer choice that a trial's parameters spell."""
+    return Globals(
+        kv_format=params.get("kv_format", problem.space.kv_formats[0]),
+        shares={k.removeprefix("share_"): v for k, v in params.items() if k.startswith("share_")},
+        multipliers={
+            k.removeprefix("log_"): math.exp(v) for k, v in params.items() if k.startswith("log_")
+        },
+    )
+
+
+def neutral(problem: Problem) -> dict[str, Any]:
+    """Parameters that change nothing: whole widths, multipliers 1, the first KV format."""
+    return {
+        name: 0.0 if name.startswith("log_") else getattr(d, "choices", (0.0,))[0]
+        for name, d in distributions(problem).items()
+    }
+
+
+def decode(
+    problem: Problem, params: Mapping[str, Any], overlaps: Sequence[Overlap] = ()
+) -> Proposal | None:
+    """The knapsack's answer to an outer choice; None if nothing fits."""
+    chosen = globals_of(problem, params)
+    groups = problem.groups(chosen)
+    solution = solve(problem.knapsack(groups, chosen), overlaps)
+    return None if solution is None else as_proposal(problem, groups, solution, chosen)
+
+
+def as_proposal(
+    problem: Problem, groups: list[list[Choice]], solution: Solution, chosen: Globals
+) -> Proposal:
+    """A solution with its predicted KL under the scores as they are, multipliers aside."""
+    plain = problem.knapsack(groups, replace(chosen, multipliers={}))
+    cost = sum(float(c[i]) for c, i in zip(plain.costs, solution.choice, strict=True))
+    return Proposal(
+        groups=groups,
+        choice=solution.choice,
+        chosen=chosen,
+        predicted=cost + problem.global_cost(chosen),
+    )
+
+
+def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
+    """First proposals: the best of every single global change, then diverse ones of the best.
+
+    Raises:
+        Infeasible: none of them fits; the message names the smallest reachable size.
+    """
+    variants = [neutral(problem)]
+    shares = sorted({s for a in problem.space.axes.values() if a.scope == "global" for s in a.keep})
+    dims = distributions(problem)
+    for kv_format in problem.space.kv_formats:
+        base = neutral(problem) | ({"kv_format": kv_format} if "kv_format" in dims else {})
+        variants.append(base)
+        for axis, choice in problem.space.axes.items():
+            if choice.scope == "global":
+                variants += [base | {f"share_{axis}": share} for share in choice.keep]
+        for share in shares:
+            # All global widths together, each at its nearest share.
+            every = {
+                f"share_{axis}": min((1.0, *c.keep), key=lambda s: abs(s - share))
+                for axis, c in problem.space.axes.items()
+                if c.scope == "global"
+            }
+            variants.append(base | every)
+    unique = [v for i, v in enumerate(variants) if v not in variants[:i]]
+    decoded = [(v, p) for v in unique if (p := decode(problem, v)) is not None]
+    if not decoded:
+        floors = [floor_bytes(problem, variant) for variant in unique]
+        raise Infeasible(infeasible(problem, min(floors)))
+    decoded.sort(key=lambda pair: pair[1].predicted)
+    new: dict[str, tuple[dict[str, Any], Proposal]] = {}
+    for pair in decoded:
+        new.setdefault(key_of(problem, pair[1]), pair)
+    decoded = list(new.values())
+    params, best = decoded[0]
+    knapsack = problem.knapsack(best.groups, best.chosen)
+    others = [
+        (params, as_proposal(problem, best.groups, solution, best.chosen))
+        for solution in diverse(knapsack, SEEDS // 2)[1:]
+    ]
+    return [decoded[0], *others, *decoded[1 : 1 + SEEDS - 1 - len(others)]]
+
+
+def floor_bytes(problem: Problem, params: Mapping[str, Any]) -> int:
+    """The smallest total size under an outer choice."""
+    chosen = globals_of(problem, params)
+    knapsack = problem.knapsack(problem.groups(chosen), chosen)
+    return smallest(knapsack) + problem.budget - knapsack.budget
+
+
+def infeasible(problem: Problem, floor: int) -> str:
+    """What does not fit, by how much, and what would."""
+    hints = ["a larger --budget", "a shorter --context"]
+    if "fp8" not in problem.space.kv_formats:
+        hints.append("a space with an FP8 KV cache")
+    if len(problem.space.formats) == 1 or not problem.space.prunes:
+        hints.append("--space joint")
+    return (
+        f"budget {format_bytes(problem.budget)} is below the smallest size this space reaches, "
+        f"{format_bytes(floor)} ({floor} bytes); what would help: {', '.join(hints)}"
+    )
+
+
+def swapped(
+    problem: Problem,
+    params: Mapping[str, Any],
+    incumbent: tuple[int, ...],
+    draw: random.Random,
+    jitter: float,
+) -> Proposal | None:
+    """An incumbent's knapsack with jittered scores; between one and a few groups differ."""
+    chosen = globals_of(problem, params)
+    groups = problem.groups(chosen)
+    knapsack = problem.knapsack(groups, chosen)
+    jittered = replace(
+        knapsack,
+        costs=[costs * np.exp([draw.gauss(0, jitter) for _ in costs]) for costs in knapsack.costs],
+    )
+    near = Overlap(incumbent, len(groups) - 1, len(groups) - draw.choice(RADII))
+    solution = solve(jittered, [near])
+    return None if solution is None else as_proposal(problem, groups, solution, chosen)
+
+
+def key_of(problem: Problem, proposal: Proposal) -> str:
+    """What makes two proposals the same candidate, however their asks differ."""
+    what = [
+        (number, option.target, option.format, option.removed)
+        for choice in proposal.picked
+        for number, option in choice
+    ]
+    return repr((proposal.chosen.kv_format, problem.hidden(proposal.chosen), sorted(what)))
+
+
+def named(problem: Problem, kind: str, number: int, proposal: Proposal) -> Candidate:
+    """The candidate of a proposal: the kind and the number of its trial."""
+    return problem.candidate(f"{kind}-{number:03}", kind, proposal.picked, proposal.chosen)
