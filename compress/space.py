@@ -3,12 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.architecture import (
     FORMATS,
@@ -46,8 +47,8 @@ class Space(BaseModel):
 
     remove: Literal["none", "layer", "block"]
     axes: Mapping[str, Axis]
-    formats: tuple[Format, ...]
-    kv_formats: tuple[KvFormat, ...]
+    formats: tuple[Format, ...] = Field(min_length=1)
+    kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
 
     @property
     def prunes(self) -> bool:
@@ -73,10 +74,18 @@ def load_space(name: str, target: Target = "compress") -> Space:
     if not path.is_file():
         raise InputError(f"space {name!r} is neither a file nor one of {', '.join(shipped)}")
     try:
-        space = Space.model_validate(yaml.safe_load(path.read_text()))
+        settings = yaml.safe_load(path.read_text())
+        if not isinstance(settings, dict):
+            raise InputError(f"{path} holds no keys; a space has {', '.join(Space.model_fields)}")
+        space = Space.model_validate(settings)
     except ValidationError as error:
-        first = error.errors()[0]
+        # A key that is not known explains another that is missing, not the other way round.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = [*Space.model_fields, *Axis.model_fields]
+            hint = get_close_matches(where.rpartition(".")[2], known, n=1) or known
+            raise InputError(f"{path}: unknown key {where!r}; known: {', '.join(hint)}") from error
         raise InputError(f"{path}: {where}: {first['msg']}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
