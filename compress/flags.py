@@ -114,6 +114,20 @@ def check_files(recipe: Recipe) -> None:
             raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")
 
 
+def require_known(name: str) -> None:
+    """Refuse a name that is neither a run's nor a model's."""
+    try:
+        resolve_model(name, config_only=True)
+    except InputError as error:
+        raise InputError(f"{error}; nor is it a run") from error
+
+
+def require_limit(recipe: Recipe) -> None:
+    """Refuse a search without any limit on bytes."""
+    if recipe.budget is None and recipe.device is None:
+        raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
+
+
 @contextmanager
 def resumed(
     target: str, given: dict[str, Any], print_config: bool = False

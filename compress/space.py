@@ -83,8 +83,8 @@ def load_space(name: str, target: Target = "compress") -> Space:
         first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
-            known = [*Space.model_fields, *Axis.model_fields]
-            hint = get_close_matches(where.rpartition(".")[2], known, n=1) or known
+            keys = [*Space.model_fields, *Axis.model_fields]
+            hint = get_close_matches(where.rpartition(".")[2], keys, n=1) or keys
             raise InputError(f"{path}: unknown key {where!r}; known: {', '.join(hint)}") from error
         raise InputError(f"{path}: {where}: {first['msg']}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

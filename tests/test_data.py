@@ -116,5 +116,5 @@ def test_a_missing_or_broken_tokenizer_is_one_clear_line(tmp_path: Path) -> None
         load_tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
     (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="is corrupt"):
         load_tokenizer(tmp_path)
