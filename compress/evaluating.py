@@ -1,14 +1,14 @@
 """The evaluation stage: models, runs and their students on held-out text and tasks."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+from compress.api import load
 from compress.candidate import Candidate
 from compress.evaluation import evaluate as measure_models
 from compress.harness import write_task_rows
-from compress.kv import set_kv_format
-from compress.model import load_model
 from compress.recipe import Recipe, check, read_recipe
 from compress.runs import Run, find_run, read_json, run_at, write_json
 from compress.session import Session
@@ -24,6 +24,25 @@ KINDS = ("uniform", "random", "prune", "formats", "prune_then_quantize", "joint"
 def is_run(name: str) -> bool:
     """Whether a name given to eval is a run's."""
     return (run_at(name.partition(":")[0]).path / "recipe.yaml").is_file()
+
+
+class Built(Mapping[str, Any]):
+    """Models by name, each built when it is looked up: one at a time is in memory."""
+
+    def __init__(self, makers: Mapping[str, Callable[[], Any]]) -> None:
+        self.makers = makers
+
+    def __getitem__(self, name: str) -> Any:
+        """The model, built anew."""
+        return self.makers[name]()
+
+    def __iter__(self) -> Iterator[str]:
+        """Names, in order."""
+        return iter(self.makers)
+
+    def __len__(self) -> int:
+        """How many there are."""
+        return len(self.makers)
 
 
 def recipe_for(names: Sequence[str], given: Mapping[str, Any]) -> Recipe:
@@ -52,34 +71,32 @@ def evaluate(
     """
     runs = [find_run(name)[0] for name in names if is_run(name)]
     session = Session(runs[0] if runs else Run(Path("runs") / "eval"), recipe)
-    models: dict[str, Any] = {}
+    makers: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
     for name in names:
         if name == recipe.model:
-            models[name], sizes[name] = session.model, session.teacher_bytes
+            makers[name], sizes[name] = partial(getattr, session, "model"), session.teacher_bytes
         elif is_run(name):
-            models[name], sizes[name] = run_model(name)
+            makers[name], sizes[name] = run_model(name)
         else:
             other = Session(session.run, recipe.changed(model=name))
-            models[name], sizes[name] = other.model, other.teacher_bytes
-    found = on_final_text(session, models, sizes, tasks, task_data, limit)
+            makers[name], sizes[name] = partial(getattr, other, "model"), other.teacher_bytes
+    found = on_final_text(session, Built(makers), sizes, tasks, task_data, limit)
     for run in runs:
         write_json(run.path / "eval" / "results.json", found)
     return found
 
 
-def run_model(name: str) -> tuple[Any, int]:
-    """The model that a run (or RUN:CANDIDATE) stands for, and the bytes it takes to serve."""
+def run_model(name: str) -> tuple[Callable[[], Any], int]:
+    """What builds the model of a run (or RUN:CANDIDATE), and the bytes it takes to serve."""
     run, wanted = find_run(name)
     recipe = read_recipe(run.path / "recipe.yaml")
     session = Session(run, recipe)
     candidate, row = find_candidate(session, wanted)
     exported = run.path / "export" / candidate.id
     if exported.is_dir():
-        model = load_model(exported)
-        set_kv_format(model, candidate.architecture.kv_format)
-        return model, row["bytes"]
-    return in_formats(session, candidate, latest(session, candidate)), row["bytes"]
+        return partial(load, exported), row["bytes"]
+    return partial(in_formats, session, candidate, latest(session, candidate)), row["bytes"]
 
 
 def on_final_text(
@@ -160,15 +177,15 @@ def final_table(
     for row in rows:
         if row["finalist"]:
             best.setdefault(row["kind"], row)
-    models: dict[str, Any] = {"teacher": session.model}
+    makers: dict[str, Callable[[], Any]] = {"teacher": partial(getattr, session, "model")}
     sizes = {"teacher": session.teacher_bytes}
     for kind in (kind for kind in KINDS if kind in best):
         row = best[kind]
         candidate, _ = find_candidate(session, row["id"])
         for name, directory in students_of(session, candidate, kind):
-            models[name] = in_formats(session, candidate, directory)
+            makers[name] = partial(in_formats, session, candidate, directory)
             sizes[name] = row["bytes"]
-    found = on_final_text(session, models, sizes, tasks, task_data, limit)
+    found = on_final_text(session, Built(makers), sizes, tasks, task_data, limit)
     write_json(session.run.path / "eval" / "results.json", found)
     write_json(session.run.path / "table.json", table_rows(found, best, missing))
     return found
