@@ -22,6 +22,7 @@ from compress.flags import (
     SERVED,
     TRAINED,
     begin,
+    compared,
     require_known,
     require_limit,
     resume,
@@ -213,18 +214,18 @@ def evaluate(
 ) -> None:
     """Compare models on held-out text and tasks.
 
-    The first is compared to; differences are paired and have standard errors. A run stands for its
-    student, a run alone for its teacher and the best student of every kind.
+    Differences are paired and have standard errors. A run stands for its student, a run alone for
+    its teacher and the best student of every kind.
     """
     runs = [name for name in models if is_run(name)]
-    for name in models:
-        if name not in runs:
-            require_known(name)
+    for name in (name for name in models if name not in runs):
+        require_known(name)
     from compress import stages
     from compress.evaluating import recipe_for
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
-    stages.evaluate(models, names, json, recipe_for(models, given), task_data, limit)
+    recipe = recipe_for(models, given)
+    stages.evaluate(compared(models, recipe), names, json, recipe, task_data, limit)
     if not json:
         after = (
             f"report {runs[0].partition(':')[0]}" if runs else f"search {models[0]} --budget 70%"
@@ -329,7 +330,6 @@ def main() -> None:
     except KeyboardInterrupt:
         code = INTERRUPTED
     except SafetensorError as error:
-        # Its only word for a full disk, too.
         code = failed(f"weights could not be read or written: {error}", INPUT)
     except OSError as error:
         where = f": {error.filename}" if error.filename else ""

@@ -14,7 +14,7 @@ from compress.config import architecture_of, read_config
 from compress.errors import InputError
 from compress.fetch import resolve_model
 from compress.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
-from compress.runs import RUNS, Run, find_run, run_at
+from compress.runs import RUNS, Run, find_run, is_run, run_at
 from compress.show import note
 
 Command = Callable[..., None]
@@ -120,6 +120,12 @@ def require_known(name: str) -> None:
         resolve_model(name, config_only=True)
     except InputError as error:
         raise InputError(f"{error}; nor is it a run") from error
+
+
+def compared(names: list[str], recipe: Recipe) -> list[str]:
+    """The names to evaluate: a candidate alone has no table, and is compared with its teacher."""
+    alone = len(names) == 1 and is_run(names[0]) and ":" in names[0]
+    return [recipe.model, *names] if alone else names
 
 
 def require_limit(recipe: Recipe) -> None:

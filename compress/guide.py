@@ -24,7 +24,8 @@ def next_step(run: Run) -> str:
         space = " --space joint" if (run.path / "teacher.json").is_file() else ""
         return f"compress search --run {name} --budget {recipe.budget or '70%'}{space}"
     if not (run.path / "export" / row["id"]).is_dir():
-        trained = (run.path / "distill" / row["id"]).is_dir()
+        # Students that only differ in formats are not trained.
+        trained = row["kind"] == "formats" or (run.path / "distill" / row["id"]).is_dir()
         return f"compress {'export' if trained else 'distill'} {name}"
     if not (run.path / "eval" / "results.json").is_file():
         return f"compress eval {name}"

@@ -13,7 +13,7 @@ from published import HYBRID_9B
 import compress
 from compress.cli import app, main
 from compress.errors import Infeasible, VerificationFailed
-from compress.recipe import Recipe
+from compress.recipe import Recipe, write_recipe
 from compress.runs import write_json
 
 COMMANDS = [
@@ -169,7 +169,8 @@ def test_print_config_shows_the_resolved_recipe(
 def test_search_passes_its_recipe_and_names_the_next_command(
     stages: Called, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    write_json(Path("runs/embedded/candidates.json"), [{"id": "c1", "selected": True}])
+    row = {"id": "c1", "kind": "joint", "selected": True}
+    write_json(Path("runs/embedded/candidates.json"), [row])
     assert run(monkeypatch, "search", "--budget", "70%") == 0
     [(name, (made, recipe))] = stages.calls
     assert name == "search"
@@ -190,6 +191,21 @@ def test_a_run_keeps_its_recipe_and_flags_change_it(
     assert saved == Recipe(budget="60%", trials=7, learning_rate=1e-4).model_dump()
     assert "runs/a exists: continuing it with its trials 7" in capsys.readouterr().err
     assert run(monkeypatch, "search", "other", "--run", "a") == 2
+
+
+def test_eval_passes_tasks_and_a_candidate_is_compared_with_its_teacher(
+    stages: Called, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = ("--tasks", "choice, piqa", "--task-data", "rows", "--limit", "5", "--seed", "3")
+    assert run(monkeypatch, "eval", "embedded", *asked) == 0
+    recipe, tasks = Recipe(seed=3), ["choice", "piqa"]
+    assert stages.calls[0][1] == (["embedded"], tasks, False, recipe, Path("rows"), 5)
+    assert capsys.readouterr().err == "next: compress search embedded --budget 70%\n"
+    write_recipe(Recipe(trials=7), Path("runs/a/recipe.yaml"))
+    for names, compared in ((["a"], ["a"]), (["a:c2"], ["embedded", "a:c2"])):
+        assert run(monkeypatch, "eval", *names) == 0
+        assert stages.calls[-1][1] == (compared, [], False, Recipe(trials=7), None, None)
+        assert capsys.readouterr().err == "next: compress report a\n"
 
 
 def test_run_goes_through_all_stages(

@@ -310,11 +310,11 @@ def test_an_interrupted_search_continues(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("compress.searching.finalists", interrupted)
+        patch.setattr("compress.searching.with_finalists", interrupted)
         error = command.fails(130, *search)
     assert error == "error: interrupted; the same command continues"
     assert not Path("runs/a/candidates.json").exists()
     code, lines = command(*search)
     assert code == 0, lines
-    assert lines[-1].startswith("next: compress distill a")
+    assert lines[-1].startswith("next: compress export a")
     assert Path("runs/a/candidates.json").is_file()
