@@ -11,6 +11,8 @@ from compress.space import Option, Space, admissible
 FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")
 # Shares of the uniform cut, in steps of 1/256 of a width.
 STEPS = 256
+# Grouped matrix products, which stock loaders run experts with, want rows of 16 bytes.
+EXPERT_STEP = 8
 KINDS = ("joint", "prune_then_quantize", "prune", "formats", "uniform", "random")
 
 
@@ -81,7 +83,8 @@ def at_share(problem: Problem, share: float, axes: Sequence[str]) -> list[Choice
         target = {}
         for axis in AXES[block.kind]:
             size = sizes(block)[axis]
-            count = max(1, int(share * size))
+            step = EXPERT_STEP if axis == "expert_ffn" else 1
+            count = max(step, int(share * size) // step * step)
             if axis in axes and count < size and admissible(block, {axis: count}):
                 target[axis] = count
         picked.append(((number, Option(tuple(sorted(target.items())))),))
