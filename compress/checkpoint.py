@@ -101,7 +101,7 @@ def tensor_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Pat
             raise InputError(f"{file} does not exist; weights are read from safetensors only")
         try:
             with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118
+                for name in reader.offset_keys():
                     shapes[name] = tuple(reader.get_slice(name).get_shape())
                     files[name] = file
         except SafetensorError as error:
