@@ -1,7 +1,12 @@
 """Tiny models, small enough to print: a llama and a hybrid with all four kinds of block."""
 
+import json
 import math
 import os
+import random
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,6 +20,7 @@ from torch import Tensor
 from compress.checkpoint import write_checkpoint
 from compress.families import parameters, read_architecture
 from compress.layout import Parameter
+from compress.recipe import read_recipe, write_recipe
 
 VOCAB = 128
 LLAMA = {
@@ -115,3 +121,55 @@ def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tiny(request: pytest.FixtureRequest) -> Path:
     path: Path = request.getfixturevalue(f"tiny_{request.param}")
     return path
+
+
+def words(seed: int, count: int) -> str:
+    """Text with something to learn: a few words, again and again."""
+    draw = random.Random(seed)
+    known = ["small", "model", "weights", "in", "a", "budget", "of", "bytes", "keep", "what", "is"]
+    return " ".join(draw.choice(known) for _ in range(count)) + "."
+
+
+@pytest.fixture(scope="session")
+def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """JSONL text that fills every split of a tiny run."""
+    file = tmp_path_factory.mktemp("text") / "text.jsonl"
+    file.write_text("".join(json.dumps({"text": words(n, 60)}) + "\n" for n in range(400)))
+    return file
+
+
+# A search of seconds on a tiny model.
+QUICK = {
+    "budget": "36%", "space": "joint", "context": "64", "sequence_length": 32,
+    "score_tokens": 256, "draws": 2, "replay_tokens": 128, "select_tokens": 128,
+    "final_tokens": 256, "trials": 6, "finalists": 1, "short_distill_tokens": 256,
+    "distill_batch_tokens": 128, "distill_length": 32,
+}  # fmt: skip
+
+
+def search_command(model: Path, run: Path, text: Path) -> list[str]:
+    """The command line of a quick search."""
+    flags = [part for key, value in (QUICK | {"data": text, "run": run}).items()
+             for part in (f"--{key.replace('_', '-')}", str(value))]  # fmt: skip
+    return [sys.executable, "-m", "compress.cli", "search", str(model), *flags]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
+
+
+@pytest.fixture(scope="session")
+def searched(tiny_hybrid: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run after its search, made on the command line; tests work on copies."""
+    run = tmp_path_factory.mktemp("runs") / "searched"
+    command = search_command(tiny_hybrid, run, text_file)
+    subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True)
+    return run
+
+
+@pytest.fixture
+def run_copy(searched: Path, tmp_path: Path) -> Path:
+    """A copy of the searched run whose distillation is short."""
+    run = Path(shutil.copytree(searched, tmp_path / "run"))
+    recipe = read_recipe(run / "recipe.yaml").changed(distill_tokens=512)
+    write_recipe(recipe, run / "recipe.yaml")
+    return run
