@@ -1,6 +1,7 @@
 import json
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -177,7 +178,7 @@ def test_local_tasks_agree_with_the_model(tiny: Path, rows: torch.Tensor, tmp_pa
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
-def text_nats(model, tokenizer, context: str, continuation: str) -> float:  # type: ignore[no-untyped-def]
+def text_nats(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
     tokens = torch.tensor([tokenizer.encode(context + continuation)])
     start = len(tokenizer.encode(context))
     with torch.no_grad():

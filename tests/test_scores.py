@@ -1,6 +1,7 @@
 """Contributions predict the KL of small changes and rank what is dead last."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -57,10 +58,10 @@ def test_the_prediction_is_second_order_exact_for_whole_blocks(scored) -> None:
     for block in architecture.blocks:
         less = 0.02
 
-        def hook(module: nn.Module, args: object, output: object, less: float = less) -> object:
+        def hook(module: nn.Module, args: Any, output: Any, less: float = less) -> Any:
             if isinstance(output, tuple):
                 return (output[0] * (1 - less), *output[1:])
-            return output * (1 - less)  # type: ignore[operator]
+            return output * (1 - less)
 
         layer = model.model.layers[block.layer]
         mixer = (
