@@ -179,10 +179,10 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
 
     The result is a Hugging Face directory.
     """
-    with resumed(run, given, print_config) as (chosen, recipe, candidate):
-        from compress import stages
+    chosen, recipe, candidate = resume(run, given, print_config, keep=False)
+    from compress import stages
 
-        stages.export(chosen, candidate)
+    stages.export(chosen, candidate, recipe.target)
     note(f"next: compress eval {recipe.model} {run}")
 
 

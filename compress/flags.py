@@ -149,14 +149,17 @@ def resumed(
 
 
 def resume(
-    target: str, given: dict[str, Any], print_config: bool = False
+    target: str, given: dict[str, Any], print_config: bool = False, *, keep: bool = True
 ) -> tuple[Run, Recipe, str | None]:
-    """The run, recipe and candidate that RUN[:CANDIDATE] names, the recipe changed by the flags."""
+    """The run, recipe and candidate that RUN[:CANDIDATE] names, the recipe changed by the flags.
+
+    With ``keep`` the run has the changed recipe from now on.
+    """
     run, candidate = find_run(target)
     recipe = read_recipe(run.path / "recipe.yaml").changed(**given)
     if print_config:
         stop_with(recipe)
-    if given:
+    if given and keep:
         save(run, recipe)
     return run, recipe, candidate
 

@@ -15,6 +15,8 @@ from compress.scoring import score
 from compress.searches.baselines import main_kind, randomly, uniform, variants
 from compress.searches.bench import Bench, Row
 from compress.searches.measure import Reference, reference
+from compress.searches.problem import Problem
+from compress.searches.proposals import require_feasible
 from compress.session import Session
 from compress.show import note
 from compress.show_candidates import print_candidates
@@ -84,6 +86,13 @@ def search(session: Session) -> None:
     if space is None:
         forget_results(run)
         return
+    # What can be refused is refused before the long work: the budget, and too little text.
+    require_feasible(
+        Problem(session.architecture, None, space, session.deployment, session.budget.bytes)
+    )
+    session.rows("score", session.recipe.score_tokens)
+    session.rows("select", 2 * session.recipe.select_tokens)
+    session.rows("final", session.recipe.final_tokens)
     scores = score(session)
     inputs = search_inputs(session, space)
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):

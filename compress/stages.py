@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from compress import evaluating, scoring, searching, students
-from compress.recipe import Recipe, check, read_recipe, write_recipe
+from compress.recipe import Recipe, Target, check, read_recipe, write_recipe
 from compress.report import report as write_report
 from compress.runs import Run, find_run, run_at
 from compress.session import Session
@@ -61,9 +61,11 @@ def quantize(run: Run, candidate: str | None) -> None:
     students.quantize(session_of(run), candidate)
 
 
-def export(run: Run, candidate: str | None) -> None:
-    """Export the latest student in its formats, verified."""
-    students.export(session_of(run), candidate)
+def export(run: Run, candidate: str | None, target: Target | None = None) -> None:
+    """Export the latest student in its formats, verified, for the run's target or another one."""
+    recipe = read_recipe(run.path / "recipe.yaml")
+    changed = recipe if target is None else recipe.changed(target=target)
+    students.export(Session(run, changed), candidate)
 
 
 def evaluate(
@@ -103,4 +105,4 @@ def quickstart() -> None:
     students.export(session, None)
     found = evaluating.final_table(session)
     evaluating.print_table(session, found)
-    note(f"next: open {write_report(run.path)} in a browser, or compress fetch smollm2-135m")
+    write_report(run.path)

@@ -52,17 +52,24 @@ class Globals:
 class Problem:
     """A teacher, its scores, a space and a budget; costs of options are computed once.
 
-    ``blind_to_rounding`` leaves the cost of formats out of the choice (prune, then quantize).
+    Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
+    of the choice (prune, then quantize).
     """
 
     teacher: Architecture
-    scores: Scores
+    scores: Scores | None
     space: Space
     deployment: Deployment
     budget: int
     blind_to_rounding: bool = False
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
+
+    @property
+    def known(self) -> Scores:
+        """The scores; a problem without them knows bytes only."""
+        assert self.scores is not None
+        return self.scores
 
     def hidden(self, chosen: Globals) -> int:
         """Hidden size under the chosen share."""
@@ -96,7 +103,7 @@ class Problem:
         key = (number, replace(option, format="bf16"))
         if key not in self.keeps:
             block = self.teacher.blocks[number]
-            self.keeps[key] = choose(self.scores, block, dict(option.target))
+            self.keeps[key] = choose(self.known, block, dict(option.target))
         return self.keeps[key]
 
     def cost(self, number: int, option: Option) -> tuple[float, float]:
@@ -104,11 +111,11 @@ class Problem:
         if (number, option) not in self.costs:
             block = self.teacher.blocks[number]
             if option.removed:
-                found = (removed(self.scores, block), 0.0)
+                found = (removed(self.known, block), 0.0)
             else:
                 keep = self.keep_of(number, option)
-                structure = option_cost(self.scores, block, keep, "bf16") if keep else 0.0
-                both = option_cost(self.scores, block, keep, option.format)
+                structure = option_cost(self.known, block, keep, "bf16") if keep else 0.0
+                both = option_cost(self.known, block, keep, option.format)
                 found = (structure, both - structure if option.format != "bf16" else 0.0)
             self.costs[number, option] = found
         return self.costs[number, option]
@@ -125,8 +132,10 @@ class Problem:
             + conv_state_bytes(block, self.deployment)
         )
 
-    def knapsack(self, groups: Sequence[Sequence[Choice]], chosen: Globals) -> Knapsack:
-        """The inner problem under the outer choice."""
+    def knapsack(
+        self, groups: Sequence[Sequence[Choice]], chosen: Globals, *, priced: bool = True
+    ) -> Knapsack:
+        """The inner problem under the outer choice; not ``priced``, with bytes only."""
         fixed = (
             outside_bytes(replace(self.teacher, hidden=self.hidden(chosen)))
             + self.deployment.workspace_bytes
@@ -149,7 +158,10 @@ class Problem:
             if any(n in attention and not option.removed for n, option in choice)
         ]
         return Knapsack(
-            costs=[np.array([cost(choice) for choice in options]) for options in groups],
+            costs=[
+                np.array([cost(choice) if priced else 0.0 for choice in options])
+                for options in groups
+            ],
             bytes=[self.bytes_of(options, chosen) for options in groups],
             budget=self.budget - fixed,
             at_least_one=[survivors] if survivors else [],
@@ -163,15 +175,15 @@ class Problem:
 
     def global_cost(self, chosen: Globals) -> float:
         """Predicted KL of the hidden size and the KV format."""
-        cost = self.scores.kv if chosen.kv_format == "fp8" else 0.0
+        cost = self.known.kv if chosen.kv_format == "fp8" else 0.0
         if (hidden := self.hidden(chosen)) < self.teacher.hidden:
             gone = torch.ones(self.teacher.hidden).index_fill_(0, self.hidden_keep(hidden), 0)
-            cost += kl_of(self.scores.contributions["hidden"] @ gone, self.scores.length)
+            cost += kl_of(self.known.contributions["hidden"] @ gone, self.known.length)
         return cost
 
     def hidden_keep(self, hidden: int) -> Tensor:
         """The most important hidden channels."""
-        return top(importance(self.scores, None, "hidden"), hidden)
+        return top(importance(self.known, None, "hidden"), hidden)
 
     def candidate(
         self, name: str, kind: str, picked: Sequence[Choice], chosen: Globals

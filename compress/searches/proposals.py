@@ -98,12 +98,8 @@ def as_proposal(
     )
 
 
-def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
-    """First proposals: the best of every single global change, then diverse ones of the best.
-
-    Raises:
-        Infeasible: none of them fits; the message names the smallest reachable size.
-    """
+def outer_variants(problem: Problem) -> list[dict[str, Any]]:
+    """Outer choices to begin with: nothing changed, every single global change, all together."""
     variants = [neutral(problem)]
     shares = sorted({s for a in problem.space.axes.values() if a.scope == "global" for s in a.keep})
     dims = distributions(problem)
@@ -121,11 +117,28 @@ def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
                 if c.scope == "global"
             }
             variants.append(base | every)
-    unique = [v for i, v in enumerate(variants) if v not in variants[:i]]
-    decoded = [(v, p) for v in unique if (p := decode(problem, v)) is not None]
-    if not decoded:
-        floors = [floor_bytes(problem, variant) for variant in unique]
-        raise Infeasible(infeasible(problem, min(floors)))
+    return [v for i, v in enumerate(variants) if v not in variants[:i]]
+
+
+def require_feasible(problem: Problem) -> None:
+    """Refuse a budget that nothing in the space reaches; needs no scores.
+
+    Raises:
+        Infeasible: the message names the smallest reachable size.
+    """
+    floor = min(floor_bytes(problem, variant) for variant in outer_variants(problem))
+    if floor > problem.budget:
+        raise Infeasible(infeasible(problem, floor))
+
+
+def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
+    """First proposals: the best of every single global change, then diverse ones of the best.
+
+    Raises:
+        Infeasible: none of them fits; the message names the smallest reachable size.
+    """
+    require_feasible(problem)
+    decoded = [(v, p) for v in outer_variants(problem) if (p := decode(problem, v)) is not None]
     decoded.sort(key=lambda pair: pair[1].predicted)
     new: dict[str, tuple[dict[str, Any], Proposal]] = {}
     for pair in decoded:
@@ -143,7 +156,7 @@ def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
 def floor_bytes(problem: Problem, params: Mapping[str, Any]) -> int:
     """The smallest total size under an outer choice."""
     chosen = globals_of(problem, params)
-    knapsack = problem.knapsack(problem.groups(chosen), chosen)
+    knapsack = problem.knapsack(problem.groups(chosen), chosen, priced=False)
     return smallest(knapsack) + problem.budget - knapsack.budget
 
 
