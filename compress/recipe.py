@@ -54,10 +54,10 @@ class Recipe(BaseModel):
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
     trials: int = Field(100, ge=1, description="Candidates to measure.")
     finalists: int = Field(3, ge=1, description="Candidates to distil shortly before choosing one.")
-    short_distill_tokens: int = Field(32768, ge=0, description="Training tokens of a finalist.")
+    short_distill_tokens: int = Field(16384, ge=0, description="Training tokens of a finalist.")
     distill_tokens: int = Field(262144, ge=1, description="Training tokens of the chosen student.")
     distill_length: int = Field(256, ge=2, description="Tokens of a training sequence.")
-    distill_batch_tokens: int = Field(4096, ge=1, description="Tokens of an optimizer step.")
+    distill_batch_tokens: int = Field(1024, ge=1, description="Tokens of an optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of distillation.")
 
     @property
