@@ -27,7 +27,6 @@ UNITS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "mamba": (("group", "head", "channel"),),
     "moe": (("expert", "expert_ffn"), ("shared_ffn",)),
 }
-EXPERT = UNITS["moe"][0]
 Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [rows, features]
 
 

@@ -1,10 +1,8 @@
-import itertools
 import random
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -21,7 +19,7 @@ from compress.prune import prune
 from compress.replay import removal_costs
 from compress.scores import Scores, contributions
 from compress.searches.baselines import main_kind, randomly, uniform, variants
-from compress.searches.knapsack import Knapsack, Overlap, diverse, smallest, solve, value
+from compress.searches.knapsack import value
 from compress.searches.measure import Reference, measure, reference, sequence_kl, student_model
 from compress.searches.problem import Globals, Problem, total_bytes
 from compress.searches.proposals import decode, neutral, seeds
@@ -36,86 +34,7 @@ SPACES = sorted(shipped_spaces())
 SHARE = {"formats": 0.9, "joint": 0.5, "puzzle": 0.75, "minitron": 0.75, "minipuzzle": 0.75}
 
 
-# The knapsack
-
-
-def instance(seed: int) -> Knapsack:
-    draw = np.random.default_rng(seed)
-    sizes = draw.integers(2, 5, size=draw.integers(3, 6))
-    weights = [draw.integers(0, 10**6, size=n).astype(float) for n in sizes]
-    low, high = sum(w.min() for w in weights), sum(w.max() for w in weights)
-    survivors = [(0, int(sizes[0]) - 1), (1, 0)]
-    return Knapsack(
-        costs=[draw.random(n) for n in sizes],
-        bytes=weights,
-        budget=int(low + draw.random() * 0.7 * (high - low)),
-        at_least_one=[survivors] if seed % 2 else [],
-    )
-
-
-def every_choice(problem: Knapsack, overlaps: list[Overlap]) -> list[tuple[int, ...]]:
-    """All choices that keep every rule, from the rules' own words."""
-
-    def keeps(choice: tuple[int, ...]) -> bool:
-        shared = [sum(a == b for a, b in zip(choice, o.choice, strict=True)) for o in overlaps]
-        return (
-            value(problem.bytes, choice) <= problem.budget
-            and all(any(choice[g] == o for g, o in pairs) for pairs in problem.at_least_one)
-            and all(o.least <= n <= o.most for o, n in zip(overlaps, shared, strict=True))
-        )
-
-    return [c for c in itertools.product(*(range(len(x)) for x in problem.costs)) if keeps(c)]
-
-
-@pytest.mark.parametrize("seed", range(24))
-def test_the_knapsack_equals_brute_force(seed: int) -> None:
-    problem, draw = instance(seed), random.Random(seed)
-    overlaps: list[Overlap] = []
-    if seed % 3:
-        near = tuple(draw.randrange(len(costs)) for costs in problem.costs)
-        overlaps = [Overlap(near, len(near) - 1, draw.randrange(2))]
-    choices = every_choice(problem, overlaps)
-    solution = solve(problem, overlaps)
-    if not choices:
-        assert solution is None
-        return
-    assert solution is not None
-    assert solution.choice in choices
-    assert solution.bytes == value(problem.bytes, solution.choice) <= problem.budget
-    best = min(value(problem.costs, choice) for choice in choices)
-    assert solution.cost == pytest.approx(best, rel=2e-4)
-
-
-@pytest.mark.parametrize("seed", range(12))
-def test_the_smallest_choice_is_the_smallest(seed: int) -> None:
-    problem = instance(seed)
-    least = smallest(problem)
-    every = every_choice(replace(problem, budget=10**9), [])
-    assert least == min(value(problem.bytes, choice) for choice in every)
-    found = solve(replace(problem, budget=least))
-    assert found is not None
-    assert found.bytes == least
-    assert solve(replace(problem, budget=least - 1)) is None
-
-
-def test_diverse_solutions_share_at_most_the_promised_groups() -> None:
-    draw = np.random.default_rng(0)
-    problem = Knapsack(
-        costs=[draw.random(4) for _ in range(10)],
-        bytes=[draw.integers(0, 1000, size=4).astype(float) for _ in range(10)],
-        budget=4000,
-    )
-    found = diverse(problem, 5, share=0.7)
-    assert len(found) == 5
-    assert [s.cost for s in found] == sorted(s.cost for s in found)
-    for one, two in itertools.combinations(found, 2):
-        assert sum(a == b for a, b in zip(one.choice, two.choice, strict=True)) <= 7
-    assert all(s.bytes <= problem.budget for s in found)
-
-
 # Spaces on both families
-
-
 class Teacher:
     """A tiny teacher with its scores and its predictions on a text."""
 

@@ -14,13 +14,11 @@ Config = Mapping[str, Any]
 class Site:
     """Where a kind of block sits inside a transformers layer module.
 
-    ``mixer`` computes the branch and ``norm`` feeds it, both attributes of the layer; ``output`` is
-    the linear layer, inside the mixer, that writes to the residual stream.
+    ``mixer`` computes the branch and ``norm`` feeds it, both attributes of the layer.
     """
 
     mixer: str
     norm: str
-    output: str
 
 
 @dataclass(frozen=True, kw_only=True)

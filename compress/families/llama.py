@@ -95,7 +95,7 @@ LLAMA = Family(
     ),
     final_norm="norm",
     sites={
-        "attention": Site(mixer="self_attn", norm="input_layernorm", output="o_proj"),
-        "ffn": Site(mixer="mlp", norm="post_attention_layernorm", output="down_proj"),
+        "attention": Site(mixer="self_attn", norm="input_layernorm"),
+        "ffn": Site(mixer="mlp", norm="post_attention_layernorm"),
     },
 )

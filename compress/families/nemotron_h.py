@@ -199,9 +199,9 @@ NEMOTRON_H = Family(
     ),
     final_norm="norm_f",
     sites={
-        "attention": Site(mixer="mixer", norm="norm", output="o_proj"),
-        "ffn": Site(mixer="mixer", norm="norm", output="down_proj"),
-        "mamba": Site(mixer="mixer", norm="norm", output="out_proj"),
-        "moe": Site(mixer="mixer", norm="norm", output="experts"),
+        "attention": Site(mixer="mixer", norm="norm"),
+        "ffn": Site(mixer="mixer", norm="norm"),
+        "mamba": Site(mixer="mixer", norm="norm"),
+        "moe": Site(mixer="mixer", norm="norm"),
     },
 )

@@ -1,7 +1,10 @@
 """The inner problem: one option per group at least predicted KL under the byte budget, exactly."""
 
 import itertools
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -83,13 +86,14 @@ def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | Non
     )
     low, high = (np.array([row[i] for row in rows]) for i in (2, 3))
     costs = np.concatenate(problem.costs)
-    result = milp(
-        costs / max(float(np.abs(costs).max()), 1e-30),
-        integrality=np.ones(total, dtype=np.int64),
-        bounds=Bounds(0, 1),
-        constraints=LinearConstraint(matrix, low, high),
-        options={"mip_rel_gap": RELATIVE_GAP},
-    )
+    with silent_stdout():
+        result = milp(
+            costs / max(float(np.abs(costs).max()), 1e-30),
+            integrality=np.ones(total, dtype=np.int64),
+            bounds=Bounds(0, 1),
+            constraints=LinearConstraint(matrix, low, high),
+            options={"mip_rel_gap": RELATIVE_GAP},
+        )
     if result.x is None:
         return None
     picked = [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(offsets)]
@@ -98,6 +102,20 @@ def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | Non
         return None
     total = int(value(problem.bytes, choice))
     return Solution(choice, value(problem.costs, choice), total, result.mip_gap or 0.0)
+
+
+@contextmanager
+def silent_stdout() -> Iterator[None]:
+    """Without what compiled code prints: HiGHS in scipy 1.17 has a debugging line left in it."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 1)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def value(values: Sequence[Floats], choice: Sequence[int]) -> float:
