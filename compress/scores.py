@@ -91,12 +91,16 @@ def contributions(
     for number, rows in enumerate(batches):
         part = directory / f"{number:04}.safetensors" if directory else None
         if part is None or not part.is_file():
-            found: dict[str, list[Tensor]] = {}
+            # Filled in place: small tensors kept from every draw would pin the large freed ones
+            # between them, and memory would grow with the draws.
+            found: dict[str, Tensor] = {}
             for draw, drawn in enumerate(draw_rows(taps, rows, draws, seed)):
                 for key, value in drawn.items():
-                    found.setdefault(key, []).append(value)
+                    if key not in found:
+                        found[key] = value.new_zeros(draws, *value.shape)
+                    found[key][draw] = value
                 progress(number * draws + draw + 1, len(batches) * draws)
-            whole_batch = {key: torch.cat(values) for key, values in found.items()}
+            whole_batch = {key: value.flatten(0, 1) for key, value in found.items()}
             if part:
                 part.parent.mkdir(parents=True, exist_ok=True)
                 save_file(whole_batch, part.with_suffix(".partial"))
