@@ -7,17 +7,19 @@ activations and their gradients, and one backward gives one row per sequence for
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.architecture import Architecture, Block, Format, Moe, block_name, sizes
+from compress.architecture import Architecture, Block, Format, Mamba, Moe, block_name, sizes
 from compress.candidate import AXES
 from compress.families import family_of
 from compress.layout import Slot, parse, shape
+from compress.masks import masked, unit_mask
 from compress.precision.fake import fake_quantize_block, takes
 
 # The finest units a block can lose, as the axes of their array; coarser ones are sums of these.
@@ -28,6 +30,7 @@ UNITS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "moe": (("expert", "expert_ffn"), ("shared_ffn",)),
 }
 Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [rows, features]
+WHOLE: Mapping[str, Tensor] = MappingProxyType({})  # what a teacher keeps: everything
 
 
 def unit_key(block: Block, axes: Sequence[str]) -> str:
@@ -41,10 +44,22 @@ class Taps:
     After a forward inside ``attached()`` and a backward, ``rows`` maps every key to [sequences,
     *unit shape]: ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
     whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``.
+
+    With ``keep`` and ``current`` (teacher block numbers to formats, of those in ``formats``) the
+    teacher computes that student: contributions are the derivatives there, of units that are gone
+    too, formats still against BF16.
     """
 
-    def __init__(self, model: Any, architecture: Architecture, formats: Sequence[Format]) -> None:
+    def __init__(
+        self,
+        model: Any,
+        architecture: Architecture,
+        formats: Sequence[Format],
+        keep: Mapping[str, Tensor] = WHOLE,
+        current: Mapping[int, Format] = MappingProxyType({}),
+    ) -> None:
         self.model, self.architecture = model, architecture
+        self.keep, self.current = keep, current
         self.rows: dict[str, Tensor] = {}
         self.errors = {
             (number, format): errors
@@ -55,8 +70,12 @@ class Taps:
         self.formats = tuple(formats)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """Hooks in place; the embedding's output becomes the leaf that gradients flow to."""
+    def attached(self, sequences: int) -> Iterator[None]:
+        """Hooks in place for a batch of so many sequences.
+
+        The embedding's output becomes the leaf that gradients flow to.
+        """
+        self.sequences = sequences
         family = family_of(self.architecture.family)
         final = getattr(self.model.model, family.final_norm)
         embedding = self.model.get_input_embeddings()
@@ -65,23 +84,38 @@ class Taps:
         ]
         handles.append(final.register_forward_hook(self.tap_norm))
         patched: list[Any] = []
+        masks = ExitStack()
+        self.unmasked = masks.enter_context(masked(self.model, self.architecture, self.keep))
         for number, block in enumerate(self.architecture.blocks):
             layer, site = self.model.model.layers[block.layer], family.sites[block.kind]
             handles.append(getattr(layer, site.norm).register_forward_hook(self.tap_norm))
             for name, slot in slots_of(self.architecture, block, experts=False).items():
                 hook = self.tap_linear(number, name, slot)
                 handles.append(layer.get_submodule(name).register_forward_hook(hook))
+            if isinstance(block, Mamba):
+                norm = getattr(layer, site.mixer).norm
+                handles.append(norm.register_forward_pre_hook(self.tap_gated_norm(number)))
             if isinstance(block, Moe):
                 patched.append(getattr(layer, site.mixer).experts)
                 patched[-1].forward = self.experts_forward(number, block, patched[-1])
         try:
             yield
         finally:
+            masks.close()
             for handle in handles:
                 handle.remove()
             for module in patched:
                 del module.forward  # the class's own shows again
             self.rows = {}
+
+    def backward(self, hidden: Tensor, gradient: Tensor, *, again: bool) -> dict[str, Tensor]:
+        """One row per sequence of every gate, from the gradient at the final hidden states.
+
+        ``again`` keeps the graph for another gradient.
+        """
+        self.rows = {}
+        torch.autograd.backward(hidden, gradient, retain_graph=again)
+        return {key: value.detach() for key, value in self.rows.items()}
 
     def add(self, key: str, value: Tensor) -> None:
         """Add rows; several norms share the hidden channels, several matrices a unit's rounding."""
@@ -92,26 +126,57 @@ class Taps:
         value = output.detach()
         on_gradient(output, lambda grad: self.add("hidden", (value * grad).sum(1)))
 
-    def tap_linear(self, number: int, name: str, slot: Slot) -> Callable[..., None]:
-        """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
+    def tap_gated_norm(self, number: int) -> Callable[..., None]:
+        """Hook for a Mamba block's dead units: out_proj never sees them, the norm's input does."""
+        block, axes = self.architecture.blocks[number], UNITS["mamba"][0]
+        gone = 1 - unit_mask(self.architecture, self.keep, number, axes)
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.tap(number, name, slot, args[0], output, lambda value: value.sum(1))
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if (value := self.unmasked.inputs.get(module)) is None or not args[0].requires_grad:
+                return
+
+            def rows(grad: Tensor) -> None:
+                found = (value * grad).sum(1).reshape(-1, *gone.shape)
+                self.add(unit_key(block, axes), found * gone)
+
+            on_gradient(args[0], rows)
 
         return hook
 
-    def tap(self, number: int, name: str, slot: Slot, x: Tensor, y: Tensor, gather: Gather) -> None:
-        """Tap y = W x: the units that its input is made of, and what rounding W costs."""
+    def tap_linear(self, number: int, name: str, slot: Slot) -> Callable[..., Tensor]:
+        """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            value = self.unmasked.inputs.get(module, args[0].detach())
+            return self.tap(number, name, slot, value, args[0], output, lambda v: v.sum(1))
+
+        return hook
+
+    def tap(
+        self,
+        number: int,
+        name: str,
+        slot: Slot,
+        value: Tensor,
+        x: Tensor,
+        y: Tensor,
+        gather: Gather,
+    ) -> Tensor:
+        """Tap y = W x, where ``value`` is x before its mask; y in the block's current format.
+
+        Taken are the units that the input is made of, and what rounding W costs.
+        """
         block = self.architecture.blocks[number]
-        value = x.detach()
-        reads_units = units_of(parse(slot.shape)[1][0], block) is not None
-        if reads_units and x.requires_grad:
-            on_gradient(x, lambda grad: self.add_units(block, slot, 1, gather(value * grad), ""))
         found = {
             f: self.errors[number, f][name] for f in self.formats if (number, f) in self.errors
         }
+        if (current := self.current.get(number, "bf16")) != "bf16":
+            y = y + x @ found[current].float().T
+        reads_units = units_of(parse(slot.shape)[1][0], block) is not None
+        if reads_units and x.requires_grad:
+            on_gradient(x, lambda grad: self.add_units(block, slot, 1, gather(value * grad), ""))
         if not found or not y.requires_grad:
-            return
+            return y
         # The side that is made of units keeps its index; there are no units on the other one.
         shifts = {} if reads_units else {f: value @ error.float().T for f, error in found.items()}
 
@@ -121,6 +186,7 @@ class Taps:
                 self.add_units(block, slot, int(reads_units), gather(cost), f"/{format}")
 
         on_gradient(y, rounding)
+        return y
 
     def add_units(self, block: Block, slot: Slot, side: int, rows: Tensor, suffix: str) -> None:
         """Add [rows, features of one side of a weight] to the unit arrays they belong to."""
@@ -142,6 +208,7 @@ class Taps:
         """The fused experts' forward, expert by expert, with taps on each one's two matrices."""
         slots = slots_of(self.architecture, block, experts=True)
         (up, up_slot), (down, down_slot) = slots.items()
+        kept = unit_mask(self.architecture, self.keep, number, UNITS["moe"][0])
 
         def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             length = x.shape[0] // self.sequences
@@ -157,11 +224,14 @@ class Taps:
                     rows[:, expert] = rows[:, expert].index_add(0, row, value)
                     return rows
 
-                before = x[token] @ module.up_proj[expert].T
-                self.tap(number, up.format(expert=expert), up_slot, x[token], before, gather)
+                names = (up.format(expert=expert), down.format(expert=expert))
+                seen = x[token]
+                before = seen @ module.up_proj[expert].T
+                before = self.tap(number, names[0], up_slot, seen.detach(), seen, before, gather)
                 inner = module.act_fn(before)
+                value, inner = inner.detach(), inner * kept[expert]
                 after = inner @ module.down_proj[expert].T
-                self.tap(number, down.format(expert=expert), down_slot, inner, after, gather)
+                after = self.tap(number, names[1], down_slot, value, inner, after, gather)
                 output = output.index_add(0, token, after * weight[token, choice, None])
             return output
 

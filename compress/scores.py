@@ -17,9 +17,10 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from compress.architecture import Architecture, Block, Format, Mamba, block_name, sizes
+from compress.architecture import Architecture, Block, Format, block_name, sizes
 from compress.candidate import AXES
 from compress.gates import UNITS, Taps, unit_key
+from compress.masks import alive
 
 Contributions = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]
@@ -116,25 +117,30 @@ def contributions(
 def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Contributions of one batch, a dictionary per draw of the labels."""
     head = taps.model.lm_head.weight
-    taps.sequences = len(rows)
-    with taps.attached(), torch.enable_grad():
+    with taps.attached(len(rows)), torch.enable_grad():
         hidden = taps.model.model(input_ids=rows, use_cache=False).last_hidden_state
-        labels = torch.empty(draws, *rows.shape, dtype=torch.long)
-        expected = torch.empty_like(hidden)
-        with torch.no_grad():
-            for row, sequence in enumerate(rows):
-                generator = torch.Generator().manual_seed(
-                    seed + zlib.crc32(sequence.numpy().tobytes())
-                )
-                probability = (hidden[row] @ head.T).float().softmax(-1)
-                drawn = torch.multinomial(probability, draws, True, generator=generator)
-                labels[:, row] = drawn.T
-                expected[row] = probability @ head
-        for draw in range(draws):
-            taps.rows = {}
-            # The log-likelihood's gradient at the final hidden state: no graph over the vocabulary.
-            hidden.backward(head[labels[draw]] - expected, retain_graph=draw < draws - 1)
-            yield {key: value.detach() for key, value in taps.rows.items()}
+        for draw, gradient in enumerate(label_gradients(hidden.detach(), head, rows, draws, seed)):
+            yield taps.backward(hidden, gradient, again=draw < draws - 1)
+
+
+@torch.no_grad()
+def label_gradients(
+    hidden_BTD: Tensor, head_VD: Tensor, rows_BT: Tensor, draws: int, seed: int
+) -> Iterator[Tensor]:
+    """Gradients [B, T, D] of the log-likelihood of drawn labels at the final hidden states.
+
+    No graph over the vocabulary is needed. The labels of a sequence depend on the seed and on its
+    own tokens only.
+    """
+    labels = torch.empty(draws, *rows_BT.shape, dtype=torch.long)
+    expected = torch.empty_like(hidden_BTD)
+    for row, sequence in enumerate(rows_BT):
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
+        probability = (hidden_BTD[row] @ head_VD.T).float().softmax(-1)
+        labels[:, row] = torch.multinomial(probability, draws, True, generator=generator).T
+        expected[row] = probability @ head_VD
+    for drawn in labels:
+        yield head_VD[drawn] - expected
 
 
 def kl_of(rows: Tensor, length: int) -> float:
@@ -189,29 +195,6 @@ def choose(scores: Scores, block: Block, target: Mapping[str, int]) -> dict[str,
         if count < values.shape[-1]:
             keep[axis] = top(values, count)
     return keep
-
-
-def alive(block: Block, axes: Sequence[str], keep: Mapping[str, Tensor]) -> Tensor:
-    """Mask over a unit array: 1 where the unit is kept."""
-    axis_sizes = sizes(block)
-    mask = torch.ones([axis_sizes[axis] for axis in axes])
-    if isinstance(block, Mamba):
-        if "head" in keep:
-            mask *= torch.zeros(mask.shape[:2]).scatter_(1, keep["head"], 1)[..., None]
-        if "channel" in keep:
-            mask *= torch.zeros(mask.shape[2]).index_fill_(0, keep["channel"], 1)
-        return mask
-    outer, inner = (axes[0], axes[-1]) if len(axes) > 1 else (None, axes[0])
-    parents = keep.get(outer) if outer else None
-    if inner in keep and outer is None:
-        return torch.zeros_like(mask).index_fill_(0, keep[inner], 1)
-    if inner in keep:
-        rows = torch.arange(len(mask)) if parents is None else parents
-        mask = torch.zeros_like(mask)
-        mask[rows] = mask[rows].scatter(1, keep[inner], 1)
-    elif parents is not None:
-        mask = torch.zeros_like(mask).index_fill_(0, parents, 1)
-    return mask
 
 
 def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> Tensor:

@@ -11,6 +11,7 @@ from compress.data import (
     docstrings,
     load_tokenizer,
     pack,
+    pieces,
     read_documents,
     split_documents,
 )
@@ -87,10 +88,10 @@ def test_packing_keeps_every_token_and_separates_documents(tiny_llama: Path) -> 
     assert rows.dtype == torch.int64
     assert rows.shape[1] == 16
     stream = rows.flatten().tolist()
-    pieces = tokenizer.decode(stream).split(tokenizer.eos_token)
-    assert set(pieces[:-1]) <= set(documents)
-    assert len(pieces) > 30
-    assert pieces[:-1] != documents[: len(pieces) - 1]
+    texts = tokenizer.decode(stream).split(tokenizer.eos_token)
+    assert set(texts[:-1]) <= set(documents)
+    assert len(texts) > 30
+    assert texts[:-1] != documents[: len(texts) - 1]
 
 
 def test_packing_is_a_function_of_the_seed_and_more_tokens_begin_alike(tiny_llama: Path) -> None:
@@ -101,6 +102,22 @@ def test_packing_is_a_function_of_the_seed_and_more_tokens_begin_alike(tiny_llam
     assert torch.equal(some, more[:8])
     assert torch.equal(some, pack(documents, tokenizer, 8, tokens=61, seed=3))
     assert not torch.equal(some, pack(documents, tokenizer, 8, tokens=61, seed=4))
+
+
+def test_few_rows_come_from_many_documents(tiny_llama: Path) -> None:
+    tokenizer = load_tokenizer(tiny_llama)
+    books = [chr(97 + number) * 4000 for number in range(20)]
+    rows = pack(books, tokenizer, 32, tokens=32 * 32)
+    decoded = {tokenizer.decode(row)[-1] for row in rows.tolist()}
+    assert len(decoded) >= 5
+
+
+def test_pieces_are_the_text_cut_after_white_space() -> None:
+    text = "one two three " * 30 + "x" * 100
+    found = list(pieces(text, 40))
+    assert "".join(found) == text
+    assert max(map(len, found)) <= 40
+    assert all(piece[-1] == " " for piece in found[:10])
 
 
 def test_too_little_text_says_how_much_there_is(tiny_llama: Path) -> None:

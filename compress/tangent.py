@@ -1,0 +1,94 @@
+"""How the KL changes around a student: the slope and curvature of every decision, in one pass.
+
+Scores are taken at the teacher, where the KL is flat and decisions only add up; at a student that
+has lost a third of its teacher neither holds. Here the same gates are read on the gated teacher
+that computes the student, for units that are gone too (``masks``).
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from compress.architecture import Format
+from compress.candidate import Candidate
+from compress.gates import Taps
+from compress.kv import set_kv_format
+from compress.losses import kl_from_hidden
+from compress.scores import Contributions, label_gradients
+from compress.searches.measure import BATCH, Reference
+
+
+@dataclass(frozen=True)
+class Tangent:
+    """Derivatives at a student, of sequences of ``length`` tokens.
+
+    ``slope`` [sequences, *units] is that of the summed KL(teacher || student), ``curvature``
+    [sequences * draws, *units] the contributions under the student's own labels, whose mean square
+    is the Gauss-Newton part of its second derivative. ``kl`` [sequences], nats per token.
+    """
+
+    slope: Contributions
+    curvature: Contributions
+    kl: Tensor
+    length: int
+
+
+def tangent(
+    model: object,
+    candidate: Candidate,
+    text: Reference,
+    draws: int,
+    formats: Sequence[Format],
+    seed: int = 0,
+) -> Tangent:
+    """The tangent at a candidate of the teacher ``model``, on a text.
+
+    Costs a forward and ``1 + draws`` backward passes. Formats round the masked teacher's weights,
+    not those of the cut: scales may differ slightly from the student's.
+    """
+    architecture = text.teacher.architecture
+    survivors = candidate.keep["blocks"].tolist()
+    current = {
+        number: block.format
+        for number, block in zip(survivors, candidate.architecture.blocks, strict=True)
+    }
+    taps = Taps(model, architecture, formats, candidate.keep, current)
+    slope: dict[str, list[Tensor]] = {}
+    curvature: dict[str, list[Tensor]] = {}
+    kl = []
+    set_kv_format(model, candidate.architecture.kv_format)
+    for start in range(0, len(text.tokens), BATCH):
+        part = text.part(start, start + BATCH)
+        with taps.attached(len(part.tokens)), torch.enable_grad():
+            hidden = taps.model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+            found, gradient = kl_gradient(hidden.detach(), part)
+            kl.append(found)
+            collect(slope, taps.backward(hidden, gradient, again=draws > 0))
+            labels = label_gradients(hidden.detach(), text.head, part.tokens, draws, seed)
+            for draw, gradient in enumerate(labels):
+                collect(curvature, taps.backward(hidden, gradient, again=draw < draws - 1))
+    set_kv_format(model, "bf16")
+    return Tangent(joined(slope), joined(curvature), torch.cat(kl), text.tokens.shape[1])
+
+
+def kl_gradient(hidden_BTD: Tensor, part: Reference) -> tuple[Tensor, Tensor]:
+    """KL of every sequence, nats per token, and the summed KL's gradient at the hidden states."""
+    student = hidden_BTD.clone().requires_grad_(True)
+    kl = kl_from_hidden(
+        student.flatten(0, 1), part.head, part.hidden.flatten(0, 1), part.head
+    ).view(hidden_BTD.shape[:2])
+    (gradient,) = torch.autograd.grad(kl.sum(), student)
+    return kl.detach().mean(1), gradient
+
+
+def collect(into: dict[str, list[Tensor]], rows: Mapping[str, Tensor]) -> None:
+    """Append the rows of a batch."""
+    for key, value in rows.items():
+        into.setdefault(key, []).append(value)
+
+
+def joined(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
+    """Rows of all batches."""
+    return {key: torch.cat(list(values)) for key, values in parts.items()}
