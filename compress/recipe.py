@@ -53,6 +53,9 @@ class Recipe(BaseModel):
     select_tokens: int = Field(2048, ge=1, description="Tokens that a trial is measured on.")
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
     trials: int = Field(100, ge=1, description="Candidates to measure.")
+    workers: int = Field(
+        1, ge=1, description="Processes that measure candidates, each with its own teacher."
+    )
     finalists: int = Field(3, ge=1, description="Candidates to distil shortly before choosing one.")
     short_distill_tokens: int = Field(16384, ge=0, description="Training tokens of a finalist.")
     distill_tokens: int = Field(262144, ge=1, description="Training tokens of the chosen student.")

@@ -13,7 +13,7 @@ from compress.runs import Run, write_json
 from compress.scoring import STAGE as SCORE
 from compress.scoring import score
 from compress.searches.baselines import main_kind, randomly, uniform, variants
-from compress.searches.bench import Bench, Row
+from compress.searches.bench import Bench, Row, open_bench
 from compress.searches.measure import Reference, reference
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
@@ -98,7 +98,8 @@ def search(session: Session) -> None:
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)
         text, fresh = selection_text(session)
-        rows, missing = candidates(Bench(session, scores, text), space)
+        with open_bench(session, scores, text) as bench:
+            rows, missing = candidates(bench, space)
         keep_students(run, [row.trial.candidate for row in rows])
         write_json(run.path / "baselines.json", missing)
         rows = with_finalists(session, space, rows, fresh)

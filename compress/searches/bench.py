@@ -1,11 +1,14 @@
 """What the candidates of one search share, and the rows they become."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from compress.architecture import to_json
 from compress.candidate import Candidate
@@ -17,6 +20,7 @@ from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, measure
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.study import StudySettings, Trial, explore
+from compress.searches.workers import Crew, crew
 from compress.session import Session
 from compress.show import progress
 from compress.space import Space
@@ -55,11 +59,15 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where candidates are measured: the session, the teacher's scores and the selection text."""
+    """Where candidates are measured: the session, the teacher's scores and the selection text.
+
+    Studies are measured by the crew where there is one, else in this process.
+    """
 
     session: Session
     scores: Scores
     text: Reference
+    crew: Crew | None = None
 
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
@@ -100,17 +108,23 @@ class Bench:
             seed=recipe.seed,
         )
         with progress(f"search: {study}", trials) as advance:
-            found = explore(
-                problem,
-                settings,
-                lambda candidate: measure(candidate, self.text),
-                lambda best: advance(1, f"best KL {best:.4f}"),
-            )
+
+            def report(best: float) -> None:
+                advance(1, f"best KL {best:.4f}")
+
+            if self.crew is None:
+                found = explore(problem, settings, self.measure, report)
+            else:
+                found = self.crew.explore(problem, settings, report)
         return [Row(trial=trial, kind=study.partition("-")[0]) for trial in found]
+
+    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
+        """Per-sequence KL of a candidate on the selection text, a batch at a time."""
+        return measure(candidate, self.text)
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""
-        values = torch.cat(list(measure(candidate, self.text))).tolist()
+        values = torch.cat(list(self.measure(candidate))).tolist()
         trial = Trial(
             candidate=candidate,
             bytes=total_bytes(candidate, self.session.deployment),
@@ -119,3 +133,19 @@ class Bench:
             complete=True,
         )
         return Row(trial=trial, kind=candidate.kind)
+
+
+@contextmanager
+def open_bench(session: Session, scores: Scores, text: Reference) -> Iterator[Bench]:
+    """The bench of a search, with the crew that its recipe asks for."""
+    count, run = session.recipe.workers, session.run
+    if count == 1:
+        yield Bench(session, scores, text)
+        return
+    setup = {
+        "run": str(run.path),
+        "recipe": session.recipe.model_dump(),
+        "threads": max(1, torch.get_num_threads() // count),
+    }
+    with crew(count, run.path / "study" / "journal.log", setup) as hired:
+        yield Bench(session, scores, text, hired)

@@ -1,14 +1,15 @@
 """The outer problem: Optuna asks, the knapsack decodes, the student in memory is measured.
 
-Moves, by the number of completed trials: ``seed`` (diverse knapsack solutions), ``sample`` (TPE
-over KV format, hidden size, global widths and score multipliers) and ``swap`` (the incumbent's
-knapsack with jittered scores, where only a few groups may differ). Everything is a function of the
-seed and the completed trials, so that a killed study continues as if it had not been killed.
+Moves, by the number of trials: ``seed`` (diverse knapsack solutions), ``sample`` (TPE over KV
+format, hidden size, global widths and score multipliers) and ``swap`` (the incumbent's knapsack
+with jittered scores, where only a few groups may differ). A proposal is a function of the seed, the
+finished trials and those that other workers are measuring, so that a killed study of one worker
+continues as if it had not been killed.
 """
 
 import os
 import random
-import warnings
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,11 @@ from typing import Any
 
 import numpy as np
 import optuna
-from optuna.storages.journal import JournalFileBackend
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from compress.candidate import Candidate
+from compress.searches.journal import alone, close_running, close_waiting, locked, open_study
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.proposals import (
     Proposal,
@@ -37,9 +38,10 @@ from compress.searches.proposals import (
 JITTER = 0.3
 # A trial is stopped early only after so many tokens: its measurement stays worth reading.
 EARLIEST_STOP_TOKENS = 1024
-STOP_P_VALUE = 0.1
 # A swap that finds nothing new is drawn again, so often.
 RETRIES = 20
+# Between two looks at what other workers are doing.
+LOOK_SECONDS = 0.1
 
 Measure = Callable[[Candidate], Iterator[Tensor]]
 
@@ -77,36 +79,6 @@ class StudySettings:
     seed: int = 0
 
 
-def open_study(journal: Path, name: str) -> optuna.Study:
-    """The study of a run, new or as an earlier process left it; what that left open is closed."""
-    optuna.logging.set_verbosity(optuna.logging.WARNING)
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    mend(journal)
-    backend = JournalFileBackend(str(journal))
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        study = optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name=name,
-            load_if_exists=True,
-            pruner=optuna.pruners.WilcoxonPruner(p_threshold=STOP_P_VALUE),
-        )
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        study.tell(trial.number, state=TrialState.FAIL)
-    for _ in study.get_trials(deepcopy=False, states=(TrialState.WAITING,)):
-        study.tell(study.ask(), state=TrialState.FAIL)
-    return study
-
-
-def mend(journal: Path) -> None:
-    """Take away what a killed process left: its lock on the journal, and half a line."""
-    # Optuna 5 waits for such a lock: 30 seconds, or forever where the path is relative.
-    journal.with_name(journal.name + ".lock").unlink(missing_ok=True)
-    if journal.is_file():
-        whole_lines = journal.read_bytes().rfind(b"\n") + 1
-        os.truncate(journal, whole_lines)
-
-
 def explore(
     problem: Problem,
     settings: StudySettings,
@@ -127,33 +99,76 @@ def explore(
     Raises:
         Infeasible: nothing in the space fits the budget.
     """
-    study = open_study(settings.journal, settings.name)
+    with alone(settings.journal):
+        study = open_study(settings.journal, settings.name)
+        close_running(study)
+        close_waiting(study)
+        take_part(study, problem, settings, measure, progress)
+        return results(study, problem, settings)
+
+
+def take_part(
+    study: optuna.Study,
+    problem: Problem,
+    settings: StudySettings,
+    measure: Measure,
+    progress: Callable[[float], None] = lambda best: None,
+) -> None:
+    """Measure candidates of a study, alone or beside other workers, until none is left to measure.
+
+    Raises:
+        Infeasible: nothing in the space fits the budget.
+    """
     first = seeds(problem)
-    while len(done := finished(study)) < settings.trials:
-        study.sampler = optuna.samplers.TPESampler(
-            seed=settings.seed * 100003 + len(done), n_startup_trials=len(first)
-        )
-        proposal, params, move = propose(problem, study, first, settings.seed)
-        if proposal is None:
-            break
-        study.enqueue_trial(params, user_attrs={"move": move})
-        trial = study.ask(distributions(problem))
-        candidate = named(problem, settings.kind, len(done), proposal)
-        trial.set_user_attr("choice", list(proposal.choice))
-        trial.set_user_attr("key", key_of(problem, proposal))
-        trial.set_user_attr("predicted", proposal.predicted)
-        values = run_trial(trial, measure(candidate), settings.tokens_per_sequence)
-        best = min(
-            (t.value for t in finished(study) if t.value is not None and whole(t)),
-            default=float(np.mean(values)),
-        )
-        progress(best)
-    return measured(problem, settings.kind, finished(study)[: settings.trials])
+    while (claimed := claim(study, problem, settings, first)) is not None:
+        trial, candidate = claimed
+        run_trial(trial, measure(candidate), settings.tokens_per_sequence)
+        progress(study.best_value)
 
 
-def run_trial(
-    trial: optuna.Trial, batches: Iterator[Tensor], tokens_per_sequence: int
-) -> list[float]:
+def claim(
+    study: optuna.Study,
+    problem: Problem,
+    settings: StudySettings,
+    first: Sequence[tuple[dict[str, Any], Proposal]],
+) -> tuple[optuna.Trial, Candidate] | None:
+    """A running trial of this process and its candidate, which no other trial has.
+
+    Waits while the last candidates are with other workers: a worker that dies leaves its own.
+
+    Returns:
+        None when enough candidates are measured, or there are no more.
+    """
+    seen: tuple[int, int] | None = None
+    while True:
+        # One at a time, so that a proposal knows all others.
+        with locked(settings.journal.with_name("claim.lock")):
+            close_waiting(study)
+            done, running = finished(study), elsewhere(study)
+            if len(done) >= settings.trials:
+                return None
+            now, open_trials = (len(done), len(running)), settings.trials - len(done)
+            # The same trials would give the same proposal.
+            if now != seen and len(running) < open_trials:
+                proposal, params, move = propose(problem, done, running, first, settings.seed)
+                if proposal is not None:
+                    attributes = {
+                        "move": move,
+                        "choice": list(proposal.choice),
+                        "key": key_of(problem, proposal),
+                        "predicted": proposal.predicted,
+                        "worker": os.getpid(),
+                    }
+                    study.enqueue_trial(params, user_attrs=attributes)
+                    trial = study.ask(distributions(problem))
+                    return trial, named(problem, settings.kind, sum(now), proposal)
+                if not running:
+                    return None
+            seen = now
+        time.sleep(LOOK_SECONDS)
+
+
+def run_trial(trial: optuna.Trial, batches: Iterator[Tensor], tokens_per_sequence: int) -> None:
     """Measure until done or hopeless against the best trial, and tell the study."""
     values: list[float] = []
     for batch in batches:
@@ -171,12 +186,16 @@ def run_trial(
         study.tell(trial, float(np.mean(values)))
     else:
         study.tell(trial, state=TrialState.PRUNED)
-    return values
 
 
 def finished(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that were measured, in order."""
     return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def elsewhere(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that workers are measuring, in order."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def whole(trial: FrozenTrial) -> bool:
@@ -186,26 +205,23 @@ def whole(trial: FrozenTrial) -> bool:
 
 def propose(
     problem: Problem,
-    study: optuna.Study,
+    done: Sequence[FrozenTrial],
+    running: Sequence[FrozenTrial],
     first: Sequence[tuple[dict[str, Any], Proposal]],
     seed: int,
 ) -> tuple[Proposal | None, dict[str, Any], str]:
     """The next new candidate, the parameters it belongs to and the move that found it."""
-    done = finished(study)
-    known = {trial.user_attrs["key"] for trial in done}
-    number = len(done)
-    if number < len(first):
-        params, seeded = first[number]
+    known = {trial.user_attrs["key"] for trial in (*done, *running)}
+    number = len(done) + len(running)
+    for params, seeded in first:
         if key_of(problem, seeded) not in known:
             return seeded, params, "seed"
     best = min((t for t in done if whole(t)), key=lambda t: t.value or 0.0, default=None)
     if best is None or (number % 3 == 0 and distributions(problem)):
-        # The sampler's own ask, read and closed: it is enqueued again with what it decodes to.
-        probe = study.ask(distributions(problem))
-        study.tell(probe, state=TrialState.FAIL)
-        proposal = decode(problem, probe.params)
+        params = sampled(problem, (*done, *running), seed * 100003 + number, len(first))
+        proposal = decode(problem, params)
         if proposal is not None and key_of(problem, proposal) not in known:
-            return proposal, dict(probe.params), "sample"
+            return proposal, params, "sample"
     if best is None:
         return None, {}, "none"
     draw = random.Random(seed * 1000003 + number)
@@ -217,6 +233,22 @@ def propose(
         if proposal is not None and key_of(problem, proposal) not in known:
             return proposal, dict(best.params), "swap"
     return None, {}, "none"
+
+
+def sampled(
+    problem: Problem, trials: Sequence[FrozenTrial], seed: int, startup: int
+) -> dict[str, Any]:
+    """The outer choice that TPE asks for after these trials."""
+    # In memory: the trial of the run's study gets what this decodes to, and by other moves as well.
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    study = optuna.create_study(sampler=sampler)
+    study.add_trials(trials)
+    return study.ask(distributions(problem)).params
+
+
+def results(study: optuna.Study, problem: Problem, settings: StudySettings) -> list[Trial]:
+    """The candidates that count: the first ones by number, best first, early stops last."""
+    return measured(problem, settings.kind, finished(study)[: settings.trials])
 
 
 def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list[Trial]:
