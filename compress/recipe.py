@@ -11,7 +11,7 @@ from compress.devices import find_device
 from compress.errors import InputError
 from compress.memory import Deployment, SsmFormat
 from compress.runs import write_text
-from compress.units import parse_bytes, parse_share, parse_tokens
+from compress.units import parse_bytes, parse_count, parse_share, parse_tokens
 
 Target = Literal["compress", "transformers", "vllm"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -26,6 +26,9 @@ class Recipe(BaseModel):
     budget: str | None = Field(
         None,
         description="Bytes the student may take (160MiB), or a share of the teacher's (70%).",
+    )
+    active_parameters: str | None = Field(
+        None, description="Parameters that one token may use at most (1.2B)."
     )
     context: str = Field("2k", description="Context the student is served with (2k, 128k, 1M).")
     batch_size: int = Field(1, ge=1, description="Sequences served at once.")
@@ -93,6 +96,8 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
     _ = recipe.deployment
     if recipe.budget is not None and parse_share(recipe.budget) is None:
         parse_bytes(recipe.budget, "budget")
+    if recipe.active_parameters is not None:
+        parse_count(recipe.active_parameters, "active_parameters")
     if recipe.device is not None:
         find_device(recipe.device)
     return recipe

@@ -39,14 +39,15 @@ def chosen_space(session: Session) -> Space | None:
     recipe, budget = session.recipe, session.budget.bytes
     if recipe.space is not None:
         return load_space(recipe.space, recipe.target)
-    whole = session.teacher_bytes
-    if whole <= budget:
+    whole, few = session.teacher_bytes, session.teacher_is_small
+    if whole <= budget and few:
         note(
             f"the teacher fits as it is: {format_bytes(whole)} within "
             f"{session.budget.description}; --space joint makes a smaller one all the same"
         )
         return None
-    for format in target_formats(session):
+    # Formats make no parameter less.
+    for format in target_formats(session) if few else ():
         for kv_format in KV_FORMATS if recipe.target != "transformers" else ("bf16",):
             made = replace(in_format(session.architecture, format), kv_format=kv_format)
             size = footprint(made, session.deployment).total
@@ -69,6 +70,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "score": session.run.fingerprint(SCORE),
         "space": space.model_dump(mode="json"),
         "budget": session.budget.bytes,
+        "active": session.active,
         "deployment": asdict(session.deployment),
         **{key: getattr(recipe, key) for key in keys},
     }
@@ -88,8 +90,11 @@ def search(session: Session) -> None:
         return
     # What can be refused is refused before the long work: the budget, and too little text.
     require_feasible(
-        Problem(session.architecture, None, space, session.deployment, session.budget.bytes)
-    )
+        Problem(
+            session.architecture, None, space, session.deployment, session.budget.bytes,
+            active=session.active,
+        )
+    )  # fmt: skip
     session.rows("score", session.recipe.score_tokens)
     session.rows("select", 2 * session.recipe.select_tokens)
     session.rows("final", session.recipe.final_tokens)

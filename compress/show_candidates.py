@@ -23,6 +23,9 @@ def print_candidates(session: Session) -> None:
         [[r[0], "", *r[1:6]] if len(r) == 7 and r[1] == "does not fit" else r for r in lines],
         left=2,
     )
+    gaps = [row["gap"] for row in found if row["gap"] is not None]
+    if gaps:
+        note(f"largest optimality gap of a knapsack: {max(gaps):.1e} of its predicted KL")
     stock = next((row for row in found if row["stock"]), None)
     if stock is not None:
         note(

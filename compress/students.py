@@ -53,7 +53,8 @@ def no_candidates(session: Session) -> str:
     teacher = session.run.path / "teacher.json"
     if teacher.is_file():
         facts = read_json(teacher)
-        if facts["bytes"]["total"] <= facts["budget"] and session.recipe.space is None:
+        fits = facts["bytes"]["total"] <= facts["budget"] and session.teacher_is_small
+        if fits and session.recipe.space is None:
             return (
                 f"{session.run.path} has no candidates: the teacher fits as it is, "
                 f"{format_bytes(facts['bytes']['total'])} within {format_bytes(facts['budget'])}; "

@@ -9,7 +9,7 @@ import torch
 
 from compress.architecture import to_json
 from compress.candidate import Candidate
-from compress.families import count_parameters
+from compress.families import count_active, count_parameters
 from compress.model import is_plain
 from compress.runs import fingerprint
 from compress.scores import Scores
@@ -41,7 +41,9 @@ class Row:
             "kind": self.kind,
             "bytes": trial.bytes,
             "parameters": count_parameters(architecture),
+            "active_parameters": count_active(architecture),
             "predicted_kl": trial.predicted,
+            "gap": trial.gap,
             "measured_kl": trial.kl,
             "measured_se": spread / len(trial.values) ** 0.5,
             "measured_sequences": len(trial.values),
@@ -71,6 +73,7 @@ class Bench:
             session.deployment,
             session.budget.bytes,
             blind_to_rounding,
+            session.active,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -87,6 +90,7 @@ class Bench:
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
                 "budget": problem.budget,
+                "active": problem.active,
                 "deployment": asdict(problem.deployment),
                 "select_tokens": recipe.select_tokens,
             }

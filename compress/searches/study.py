@@ -46,13 +46,17 @@ Measure = Callable[[Candidate], Iterator[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A measured candidate: the per-sequence KL and what was predicted, nats per token."""
+    """A measured candidate: the per-sequence KL and what was predicted, nats per token.
+
+    ``gap`` is the relative optimality gap of its knapsack; None where there was none to solve.
+    """
 
     candidate: Candidate
     bytes: int
     predicted: float
     values: tuple[float, ...]
     complete: bool
+    gap: float | None = None
 
     @property
     def kl(self) -> float:
@@ -142,6 +146,7 @@ def explore(
         trial.set_user_attr("choice", list(proposal.choice))
         trial.set_user_attr("key", key_of(problem, proposal))
         trial.set_user_attr("predicted", proposal.predicted)
+        trial.set_user_attr("gap", proposal.gap)
         values = run_trial(trial, measure(candidate), settings.tokens_per_sequence)
         best = min(
             (t.value for t in finished(study) if t.value is not None and whole(t)),
@@ -229,6 +234,7 @@ def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list
             choice=tuple(trial.user_attrs["choice"]),
             chosen=chosen,
             predicted=trial.user_attrs["predicted"],
+            gap=trial.user_attrs["gap"],
         )
         candidate = named(problem, kind, number, proposal)
         found.append(
@@ -238,6 +244,7 @@ def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list
                 predicted=proposal.predicted,
                 values=tuple(trial.user_attrs["values"]),
                 complete=whole(trial),
+                gap=proposal.gap,
             )
         )
     return sorted(found, key=lambda trial: (not trial.complete, trial.kl))
