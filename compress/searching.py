@@ -69,7 +69,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     return {
         "score": session.run.fingerprint(SCORE),
         "space": space.model_dump(mode="json"),
-        "budget": session.budget.bytes,
+        "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": session.active,
         "deployment": asdict(session.deployment),
         **{key: getattr(recipe, key) for key in keys},
@@ -82,19 +82,20 @@ def search(session: Session) -> None:
     Raises:
         Infeasible: nothing of the space fits the budget.
     """
-    run = session.run
-    space = chosen_space(session)
+    run, sweep = session.run, session.at_each_budget()
+    # One space for a sweep: what the smallest budget needs.
+    space = chosen_space(min(sweep, key=lambda one: one.budget.bytes))
     write_teacher(session)
     if space is None:
         forget_results(run)
         return
     # What can be refused is refused before the long work: the budget, and too little text.
-    require_feasible(
-        Problem(
-            session.architecture, None, space, session.deployment, session.budget.bytes,
-            active=session.active,
+    for one in sweep:
+        require_feasible(
+            Problem(
+                one.architecture, None, space, one.deployment, one.budget.bytes, active=one.active
+            )
         )
-    )  # fmt: skip
     session.rows("score", session.recipe.score_tokens)
     session.rows("select", 2 * session.recipe.select_tokens)
     session.rows("final", session.recipe.final_tokens)
@@ -103,13 +104,30 @@ def search(session: Session) -> None:
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)
         text, fresh = selection_text(session)
-        rows, missing = candidates(Bench(session, scores, text), space)
-        keep_students(run, [row.trial.candidate for row in rows])
-        write_json(run.path / "baselines.json", missing)
-        rows = with_finalists(session, space, rows, fresh)
-        write_json(run.path / CANDIDATES, [row.to_json() for row in rows])
+        found: list[tuple[Session, list[Row]]] = []
+        unfit: list[dict[str, Any]] = []
+        for one in session.at_each_budget():
+            rows, missing = candidates(Bench(one, scores, text), space)
+            found.append((one, rows if len(sweep) == 1 else named_by_budget(one, rows)))
+            unfit += [{**row, "budget": one.budget.bytes} for row in missing]
+        keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
+        write_json(run.path / "baselines.json", unfit)
+        done = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
+        write_json(run.path / CANDIDATES, [row.to_json() for row in done])
         run.sign(STAGE, inputs)
     print_candidates(session)
+
+
+def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
+    """The rows of one budget of a sweep, which their names begin with: ``50-joint-003``."""
+    [budget] = session.recipe.budgets
+    prefix = budget.lower().replace("%", "").replace(" ", "")
+
+    def named(row: Row) -> Row:
+        candidate = replace(row.trial.candidate, id=f"{prefix}-{row.trial.candidate.id}")
+        return replace(row, trial=replace(row.trial, candidate=candidate))
+
+    return [named(row) for row in rows]
 
 
 def forget_results(run: Run) -> None:
@@ -129,7 +147,8 @@ def write_teacher(session: Session) -> None:
             "note": session.note,
             "architecture": json.loads(to_json(session.architecture)),
             "bytes": {**asdict(made), "total": made.total},
-            "budget": session.budget.bytes,
+            # Of a sweep the largest; every candidate says which one it is for.
+            "budget": max(one.budget.bytes for one in session.at_each_budget()),
             "deployment": asdict(session.deployment),
         },
     )

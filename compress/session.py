@@ -21,6 +21,9 @@ from compress.recipe import Recipe
 from compress.runs import Run
 from compress.units import parse_count
 
+# What sessions of one teacher and text, whatever their budget, load once.
+SHARED = ("path", "checkpoint", "model", "tokenizer", "splits")
+
 
 @dataclass(frozen=True)
 class Session:
@@ -68,6 +71,17 @@ class Session:
         if limit is None:
             raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
         return limit
+
+    def at_each_budget(self) -> "list[Session]":
+        """This session with one budget of its sweep each; what it has loaded they share."""
+        budgets = self.recipe.budgets
+        if len(budgets) < 2:
+            return [self]
+        found = [Session(self.run, self.recipe.changed(budget=budget)) for budget in budgets]
+        loaded = {key: value for key, value in vars(self).items() if key in SHARED}
+        for session in found:
+            vars(session).update(loaded)
+        return found
 
     @property
     def active(self) -> int | None:

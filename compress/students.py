@@ -44,6 +44,12 @@ def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mappi
     if not found:
         known = ", ".join(row["id"] for row in rows[:8])
         raise InputError(f"no candidate {name} in {session.run.path}; the best are {known}")
+    if len(found) > 1:
+        listed = ", ".join(f"{row['id']} ({format_bytes(row['budget'])})" for row in found)
+        raise InputError(
+            f"{session.run.path} has a chosen candidate for each of its {len(found)} budgets: "
+            f"{listed}; name one as {session.run.name}:{found[0]['id']}"
+        )
     directory = session.run.path / "candidates" / found[0]["id"]
     return load_candidate(directory, found[0]["kind"]), found[0]
 
@@ -219,7 +225,7 @@ def export(session: Session, name: str | None) -> Path:
     out = run.path / "export" / candidate.id
     card = {
         "command": f"compress search {session.recipe.model} --run {run.name}",
-        "budget": session.budget.description,
+        "budget": f"budget {format_bytes(row['budget'])}",
         "teacher": f"{session.recipe.model} ({session.note})"
         if session.note
         else session.recipe.model,

@@ -87,5 +87,5 @@ def test_an_impossible_bound_names_a_number_that_is_reached(teacher: Teacher, sp
 
 def test_the_recipe_takes_a_count() -> None:
     assert check({"active_parameters": "1.2B"}, "x").active_parameters == "1.2B"
-    with pytest.raises(InputError, match="active_parameters .* is not understood"):
+    with pytest.raises(InputError, match=r"active_parameters .* is not understood"):
         check({"active_parameters": "1.2 GiB"}, "x")

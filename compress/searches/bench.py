@@ -28,6 +28,7 @@ class Row:
 
     trial: Trial
     kind: str
+    budget: int
     finalist: bool = False
     selected: bool = False
     distilled_kl: float | None = None
@@ -39,6 +40,7 @@ class Row:
         return {
             "id": trial.candidate.id,
             "kind": self.kind,
+            "budget": self.budget,
             "bytes": trial.bytes,
             "parameters": count_parameters(architecture),
             "active_parameters": count_active(architecture),
@@ -110,7 +112,8 @@ class Bench:
                 lambda candidate: measure(candidate, self.text),
                 lambda best: advance(1, f"best KL {best:.4f}"),
             )
-        return [Row(trial=trial, kind=study.partition("-")[0]) for trial in found]
+        kind = study.partition("-")[0]
+        return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""
@@ -122,4 +125,4 @@ class Bench:
             values=tuple(values),
             complete=True,
         )
-        return Row(trial=trial, kind=candidate.kind)
+        return Row(trial=trial, kind=candidate.kind, budget=self.session.budget.bytes)
