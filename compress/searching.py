@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.architecture import FORMATS, KV_FORMATS, Format, to_json
 from compress.errors import Infeasible
+from compress.halving import finals
 from compress.memory import footprint
 from compress.planning import in_format
 from compress.runs import Run, write_json
@@ -21,7 +22,7 @@ from compress.session import Session
 from compress.show import note
 from compress.show_candidates import print_candidates
 from compress.space import Space, load_space
-from compress.students import CANDIDATES, keep_students, pruned, short_distill
+from compress.students import CANDIDATES, keep_students, pruned
 from compress.units import format_bytes
 
 STAGE = "search"
@@ -194,22 +195,30 @@ def with_finalists(
 ) -> list[Row]:
     """All rows, the finalists' students written and shortly distilled; best first.
 
-    Finalists are the best of the searched kind and the best of every other. All are measured after
-    training on text that the search has not seen, in their formats.
+    Finalists are the best of the searched kind, of which successive halving leaves one or two, and
+    the best of every other. All are measured after training on text that the search has not seen,
+    in their formats; one is chosen of those that went the whole distance, the others come after.
     """
     main = main_kind(space)
     ordered = sorted(rows, key=rank)
     final = [row for row in ordered if row.kind == main][: session.recipe.finalists]
     kinds = {row.kind for row in ordered} - {main}
     final += [next(row for row in ordered if row.kind == kind) for kind in sorted(kinds)]
-    done: list[Row] = []
-    for number, row in enumerate(final):
-        candidate = row.trial.candidate
-        pruned(session, candidate)
-        note(f"finalist {number + 1} of {len(final)}: {candidate.id}")
-        trained = short_distill(session, candidate, fresh)
-        done.append(replace(row, finalist=True, distilled_kl=trained))
-    done.sort(key=rank)
+    for row in final:
+        pruned(session, row.trial.candidate)
+    done, whole = [replace(row, finalist=True) for row in final], set[str]()
+    if session.recipe.short_distill_tokens:
+        searched = [row.trial.candidate for row in final if row.kind == main]
+        others = [row.trial.candidate for row in final if row.kind != main]
+        found, arrived = finals(session, searched, others, fresh)
+        whole = set(arrived)
+        done = [
+            replace(row, distilled_kl=last.kl, distilled_tokens=last.tokens)
+            for row, last in ((row, found[row.trial.candidate.id]) for row in done)
+        ]
+        done.sort(key=lambda row: (row.trial.candidate.id not in whole, rank(row)))
+    else:
+        done.sort(key=rank)
     allowed = set(space.formats)
     best = next(row for row in done if row.trial.candidate.architecture.formats <= allowed)
     marked = [replace(row, selected=row is best) for row in done]

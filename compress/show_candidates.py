@@ -24,14 +24,23 @@ def print_candidates(session: Session) -> None:
             list(line(row, whole)) for row in found if row["finalist"] and row["budget"] == budget
         ]
         lines += [
-            ["", row["kind"], "does not fit", *[""] * 4]
+            [row["kind"], "", "does not fit", *[""] * 5]
             for row in missing
             if row["budget"] == budget
         ]
         table(
             f"Best of each kind within {one.budget.description} "
             "(KL to the teacher, nats per token)",
-            ["candidate", "kind", "bytes", "of teacher", "parameters", "KL", "KL distilled"],
+            [
+                "candidate",
+                "kind",
+                "bytes",
+                "of teacher",
+                "parameters",
+                "KL",
+                "KL distilled",
+                "on tokens",
+            ],
             lines,
             left=2,
         )
@@ -55,7 +64,7 @@ def print_front(found: Sequence[Mapping[str, Any]], whole: int) -> None:
     best = front(points)
     table(
         "Chosen for every budget: KL against bytes",
-        ["budget", "chosen", "bytes", "of teacher", "KL", "KL distilled", "Pareto"],
+        ["budget", "chosen", "bytes", "of teacher", "KL", "KL distilled", "on tokens", "Pareto"],
         [
             [
                 format_bytes(row["budget"]),
@@ -85,3 +94,4 @@ def line(row: Mapping[str, Any], whole: int) -> Iterator[str]:
     yield format_count(row["parameters"])
     yield f"{row['measured_kl']:.4f} ± {row['measured_se']:.4f}"
     yield "" if row["distilled_kl"] is None else f"{row['distilled_kl']:.4f}"
+    yield "" if row["distilled_tokens"] is None else f"{row['distilled_tokens']:,}"

@@ -32,6 +32,7 @@ class Row:
     finalist: bool = False
     selected: bool = False
     distilled_kl: float | None = None
+    distilled_tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A row of ``candidates.json``; KL in nats per token on the selection text."""
@@ -50,6 +51,7 @@ class Row:
             "measured_se": spread / len(trial.values) ** 0.5,
             "measured_sequences": len(trial.values),
             "distilled_kl": self.distilled_kl,
+            "distilled_tokens": self.distilled_tokens,
             "finalist": self.finalist,
             "selected": self.selected,
             "stock": is_plain(architecture) and architecture.formats == {"bf16"},
