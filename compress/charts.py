@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from compress.pareto import front
 from compress.run_files import Rows, Student
 
 # The page's colours in light, by the name of its style variable; unique, because the SVG gets the
@@ -96,6 +97,8 @@ def kl_against_bytes(students: Sequence[Student], budget: int | None) -> Figure 
         for student in measured:
             draw_student(axes, student, unit)
         label_points(axes, measured, unit)
+        if len({student.budget for student in measured}) > 1:
+            draw_front(axes, measured, unit)
         if budget:
             axes.axvline(
                 budget / unit, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
@@ -133,6 +136,16 @@ def draw_student(axes: Axes, student: Student, unit: int) -> None:
             arrowprops={"arrowstyle": "-", "color": ink, "linestyle": ":", "shrinkA": 6},
         )  # fmt: skip
         axes.plot(x, student.distilled_kl, marker, markersize=9, color=ink, zorder=4)
+
+
+def draw_front(axes: Axes, students: Sequence[Student], unit: int) -> None:
+    """A line through the students that no other betters in both bytes and latest KL."""
+    best = front([(student.bytes / unit, student.kl) for student in students if student.kl])
+    axes.plot(
+        *zip(*best, strict=True), color=COLOURS["accent"], linewidth=1.4, alpha=0.7, zorder=2,
+        label="Pareto front", drawstyle="steps-post",
+    )  # fmt: skip
+    axes.legend(frameon=False, labelcolor=COLOURS["ink"])
 
 
 def mark_of(student: Student) -> tuple[str, str]:

@@ -266,9 +266,8 @@ def run_recipe(
 
     save(chosen, resolved)
     stages.search(chosen, resolved)
-    stages.distill(chosen, None)
-    stages.export(chosen, None)
-    stages.evaluate([resolved.model, shown(chosen)], [], False, resolved)
+    names = stages.finish(chosen)
+    stages.evaluate([resolved.model, *names], [], False, resolved)
     report(shown(chosen))
 
 

@@ -173,6 +173,8 @@ def final_table(
     """
     rows: list[Mapping[str, Any]] = read_json(session.run.path / "candidates.json")
     missing: list[Mapping[str, Any]] = read_json(session.run.path / "baselines.json")
+    if sum(row["selected"] for row in rows) > 1:
+        find_candidate(session, None)
     best: dict[str, Mapping[str, Any]] = {}
     for row in rows:
         if row["finalist"]:

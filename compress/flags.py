@@ -25,6 +25,7 @@ TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
 EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (
     *SERVED,
+    "active_parameters",
     *("space", "target", "trials", "finalists", "short_distill_tokens", "select_tokens"),
     *("eval_data", "final_tokens", "workers"),
     *SCORED,

@@ -8,36 +8,41 @@ from compress.recipe import read_recipe
 from compress.runs import Run, read_json
 
 
-def selected(run: Run) -> dict[str, Any] | None:
-    """The row of the candidate that the run stands for; None before a search found one."""
+def selected(run: Run) -> list[dict[str, Any]]:
+    """Rows of the candidates that the run stands for, one per budget; empty before a search."""
     file = run.path / "candidates.json"
     rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
-    return next((row for row in rows if row["selected"]), None)
+    return [row for row in rows if row["selected"]]
 
 
 def next_step(run: Run) -> str:
     """The command that continues a run: the first of the path whose files are not there."""
-    name, row = shown(run), selected(run)
-    if row is None:
+    name, rows = shown(run), selected(run)
+    if not rows:
         recipe = read_recipe(run.path / "recipe.yaml")
         # Without candidates a search has not run, or found that the teacher fits as it is.
         space = " --space joint" if (run.path / "teacher.json").is_file() else ""
         return f"compress search --run {name} --budget {recipe.budget or '70%'}{space}"
-    if not (run.path / "export" / row["id"]).is_dir():
-        # Students that only differ in formats are not trained.
-        trained = row["kind"] == "formats" or (run.path / "distill" / row["id"]).is_dir()
-        return f"compress {'export' if trained else 'distill'} {name}"
+    sweep = len(rows) > 1
+    for row in rows:
+        if not (run.path / "export" / row["id"]).is_dir():
+            # Students that only differ in formats are not trained.
+            trained = row["kind"] == "formats" or (run.path / "distill" / row["id"]).is_dir()
+            which = f"{name}:{row['id']}" if sweep else name
+            return f"compress {'export' if trained else 'distill'} {which}"
     if not (run.path / "eval" / "results.json").is_file():
-        return f"compress eval {name}"
-    return f"compress plan {run.path / 'export' / row['id']}"
+        # A table at equal bytes is of one budget: of a sweep the chosen ones are compared.
+        models = [f"{name}:{row['id']}" for row in rows] if sweep else [name]
+        return f"compress eval {' '.join(models)}"
+    return f"compress plan {run.path / 'export' / rows[0]['id']}"
 
 
 def possessions(run: Run) -> Iterator[str]:
     """What a finished run leaves to its user, a line each; nothing that is not there."""
-    row = selected(run)
-    if row is not None and (student := run.path / "export" / row["id"]).is_dir():
-        yield f"the student, verified: {student}"
-        yield f"  from Python: compress.load({str(student)!r}).generate(...)"
+    for row in selected(run):
+        if (student := run.path / "export" / row["id"]).is_dir():
+            yield f"the student, verified: {student}"
+            yield f"  from Python: compress.load({str(student)!r}).generate(...)"
     for file, what in (
         ("report/index.html", "the report, one page: "),
         ("table.json", "the last table: "),

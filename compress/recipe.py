@@ -11,7 +11,7 @@ from compress.devices import find_device
 from compress.errors import InputError
 from compress.memory import Deployment, SsmFormat
 from compress.runs import write_text
-from compress.units import parse_bytes, parse_share, parse_tokens
+from compress.units import parse_bytes, parse_count, parse_share, parse_tokens
 
 Target = Literal["compress", "transformers", "vllm"]
 TARGETS: tuple[Target, ...] = get_args(Target)
@@ -25,7 +25,11 @@ class Recipe(BaseModel):
     model: str = Field("embedded", description="Teacher: a directory, a short name or a hub id.")
     budget: str | None = Field(
         None,
-        description="Bytes the student may take (160MiB), or a share of the teacher's (70%).",
+        description="Bytes the student may take (160MiB), or a share of the teacher's (70%); "
+        "several, separated by commas, are a sweep.",
+    )
+    active_parameters: str | None = Field(
+        None, description="Parameters that one token may use at most (1.2B)."
     )
     context: str = Field("2k", description="Context the student is served with (2k, 128k, 1M).")
     batch_size: int = Field(1, ge=1, description="Sequences served at once.")
@@ -64,6 +68,11 @@ class Recipe(BaseModel):
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of distillation.")
 
     @property
+    def budgets(self) -> tuple[str, ...]:
+        """The budgets of a sweep as written; one, or none, without commas."""
+        return tuple(part.strip() for part in (self.budget or "").split(",") if part.strip())
+
+    @property
     def deployment(self) -> Deployment:
         """How the student is served."""
         return Deployment(
@@ -94,8 +103,15 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
         raise InputError(f"{source}: {key} is {first['input']!r}: {first['msg']}") from error
     # Quantities are kept as written, but a wrong one is refused here, not in a later stage.
     _ = recipe.deployment
-    if recipe.budget is not None and parse_share(recipe.budget) is None:
+    if recipe.budget is not None and not recipe.budgets:
         parse_bytes(recipe.budget, "budget")
+    for budget in recipe.budgets:
+        if parse_share(budget) is None:
+            parse_bytes(budget, "budget")
+        if recipe.budgets.count(budget) > 1:
+            raise InputError(f"{source}: budget {recipe.budget!r} names {budget} twice")
+    if recipe.active_parameters is not None:
+        parse_count(recipe.active_parameters, "active_parameters")
     if recipe.device is not None:
         find_device(recipe.device)
     return recipe

@@ -53,6 +53,7 @@ class Student:
 
     id: str
     kind: str
+    budget: int | None
     bytes: int
     parameters: int
     architecture: Architecture
@@ -112,7 +113,11 @@ def read_run(path: Path) -> RunFiles:
     if run.selected is None:
         return run
     keep = read_keep(path / "candidates" / run.selected.id / "keep.safetensors")
-    return replace(run, keep=keep)
+    teacher = run.teacher
+    if teacher and run.selected.budget is not None:
+        # Of a sweep, the budget of the student that the run stands for.
+        teacher = replace(teacher, budget=run.selected.budget)
+    return replace(run, keep=keep, teacher=teacher)
 
 
 def optional(file: Path) -> Any:
@@ -196,6 +201,7 @@ def read_student(path: Path, row: Mapping[str, Any]) -> Student:
         return Student(
             id=row["id"],
             kind=row["kind"],
+            budget=row.get("budget"),
             bytes=row["bytes"],
             parameters=row["parameters"],
             architecture=from_json(json.dumps(row["architecture"])),

@@ -7,6 +7,7 @@ from typing import Any
 
 from compress.architecture import FORMATS, KV_FORMATS, Format, to_json
 from compress.errors import Infeasible
+from compress.halving import finals
 from compress.memory import footprint
 from compress.planning import in_format
 from compress.runs import Run, write_json
@@ -21,7 +22,7 @@ from compress.session import Session
 from compress.show import note
 from compress.show_candidates import print_candidates
 from compress.space import Space, load_space
-from compress.students import CANDIDATES, keep_students, pruned, short_distill
+from compress.students import CANDIDATES, keep_students, pruned
 from compress.units import format_bytes
 
 STAGE = "search"
@@ -39,14 +40,15 @@ def chosen_space(session: Session) -> Space | None:
     recipe, budget = session.recipe, session.budget.bytes
     if recipe.space is not None:
         return load_space(recipe.space, recipe.target)
-    whole = session.teacher_bytes
-    if whole <= budget:
+    whole, few = session.teacher_bytes, session.teacher_is_small
+    if whole <= budget and few:
         note(
             f"the teacher fits as it is: {format_bytes(whole)} within "
             f"{session.budget.description}; --space joint makes a smaller one all the same"
         )
         return None
-    for format in target_formats(session):
+    # Formats make no parameter less.
+    for format in target_formats(session) if few else ():
         for kv_format in KV_FORMATS if recipe.target != "transformers" else ("bf16",):
             made = replace(in_format(session.architecture, format), kv_format=kv_format)
             size = footprint(made, session.deployment).total
@@ -68,7 +70,8 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     return {
         "score": session.run.fingerprint(SCORE),
         "space": space.model_dump(mode="json"),
-        "budget": session.budget.bytes,
+        "budget": [one.budget.bytes for one in session.at_each_budget()],
+        "active": session.active,
         "deployment": asdict(session.deployment),
         **{key: getattr(recipe, key) for key in keys},
     }
@@ -80,16 +83,20 @@ def search(session: Session) -> None:
     Raises:
         Infeasible: nothing of the space fits the budget.
     """
-    run = session.run
-    space = chosen_space(session)
+    run, sweep = session.run, session.at_each_budget()
+    # One space for a sweep: what the smallest budget needs.
+    space = chosen_space(min(sweep, key=lambda one: one.budget.bytes))
     write_teacher(session)
     if space is None:
         forget_results(run)
         return
     # What can be refused is refused before the long work: the budget, and too little text.
-    require_feasible(
-        Problem(session.architecture, None, space, session.deployment, session.budget.bytes)
-    )
+    for one in sweep:
+        require_feasible(
+            Problem(
+                one.architecture, None, space, one.deployment, one.budget.bytes, active=one.active
+            )
+        )
     session.rows("score", session.recipe.score_tokens)
     session.rows("select", 2 * session.recipe.select_tokens)
     session.rows("final", session.recipe.final_tokens)
@@ -98,14 +105,31 @@ def search(session: Session) -> None:
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)
         text, fresh = selection_text(session)
-        with open_bench(session, scores, text) as bench:
-            rows, missing = candidates(bench, space)
-        keep_students(run, [row.trial.candidate for row in rows])
-        write_json(run.path / "baselines.json", missing)
-        rows = with_finalists(session, space, rows, fresh)
-        write_json(run.path / CANDIDATES, [row.to_json() for row in rows])
+        found: list[tuple[Session, list[Row]]] = []
+        unfit: list[dict[str, Any]] = []
+        for one in session.at_each_budget():
+            with open_bench(one, scores, text) as bench:
+                rows, missing = candidates(bench, space)
+            found.append((one, rows if len(sweep) == 1 else named_by_budget(one, rows)))
+            unfit += [{**row, "budget": one.budget.bytes} for row in missing]
+        keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
+        write_json(run.path / "baselines.json", unfit)
+        done = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
+        write_json(run.path / CANDIDATES, [row.to_json() for row in done])
         run.sign(STAGE, inputs)
     print_candidates(session)
+
+
+def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
+    """The rows of one budget of a sweep, which their names begin with: ``50-joint-003``."""
+    [budget] = session.recipe.budgets
+    prefix = budget.lower().replace("%", "").replace(" ", "")
+
+    def named(row: Row) -> Row:
+        candidate = replace(row.trial.candidate, id=f"{prefix}-{row.trial.candidate.id}")
+        return replace(row, trial=replace(row.trial, candidate=candidate))
+
+    return [named(row) for row in rows]
 
 
 def forget_results(run: Run) -> None:
@@ -125,7 +149,8 @@ def write_teacher(session: Session) -> None:
             "note": session.note,
             "architecture": json.loads(to_json(session.architecture)),
             "bytes": {**asdict(made), "total": made.total},
-            "budget": session.budget.bytes,
+            # Of a sweep the largest; every candidate says which one it is for.
+            "budget": max(one.budget.bytes for one in session.at_each_budget()),
             "deployment": asdict(session.deployment),
         },
     )
@@ -171,22 +196,30 @@ def with_finalists(
 ) -> list[Row]:
     """All rows, the finalists' students written and shortly distilled; best first.
 
-    Finalists are the best of the searched kind and the best of every other. All are measured after
-    training on text that the search has not seen, in their formats.
+    Finalists are the best of the searched kind, of which successive halving leaves one or two, and
+    the best of every other. All are measured after training on text that the search has not seen,
+    in their formats; one is chosen of those that went the whole distance, the others come after.
     """
     main = main_kind(space)
     ordered = sorted(rows, key=rank)
     final = [row for row in ordered if row.kind == main][: session.recipe.finalists]
     kinds = {row.kind for row in ordered} - {main}
     final += [next(row for row in ordered if row.kind == kind) for kind in sorted(kinds)]
-    done: list[Row] = []
-    for number, row in enumerate(final):
-        candidate = row.trial.candidate
-        pruned(session, candidate)
-        note(f"finalist {number + 1} of {len(final)}: {candidate.id}")
-        trained = short_distill(session, candidate, fresh)
-        done.append(replace(row, finalist=True, distilled_kl=trained))
-    done.sort(key=rank)
+    for row in final:
+        pruned(session, row.trial.candidate)
+    done, whole = [replace(row, finalist=True) for row in final], set[str]()
+    if session.recipe.short_distill_tokens:
+        searched = [row.trial.candidate for row in final if row.kind == main]
+        others = [row.trial.candidate for row in final if row.kind != main]
+        found, arrived = finals(session, searched, others, fresh)
+        whole = set(arrived)
+        done = [
+            replace(row, distilled_kl=last.kl, distilled_tokens=last.tokens)
+            for row, last in ((row, found[row.trial.candidate.id]) for row in done)
+        ]
+        done.sort(key=lambda row: (row.trial.candidate.id not in whole, rank(row)))
+    else:
+        done.sort(key=rank)
     allowed = set(space.formats)
     best = next(row for row in done if row.trial.candidate.architecture.formats <= allowed)
     marked = [replace(row, selected=row is best) for row in done]

@@ -12,12 +12,17 @@ from compress.architecture import Architecture
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.data import Split, load_tokenizer, pack, read_documents, split_documents
 from compress.errors import InputError
+from compress.families import count_active
 from compress.fetch import note_of, resolve_model
 from compress.memory import Deployment
 from compress.model import load_model
 from compress.planning import Budget, resolve_budget, teacher_bytes
 from compress.recipe import Recipe
 from compress.runs import Run
+from compress.units import parse_count
+
+# What sessions of one teacher and text, whatever their budget, load once.
+SHARED = ("path", "checkpoint", "model", "tokenizer", "splits")
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,28 @@ class Session:
         if limit is None:
             raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
         return limit
+
+    def at_each_budget(self) -> "list[Session]":
+        """This session with one budget of its sweep each; what it has loaded they share."""
+        budgets = self.recipe.budgets
+        if len(budgets) < 2:
+            return [self]
+        found = [Session(self.run, self.recipe.changed(budget=budget)) for budget in budgets]
+        loaded = {key: value for key, value in vars(self).items() if key in SHARED}
+        for session in found:
+            vars(session).update(loaded)
+        return found
+
+    @property
+    def active(self) -> int | None:
+        """The most parameters that one token may use; None where they are not bounded."""
+        asked = self.recipe.active_parameters
+        return None if asked is None else parse_count(asked, "active_parameters")
+
+    @property
+    def teacher_is_small(self) -> bool:
+        """Whether the teacher is within the bound on active parameters, if there is one."""
+        return self.active is None or count_active(self.architecture) <= self.active
 
     @property
     def teacher_bytes(self) -> int:

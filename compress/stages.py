@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compress import evaluating, scoring, searching, students
+from compress.flags import shown
+from compress.guide import selected
 from compress.recipe import Recipe, Target, check, read_recipe, write_recipe
 from compress.report import report as write_report
 from compress.runs import Run, find_run, run_at
@@ -54,6 +56,19 @@ def prune(run: Run, candidate: str | None) -> None:
 def distill(run: Run, candidate: str | None) -> None:
     """Train a candidate's student."""
     students.distill(session_of(run), candidate)
+
+
+def finish(run: Run) -> list[str]:
+    """Distil and export what was chosen, of a sweep for every budget; how commands name each."""
+    rows = selected(run)
+    if len(rows) < 2:
+        distill(run, None)
+        export(run, None)
+        return [shown(run)]
+    for row in rows:
+        distill(run, row["id"])
+        export(run, row["id"])
+    return [f"{shown(run)}:{row['id']}" for row in rows]
 
 
 def quantize(run: Run, candidate: str | None) -> None:

@@ -44,6 +44,12 @@ def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mappi
     if not found:
         known = ", ".join(row["id"] for row in rows[:8])
         raise InputError(f"no candidate {name} in {session.run.path}; the best are {known}")
+    if len(found) > 1:
+        listed = ", ".join(f"{row['id']} ({format_bytes(row['budget'])})" for row in found)
+        raise InputError(
+            f"{session.run.path} has a chosen candidate for each of its {len(found)} budgets: "
+            f"{listed}; name one as {session.run.name}:{found[0]['id']}"
+        )
     directory = session.run.path / "candidates" / found[0]["id"]
     return load_candidate(directory, found[0]["kind"]), found[0]
 
@@ -53,7 +59,8 @@ def no_candidates(session: Session) -> str:
     teacher = session.run.path / "teacher.json"
     if teacher.is_file():
         facts = read_json(teacher)
-        if facts["bytes"]["total"] <= facts["budget"] and session.recipe.space is None:
+        fits = facts["bytes"]["total"] <= facts["budget"] and session.teacher_is_small
+        if fits and session.recipe.space is None:
             return (
                 f"{session.run.path} has no candidates: the teacher fits as it is, "
                 f"{format_bytes(facts['bytes']['total'])} within {format_bytes(facts['budget'])}; "
@@ -109,10 +116,26 @@ def latest(session: Session, candidate: Candidate) -> Path:
     return pruned(session, candidate)
 
 
-def distilled(session: Session, candidate: Candidate, tokens: int, *, short: bool) -> Path:
-    """Directory of the student trained on its teacher for so many tokens, in BF16."""
+def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[str, Any]:
+    """What decides a student that is trained for so many tokens."""
+    recipe = session.recipe
+    return {
+        "session": session.identity(),
+        "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate],
+        "length": recipe.distill_length,
+        "architecture": to_json(candidate.architecture),
+        "keep": {key: index.tolist() for key, index in candidate.keep.items()},
+    }
+
+
+def train_until(
+    session: Session, candidate: Candidate, tokens: int, name: str, end: int | None = None
+) -> Path:
+    """Directory of the BF16 student after ``end`` of the ``tokens`` of a training on its teacher.
+
+    ``name`` is the training's directory in the run, whose checkpoint it goes on from and leaves.
+    """
     run, recipe = session.run, session.recipe
-    name = candidate.id + (SHORT if short else "")
     directory = run.path / "distill" / name
     settings = DistillSettings(
         tokens=tokens,
@@ -121,20 +144,9 @@ def distilled(session: Session, candidate: Candidate, tokens: int, *, short: boo
         seed=recipe.seed,
         checkpoint_every=25,
     )
-    start = pruned(session, candidate)
-    inputs = {
-        "session": session.identity(),
-        "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate],
-        "length": recipe.distill_length,
-        "architecture": to_json(candidate.architecture),
-        "keep": {key: index.tolist() for key, index in candidate.keep.items()},
-    }
-    stage = f"distill:{name}"
-    if run.stage_done(stage, inputs) and (directory / STUDENT).is_dir():
-        return directory / STUDENT
-    student = load_model(start)
+    student = load_model(pruned(session, candidate))
     rows = session.training_rows(tokens, recipe.distill_length)
-    train_on_teacher(session.model, student, rows, settings, directory)
+    train_on_teacher(session.model, student, rows, settings, directory, until=end)
     architecture = candidate.architecture
     write_checkpoint(
         directory / STUDENT,
@@ -143,8 +155,17 @@ def distilled(session: Session, candidate: Candidate, tokens: int, *, short: boo
         session.path,
         to_json(architecture),
     )
-    run.sign(stage, inputs)
-    forget(directory)
+    return directory / STUDENT
+
+
+def distilled(session: Session, candidate: Candidate, tokens: int) -> Path:
+    """Directory of the student trained on its teacher for so many tokens, in BF16."""
+    directory = session.run.path / "distill" / candidate.id
+    stage, inputs = f"distill:{candidate.id}", train_inputs(session, candidate, tokens)
+    if not (session.run.stage_done(stage, inputs) and (directory / STUDENT).is_dir()):
+        train_until(session, candidate, tokens, candidate.id)
+        session.run.sign(stage, inputs)
+        forget(directory)
     return directory / STUDENT
 
 
@@ -160,19 +181,6 @@ def kl_of(model: Any, text: Reference) -> float:
     return float(torch.cat(list(sequence_kl(model, text))).mean())
 
 
-def short_distill(session: Session, candidate: Candidate, fresh: Reference) -> float | None:
-    """KL on fresh text, in the candidate's formats, after a short distillation; None if off."""
-    tokens = session.recipe.short_distill_tokens
-    if tokens == 0:
-        return None
-    if is_cut(session, candidate):
-        directory = distilled(session, candidate, tokens, short=True)
-    else:
-        # In BF16 it is the teacher: there is nothing to train, its KL is that of its formats.
-        directory = pruned(session, candidate)
-    return kl_of(in_formats(session, candidate, directory), fresh)
-
-
 def distill(session: Session, name: str | None) -> None:
     """Train the candidate for the whole distance and say what it bought."""
     candidate, _ = find_candidate(session, name)
@@ -184,7 +192,7 @@ def distill(session: Session, name: str | None) -> None:
     if not is_cut(session, candidate):
         note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
         return
-    directory = distilled(session, candidate, recipe.distill_tokens, short=False)
+    directory = distilled(session, candidate, recipe.distill_tokens)
     after = kl_of(in_formats(session, candidate, directory), text)
     write_json(
         directory.parent / "result.json",
@@ -218,7 +226,7 @@ def export(session: Session, name: str | None) -> Path:
     out = run.path / "export" / candidate.id
     card = {
         "command": f"compress search {session.recipe.model} --run {run.name}",
-        "budget": session.budget.description,
+        "budget": f"budget {format_bytes(row['budget'])}",
         "teacher": f"{session.recipe.model} ({session.note})"
         if session.note
         else session.recipe.model,

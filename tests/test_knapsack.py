@@ -7,7 +7,16 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from compress.searches.knapsack import Knapsack, Overlap, diverse, smallest, solve, value
+from compress.searches.knapsack import (
+    Knapsack,
+    Limit,
+    Overlap,
+    diverse,
+    excesses,
+    smallest,
+    solve,
+    value,
+)
 
 
 def instance(seed: int) -> Knapsack:
@@ -24,6 +33,15 @@ def instance(seed: int) -> Knapsack:
     )
 
 
+def limited(seed: int) -> Knapsack:
+    """An instance with a second resource, which binds in another way than the bytes."""
+    problem, draw = instance(seed), np.random.default_rng(1000 + seed)
+    amounts = [draw.integers(0, 10**9, size=len(costs)).astype(float) for costs in problem.costs]
+    low, high = sum(a.min() for a in amounts), sum(a.max() for a in amounts)
+    bound = int(low + draw.random() * 0.6 * (high - low))
+    return replace(problem, limits=[Limit(amounts, bound)])
+
+
 def every_choice(problem: Knapsack, overlaps: list[Overlap]) -> list[tuple[int, ...]]:
     """All choices that keep every rule, from the rules' own words."""
 
@@ -31,6 +49,7 @@ def every_choice(problem: Knapsack, overlaps: list[Overlap]) -> list[tuple[int, 
         shared = [sum(a == b for a, b in zip(choice, o.choice, strict=True)) for o in overlaps]
         return (
             value(problem.bytes, choice) <= problem.budget
+            and all(value(x.amounts, choice) <= x.bound for x in problem.limits)
             and all(any(choice[g] == o for g, o in pairs) for pairs in problem.at_least_one)
             and all(o.least <= n <= o.most for o, n in zip(overlaps, shared, strict=True))
         )
@@ -55,6 +74,58 @@ def test_the_knapsack_equals_brute_force(seed: int) -> None:
     assert solution.bytes == value(problem.bytes, solution.choice) <= problem.budget
     best = min(value(problem.costs, choice) for choice in choices)
     assert solution.cost == pytest.approx(best, rel=2e-4)
+
+
+@pytest.mark.parametrize("seed", range(24))
+def test_two_bounds_equal_brute_force_and_the_gap_is_true(seed: int) -> None:
+    problem = limited(seed)
+    choices = every_choice(problem, [])
+    solution = solve(problem)
+    if not choices:
+        assert solution is None
+        return
+    assert solution is not None
+    assert solution.choice in choices
+    assert max(excesses(problem, solution.choice)) <= 0
+    best = min(value(problem.costs, choice) for choice in choices)
+    assert solution.cost == pytest.approx(best, rel=2e-4)
+    assert solution.cost * (1 - solution.gap) <= best + 1e-12
+    # A second bound binds to the unit: what the choice takes is enough, one less is not for it.
+    [limit] = problem.limits
+    taken = int(value(limit.amounts, solution.choice))
+    exact = solve(replace(problem, limits=[replace(limit, bound=taken)]))
+    assert exact is not None
+    assert exact.cost == pytest.approx(solution.cost, rel=2e-4)
+    less = solve(replace(problem, limits=[replace(limit, bound=taken - 1)]))
+    assert less is None or less.choice != solution.choice
+
+
+def test_some_of_the_instances_are_bound_by_either_resource() -> None:
+    bytes_alone = [solve(replace(limited(seed), limits=[])) for seed in range(24)]
+    with_both = [solve(limited(seed)) for seed in range(24)]
+    pairs = list(zip(bytes_alone, with_both, strict=True))
+    assert any(a and b and a.choice != b.choice for a, b in pairs)
+    assert any(a and b and a.choice == b.choice for a, b in pairs)
+    assert any(a and b is None for a, b in pairs)
+
+
+def test_what_the_solver_lets_over_a_bound_is_taken_back() -> None:
+    # Units among options of 10^9: what differs by as little within a group is told apart.
+    close = [np.array([1e9, 1e9 - 1])] * 2
+    costs = [np.array([0.0, 1.0])] * 2
+    exact = solve(Knapsack(costs, close, 2 * 10**9 - 2, limits=[Limit(close, 2 * 10**9 - 2)]))
+    assert exact is not None
+    assert exact.choice == (1, 1)
+    # Beside a span of 10^9 an excess of ten is under the solver's tolerance; the large option goes
+    # where one change is enough, and all changes are looked for where each bound wants another.
+    spans = [np.array([1e9, 0.0]), np.array([5.0, 0.0]), np.array([5.0, 0.0])]
+    costs = [np.array([0.0, 10.0]), np.array([0.0, 1.0]), np.array([0.0, 1.0])]
+    for limits in ([], [Limit([spans[1], spans[0], spans[2]], 10**9)]):
+        problem = Knapsack(costs, spans, 10**9, limits=limits)
+        solution = solve(problem)
+        assert solution is not None
+        assert max(excesses(problem, solution.choice)) <= 0
+        assert solution.cost * (1 - solution.gap) <= 2
 
 
 @pytest.mark.parametrize("seed", range(12))

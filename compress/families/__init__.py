@@ -1,14 +1,17 @@
 """The model families, and the one way to find one. Adding a family is one file of tables."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
 from typing import Any
 
-from compress.architecture import Architecture, Moe, sizes
+from compress.architecture import Architecture, Block, Moe, sizes
 from compress.errors import InputError
 from compress.families.family import Family
 from compress.families.llama import LLAMA
 from compress.families.nemotron_h import NEMOTRON_H
-from compress.layout import Parameter
+from compress.layout import Parameter, shape
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, NEMOTRON_H)}
 
@@ -62,12 +65,26 @@ def count_parameters(architecture: Architecture) -> int:
     return sum(parameter.count for parameter in parameters(architecture))
 
 
+# A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def block_active(block: Block, hidden: int, family: str) -> int:
+    """Parameters of one block that one token uses: of the routed experts only ``top_k``."""
+    axis_sizes = {"hidden": hidden} | sizes(block)
+    return sum(
+        (block.top_k if isinstance(block, Moe) and "{expert}" in name else 1)
+        * prod(shape(slot.shape, axis_sizes))
+        for name, slot in family_of(family).tensors(block).items()
+    )
+
+
+def outside_active(architecture: Architecture) -> int:
+    """Parameters outside the blocks: embedding, head unless tied, final norm."""
+    return count_parameters(replace(architecture, blocks=()))
+
+
 def count_active(architecture: Architecture) -> int:
-    """Parameters that one token uses: of the routed experts only ``top_k``."""
-    idle = 0
-    for parameter in parameters(architecture):
-        if parameter.expert is not None and parameter.block is not None:
-            block = architecture.blocks[parameter.block]
-            assert isinstance(block, Moe)
-            idle += parameter.count if parameter.expert >= block.top_k else 0
-    return count_parameters(architecture) - idle
+    """Parameters that one token uses, tied embeddings once."""
+    return outside_active(architecture) + sum(
+        block_active(block, architecture.hidden, architecture.family)
+        for block in architecture.blocks
+    )

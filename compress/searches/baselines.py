@@ -3,8 +3,12 @@
 import random
 from collections.abc import Sequence
 
+import numpy as np
+
 from compress.architecture import Format, KvFormat, sizes
 from compress.candidate import AXES, Candidate
+from compress.families import count_active
+from compress.searches.knapsack import Floats, Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.space import Option, Space, admissible
 
@@ -92,9 +96,10 @@ def at_share(problem: Problem, share: float, axes: Sequence[str]) -> list[Choice
 
 
 def fits(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> bool:
-    """Whether a choice is within the budget."""
+    """Whether a choice is within the budget, and the bound on active parameters if there is one."""
     candidate = problem.candidate("x", "x", picked, chosen)
-    return total_bytes(candidate, problem.deployment) <= problem.budget
+    few = problem.active is None or count_active(candidate.architecture) <= problem.active
+    return few and total_bytes(candidate, problem.deployment) <= problem.budget
 
 
 def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, float]]:
@@ -106,27 +111,28 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
         groups = problem.groups(chosen)
         knapsack = problem.knapsack(groups, chosen)
         choice = [0] * len(groups)
-        used = sum(float(options[0]) for options in knapsack.bytes)
+        takes = knapsack.resources
+        left = -np.array(excesses(knapsack, choice))
         smaller = [(g, o) for g, options in enumerate(groups) for o in range(1, len(options))]
         draw.shuffle(smaller)
         for group, option in smaller:
-            if used <= knapsack.budget:
+            if left.min() >= 0:
                 break
-            saved = float(knapsack.bytes[group][choice[group]] - knapsack.bytes[group][option])
-            if saved > 0:
-                choice[group], used = option, used - saved
+            more = changed(takes, group, choice[group], option)
+            if more.max() <= 0 and more.min() < 0:
+                choice[group], left = option, left - more
         # What the last step cut too much is given back where it fits, again at random.
         for group, option in sorted(smaller, key=lambda pair: draw.random()):
-            more = float(knapsack.bytes[group][option] - knapsack.bytes[group][choice[group]])
-            if 0 < more <= knapsack.budget - used:
-                choice[group], used = option, used + more
+            more = changed(takes, group, choice[group], option)
+            if more.min() >= 0 and more.max() > 0 and (more <= left).all():
+                choice[group], left = option, left - more
         picked = [options[i] for options, i in zip(groups, choice, strict=True)]
         alive = any(
             o.removed is False and problem.teacher.blocks[n].kind == "attention"
             for c in picked
             for n, o in c
         )
-        if used <= knapsack.budget and alive:
+        if left.min() >= 0 and alive:
             found.append(
                 (
                     named("random", number, problem, picked, chosen),
@@ -134,6 +140,11 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
                 )
             )
     return found
+
+
+def changed(takes: Sequence[Limit], group: int, before: int, after: int) -> Floats:
+    """What a group takes more of every resource with another option."""
+    return np.array([limit.amounts[group][after] - limit.amounts[group][before] for limit in takes])
 
 
 def predicted(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> float:

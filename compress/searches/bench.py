@@ -12,7 +12,7 @@ from torch import Tensor
 
 from compress.architecture import to_json
 from compress.candidate import Candidate
-from compress.families import count_parameters
+from compress.families import count_active, count_parameters
 from compress.model import is_plain
 from compress.runs import fingerprint
 from compress.scores import Scores
@@ -32,9 +32,11 @@ class Row:
 
     trial: Trial
     kind: str
+    budget: int
     finalist: bool = False
     selected: bool = False
     distilled_kl: float | None = None
+    distilled_tokens: int | None = None
 
     def to_json(self) -> dict[str, Any]:
         """A row of ``candidates.json``; KL in nats per token on the selection text."""
@@ -43,13 +45,17 @@ class Row:
         return {
             "id": trial.candidate.id,
             "kind": self.kind,
+            "budget": self.budget,
             "bytes": trial.bytes,
             "parameters": count_parameters(architecture),
+            "active_parameters": count_active(architecture),
             "predicted_kl": trial.predicted,
+            "gap": trial.gap,
             "measured_kl": trial.kl,
             "measured_se": spread / len(trial.values) ** 0.5,
             "measured_sequences": len(trial.values),
             "distilled_kl": self.distilled_kl,
+            "distilled_tokens": self.distilled_tokens,
             "finalist": self.finalist,
             "selected": self.selected,
             "stock": is_plain(architecture) and architecture.formats == {"bf16"},
@@ -79,6 +85,7 @@ class Bench:
             session.deployment,
             session.budget.bytes,
             blind_to_rounding,
+            session.active,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -95,6 +102,7 @@ class Bench:
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
                 "budget": problem.budget,
+                "active": problem.active,
                 "deployment": asdict(problem.deployment),
                 "select_tokens": recipe.select_tokens,
             }
@@ -116,7 +124,8 @@ class Bench:
                 found = explore(problem, settings, self.measure, report)
             else:
                 found = self.crew.explore(problem, settings, report)
-        return [Row(trial=trial, kind=study.partition("-")[0]) for trial in found]
+        kind = study.partition("-")[0]
+        return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         """Per-sequence KL of a candidate on the selection text, a batch at a time."""
@@ -132,7 +141,7 @@ class Bench:
             values=tuple(values),
             complete=True,
         )
-        return Row(trial=trial, kind=candidate.kind)
+        return Row(trial=trial, kind=candidate.kind, budget=self.session.budget.bytes)
 
 
 @contextmanager

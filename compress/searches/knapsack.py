@@ -1,11 +1,12 @@
-"""The inner problem: one option per group at least predicted KL under the byte budget, exactly."""
+"""The inner problem: one option per group at least predicted KL within every bound, exactly."""
 
 import itertools
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,6 +16,16 @@ from scipy.sparse import csr_array
 Floats = NDArray[np.float64]
 # HiGHS stops when the bound is this close; the gap of a solution is reported with it.
 RELATIVE_GAP = 1e-4
+# HiGHS lets a row exceed its bound by this much of the row's scale.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class Limit:
+    """A resource: what every option of every group takes of it, whole numbers, and the bound."""
+
+    amounts: Sequence[Floats]
+    bound: int
 
 
 @dataclass(frozen=True)
@@ -22,13 +33,19 @@ class Knapsack:
     """Groups of options with predicted KL and bytes.
 
     ``at_least_one`` holds sets of (group, option) pairs of which one at least must be taken (an
-    attention block has to survive).
+    attention block has to survive). ``limits`` bind besides the bytes.
     """
 
     costs: Sequence[Floats]
     bytes: Sequence[Floats]
     budget: int
     at_least_one: Sequence[Sequence[tuple[int, int]]] = field(default=())
+    limits: Sequence[Limit] = field(default=())
+
+    @property
+    def resources(self) -> list[Limit]:
+        """Everything that is bounded, bytes first."""
+        return [Limit(self.bytes, self.budget), *self.limits]
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -38,7 +55,10 @@ class Knapsack:
 
 @dataclass(frozen=True)
 class Solution:
-    """Chosen option per group, its predicted KL, bytes, and relative optimality gap."""
+    """Chosen option per group, its predicted KL, bytes, and relative optimality gap.
+
+    The gap is (cost - proven lower bound) / cost: no choice is better by a larger share.
+    """
 
     choice: tuple[int, ...]
     cost: float
@@ -55,22 +75,47 @@ class Overlap:
     least: int = 0
 
 
-def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | None:
-    """The best choice under the budget, or None if there is none.
+def solve(
+    problem: Knapsack, overlaps: Sequence[Overlap] = (), relative_gap: float = RELATIVE_GAP
+) -> Solution | None:
+    """The best choice within every bound, or None if there is none.
 
     Groups are Puzzle's (Bercovich et al. 2024, the MIP over blocks): sum of costs is minimal, one
-    option each, bytes within the budget; ``overlaps`` keep it near or away from other choices.
+    option each, resources within their bounds to the unit; ``overlaps`` keep it near or away from
+    other choices.
     """
+    first = relaxed(problem, overlaps, relative_gap)
+    if first is None:
+        return None
+    picked, bound = first
+    choice = repaired(problem, picked, overlaps)
+    if choice is None:
+        # No single change repairs it: within bounds tighter by the tolerance nothing exceeds them.
+        again = relaxed(tightened(problem), overlaps, relative_gap)
+        if again is None:
+            return None
+        choice = again[0]
+    cost = value(problem.costs, choice)
+    gap = max(cost - bound, 0.0) / max(abs(cost), 1e-30)
+    return Solution(choice, cost, int(value(problem.bytes, choice)), gap)
+
+
+def relaxed(
+    problem: Knapsack, overlaps: Sequence[Overlap], relative_gap: float
+) -> tuple[tuple[int, ...], float] | None:
+    """The solver's choice, which may exceed a bound by its tolerance, and its bound on the cost."""
     offsets = problem.offsets
     total = int(offsets[-1])
-    weight = np.concatenate(problem.bytes)
-    # Bytes in units of the largest option: HiGHS compares within 1e-6 of the row's scale.
-    scale = max(float(weight.max()), 1.0)
     rows: list[tuple[Sequence[int], Sequence[float], float, float]] = [
         (range(int(a), int(b)), [1.0] * int(b - a), 1.0, 1.0)
         for a, b in itertools.pairwise(offsets)
     ]
-    rows.append((range(total), list(weight / scale), -np.inf, problem.budget / scale))
+    for limit in problem.resources:
+        # What options take beyond the least of their group, in units of the most that one does:
+        # the tolerance is relative to the row's scale, and one option each is taken anyhow.
+        scale, least = scale_of(limit), sum(float(options.min()) for options in limit.amounts)
+        amounts = np.concatenate([options - options.min() for options in limit.amounts]) / scale
+        rows.append((range(total), list(amounts), -np.inf, (limit.bound - least) / scale))
     for pairs in problem.at_least_one:
         rows.append(([int(offsets[g]) + o for g, o in pairs], [1.0] * len(pairs), 1.0, np.inf))
     for near in overlaps:
@@ -86,22 +131,35 @@ def solve(problem: Knapsack, overlaps: Sequence[Overlap] = ()) -> Solution | Non
     )
     low, high = (np.array([row[i] for row in rows]) for i in (2, 3))
     costs = np.concatenate(problem.costs)
+    unit = max(float(np.abs(costs).max()), 1e-30)
     with silent_stdout():
         result = milp(
-            costs / max(float(np.abs(costs).max()), 1e-30),
+            costs / unit,
             integrality=np.ones(total, dtype=np.int64),
             bounds=Bounds(0, 1),
             constraints=LinearConstraint(matrix, low, high),
-            options={"mip_rel_gap": RELATIVE_GAP},
+            options={"mip_rel_gap": relative_gap},
         )
     if result.x is None:
         return None
-    picked = [int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(offsets)]
-    choice = repaired(problem, tuple(picked), overlaps)
-    if choice is None:
-        return None
-    total = int(value(problem.bytes, choice))
-    return Solution(choice, value(problem.costs, choice), total, result.mip_gap or 0.0)
+    picked = tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(offsets))
+    return picked, float(result.mip_dual_bound) * unit
+
+
+def scale_of(limit: Limit) -> float:
+    """The unit that a resource is counted in for the solver: the widest span of a group."""
+    return max(1.0, *(float(np.ptp(options)) for options in limit.amounts))
+
+
+def tightened(problem: Knapsack) -> Knapsack:
+    """The problem with bounds that the solver's tolerance cannot carry over the true ones."""
+
+    def lower(limit: Limit) -> int:
+        return limit.bound - math.ceil(TOLERANCE * scale_of(limit)) - 1
+
+    budget, *bounds = map(lower, problem.resources)
+    limits = [replace(x, bound=bound) for x, bound in zip(problem.limits, bounds, strict=True)]
+    return replace(problem, budget=budget, limits=limits)
 
 
 @contextmanager
@@ -124,27 +182,34 @@ def value(values: Sequence[Floats], choice: Sequence[int]) -> float:
 
 
 def allowed(problem: Knapsack, choice: Sequence[int], overlaps: Sequence[Overlap] = ()) -> bool:
-    """Whether a choice keeps every rule but the budget."""
+    """Whether a choice keeps every rule but the bounds."""
     taken = set(enumerate(choice))
     return all(taken & set(pairs) for pairs in problem.at_least_one) and all(
         near.least <= len(taken & set(enumerate(near.choice))) <= near.most for near in overlaps
     )
 
 
+def excesses(problem: Knapsack, choice: Sequence[int]) -> list[float]:
+    """How far a choice exceeds every bound, bytes first; negative where there is room."""
+    return [value(limit.amounts, choice) - limit.bound for limit in problem.resources]
+
+
 def repaired(
     problem: Knapsack, choice: tuple[int, ...], overlaps: Sequence[Overlap] = ()
 ) -> tuple[int, ...] | None:
-    """The choice within the budget to the byte: the solver's tolerance may exceed it slightly.
+    """The choice within every bound to the unit: the solver's tolerance may exceed one slightly.
 
-    The group where saving the missing bytes costs least takes a smaller option.
+    The group where saving what is missing costs least takes another option.
     """
-    excess = value(problem.bytes, choice) - problem.budget
-    if excess <= 0:
+    over = excesses(problem, choice)
+    if max(over) <= 0:
         return choice
     best: tuple[float, tuple[int, ...]] | None = None
     for group, picked in enumerate(choice):
-        saved = problem.bytes[group][picked] - problem.bytes[group]
-        for option in np.flatnonzero(saved >= excess):
+        enough = np.ones(len(problem.costs[group]), dtype=bool)
+        for limit, excess in zip(problem.resources, over, strict=True):
+            enough &= limit.amounts[group][picked] - limit.amounts[group] >= excess
+        for option in np.flatnonzero(enough):
             other = (*choice[:group], int(option), *choice[group + 1 :])
             price = float(problem.costs[group][option] - problem.costs[group][picked])
             if (best is None or price < best[0]) and allowed(problem, other, overlaps):
@@ -168,7 +233,7 @@ def diverse(problem: Knapsack, count: int, share: float = 0.8) -> list[Solution]
 
 
 def smallest(problem: Knapsack) -> int:
-    """The fewest bytes that any choice takes, exactly."""
+    """The fewest bytes that any choice takes, exactly; other limits aside."""
     least = tuple(int(np.argmin(options)) for options in problem.bytes)
     if not allowed(problem, least):
         # One pair of every set is forced; the other groups stay at their least.

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.architecture import Architecture, Format, KvFormat, block_name
 from compress.candidate import Candidate, student_architecture
+from compress.families import block_active, outside_active
 from compress.memory import (
     Deployment,
     block_bytes,
@@ -20,7 +21,7 @@ from compress.memory import (
     ssm_state_bytes,
 )
 from compress.scores import Scores, choose, importance, kl_of, option_cost, removed, top
-from compress.searches.knapsack import Floats, Knapsack
+from compress.searches.knapsack import Floats, Knapsack, Limit
 from compress.space import (
     REMOVED,
     Option,
@@ -53,7 +54,7 @@ class Problem:
     """A teacher, its scores, a space and a budget; costs of options are computed once.
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
-    of the choice (prune, then quantize).
+    of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses.
     """
 
     teacher: Architecture
@@ -62,6 +63,7 @@ class Problem:
     deployment: Deployment
     budget: int
     blind_to_rounding: bool = False
+    active: int | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -165,7 +167,25 @@ class Problem:
             bytes=[self.bytes_of(options, chosen) for options in groups],
             budget=self.budget - fixed,
             at_least_one=[survivors] if survivors else [],
+            limits=self.limits(groups, chosen),
         )
+
+    def limits(self, groups: Sequence[Sequence[Choice]], chosen: Globals) -> list[Limit]:
+        """What binds besides the bytes: active parameters, if they are bounded."""
+        if self.active is None:
+            return []
+        hidden, family = self.hidden(chosen), self.teacher.family
+
+        def active(choice: Choice) -> int:
+            return sum(
+                block_active(resized(self.teacher.blocks[n], dict(o.target)), hidden, family)
+                for n, o in choice
+                if not o.removed
+            )
+
+        fixed = outside_active(replace(self.teacher, hidden=hidden))
+        amounts = [np.array([float(active(choice)) for choice in options]) for options in groups]
+        return [Limit(amounts, self.active - fixed)]
 
     def bytes_of(self, options: Sequence[Choice], chosen: Globals) -> Floats:
         """Bytes of every option of a group."""

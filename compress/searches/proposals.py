@@ -13,7 +13,7 @@ from compress.candidate import Candidate
 from compress.errors import Infeasible
 from compress.searches.knapsack import Overlap, Solution, diverse, smallest, solve
 from compress.searches.problem import Choice, Globals, Problem
-from compress.units import format_bytes
+from compress.units import format_bytes, format_count
 
 SEEDS = 8
 # Log of a multiplier's range: scores of a kind of block may be off by a factor of two.
@@ -24,12 +24,16 @@ RADII = (2, 3, 4, 6, 8)
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A decoded ask: the groups' options, the choice among them and the outer variables."""
+    """A decoded ask: the groups' options, the choice among them and the outer variables.
+
+    ``gap`` is the relative optimality gap of the inner solution.
+    """
 
     groups: list[list[Choice]]
     choice: tuple[int, ...]
     chosen: Globals
     predicted: float
+    gap: float
 
     @property
     def picked(self) -> list[Choice]:
@@ -95,6 +99,7 @@ def as_proposal(
         choice=solution.choice,
         chosen=chosen,
         predicted=cost + problem.global_cost(chosen),
+        gap=solution.gap,
     )
 
 
@@ -121,14 +126,24 @@ def outer_variants(problem: Problem) -> list[dict[str, Any]]:
 
 
 def require_feasible(problem: Problem) -> None:
-    """Refuse a budget that nothing in the space reaches; needs no scores.
+    """Refuse bounds that nothing in the space reaches; needs no scores.
 
     Raises:
-        Infeasible: the message names the smallest reachable size.
+        Infeasible: the message names the smallest reachable size, or number of active parameters.
     """
-    floor = min(floor_bytes(problem, variant) for variant in outer_variants(problem))
+    variants = outer_variants(problem)
+    floor = min(floor_bytes(problem, variant) for variant in variants)
     if floor > problem.budget:
         raise Infeasible(infeasible(problem, floor))
+    if problem.active is not None:
+        fewest = fewest_active(problem, variants)
+        if fewest > problem.active:
+            raise Infeasible(
+                f"active_parameters {format_count(problem.active)} is below the fewest that this "
+                f"space reaches within the budget, {format_count(fewest)} ({fewest} active "
+                "parameters); what would help: more --active-parameters, a larger --budget, a "
+                "space with smaller choices"
+            )
 
 
 def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
@@ -158,6 +173,25 @@ def floor_bytes(problem: Problem, params: Mapping[str, Any]) -> int:
     chosen = globals_of(problem, params)
     knapsack = problem.knapsack(problem.groups(chosen), chosen, priced=False)
     return smallest(knapsack) + problem.budget - knapsack.budget
+
+
+def fewest_active(problem: Problem, variants: Sequence[Mapping[str, Any]]) -> int:
+    """The fewest active parameters within the budget, exactly, if they exceed the bound.
+
+    Otherwise those of the first outer choice that keeps it.
+    """
+    assert problem.active is not None
+    found: list[int] = []
+    for params in variants:
+        chosen = globals_of(problem, params)
+        knapsack = problem.knapsack(problem.groups(chosen), chosen, priced=False)
+        [limit] = knapsack.limits
+        least = solve(replace(knapsack, costs=limit.amounts, limits=()), relative_gap=0.0)
+        if least is not None:
+            found.append(problem.active - limit.bound + round(least.cost))
+            if found[-1] <= problem.active:
+                break
+    return min(found)
 
 
 def infeasible(problem: Problem, floor: int) -> str:

@@ -48,13 +48,17 @@ Measure = Callable[[Candidate], Iterator[Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class Trial:
-    """A measured candidate: the per-sequence KL and what was predicted, nats per token."""
+    """A measured candidate: the per-sequence KL and what was predicted, nats per token.
+
+    ``gap`` is the relative optimality gap of its knapsack; None where there was none to solve.
+    """
 
     candidate: Candidate
     bytes: int
     predicted: float
     values: tuple[float, ...]
     complete: bool
+    gap: float | None = None
 
     @property
     def kl(self) -> float:
@@ -157,6 +161,7 @@ def claim(
                         "choice": list(proposal.choice),
                         "key": key_of(problem, proposal),
                         "predicted": proposal.predicted,
+                        "gap": proposal.gap,
                         "worker": os.getpid(),
                     }
                     study.enqueue_trial(params, user_attrs=attributes)
@@ -261,6 +266,7 @@ def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list
             choice=tuple(trial.user_attrs["choice"]),
             chosen=chosen,
             predicted=trial.user_attrs["predicted"],
+            gap=trial.user_attrs["gap"],
         )
         candidate = named(problem, kind, number, proposal)
         found.append(
@@ -270,6 +276,7 @@ def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list
                 predicted=proposal.predicted,
                 values=tuple(trial.user_attrs["values"]),
                 complete=whole(trial),
+                gap=proposal.gap,
             )
         )
     return sorted(found, key=lambda trial: (not trial.complete, trial.kl))

@@ -1,0 +1,190 @@
+"""Successive halving: who goes on, what it costs, and that a kill in any rung changes nothing."""
+
+import itertools
+import os
+import random
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import LLAMA, ONE_THREAD, search_command, write_tiny
+from test_pipeline import again, rows_of, same
+
+from compress import students
+from compress.checkpoint import open_checkpoint
+from compress.distill import DistillSettings, distill
+from compress.families import parameters
+from compress.halving import Trained, halve, rungs
+from compress.model import load_model
+from compress.recipe import read_recipe
+from compress.runs import Run, read_json
+from compress.session import Session
+
+TOKENS = 1024
+
+
+def simulated(seed: int, count: int) -> tuple[list[str], dict[str, int], Any]:
+    """Candidates whose KL falls with tokens, each in its own way; tokens trained are counted."""
+    draw = random.Random(seed)
+    names = [f"c{number}" for number in range(count)]
+    ends = {name: (draw.random(), draw.uniform(0.2, 1.0)) for name in names}
+    seen = dict.fromkeys(names, 0)
+
+    def train(name: str, end: int) -> Trained:
+        assert end > seen[name]
+        seen[name] = end
+        floor, rate = ends[name]
+        return Trained(floor + (end / TOKENS) ** -rate, end)
+
+    return names, seen, train
+
+
+@pytest.mark.parametrize("count", range(1, 12))
+def test_the_winner_trains_most_and_all_together_train_no_more_than_all_would(count: int) -> None:
+    ends = rungs(count, TOKENS)
+    assert ends == sorted(ends)
+    assert ends[-1] == TOKENS
+    for seed in range(8):
+        names, seen, train = simulated(seed, count)
+        found, arrived = halve(names, ends, train)
+        assert set(found) == set(names)
+        assert {name: last.tokens for name, last in found.items()} == seen
+        assert arrived == sorted(arrived, key=lambda name: found[name].kl)
+        assert {name for name in names if seen[name] == TOKENS} == set(arrived)
+        assert len(arrived) == min(count, 2)
+        assert sum(seen.values()) <= count * TOKENS
+        if count > 2:
+            assert sum(seen.values()) < count * TOKENS
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_nobody_left_behind_was_better_at_that_rung_than_one_who_went_on(seed: int) -> None:
+    names, _, train = simulated(seed, 7)
+    history: dict[int, dict[str, float]] = {}
+
+    def noted(name: str, end: int) -> Trained:
+        found = train(name, end)
+        history.setdefault(end, {})[name] = found.kl
+        return found
+
+    ends = rungs(7, TOKENS)
+    halve(names, ends, noted)
+    for end, after in itertools.pairwise(ends):
+        on = [history[end][name] for name in history[after]]
+        behind = [kl for name, kl in history[end].items() if name not in history[after]]
+        assert max(on) <= min(behind)
+
+
+def test_equals_are_taken_in_order() -> None:
+    found, arrived = halve(["a", "b", "c"], [1, 2], lambda name, end: Trained(1.0, end))
+    assert arrived == ["a", "b"]
+    assert found["c"].tokens == 1
+
+
+def test_stopping_on_the_way_and_going_on_is_one_training(tmp_path: Path, tiny_llama: Path) -> None:
+    narrow = write_tiny(tmp_path / "narrow", LLAMA | {"hidden_size": 32}, 1)
+    rows = torch.randint(2, 97, (20, 16), generator=torch.Generator().manual_seed(0))
+    settings = DistillSettings(tokens=320, batch_tokens=64, learning_rate=1e-3)
+    teacher, whole = load_model(tiny_llama), load_model(narrow)
+    curve = distill(teacher, whole, rows, settings, progress=lambda *_: None)
+    for until, steps in ((100, 2), (192, 3), (320, 5), (64, 1), (320, 5)):
+        # The last but one lies before the checkpoint: the training begins again.
+        student = load_model(narrow)
+        part = distill(
+            teacher, student, rows, settings, tmp_path / "d", lambda *_: None, until=until
+        )
+        assert part == curve[:steps]
+    for name, weight in whole.state_dict().items():
+        assert torch.equal(weight, student.state_dict()[name]), name
+
+
+@pytest.fixture(scope="module")
+def arguments(tiny_hybrid: Path, text_file: Path) -> list[str]:
+    command = search_command(tiny_hybrid, Path("RUN"), text_file)
+    for flag, value in (("--finalists", "3"), ("--short-distill-tokens", str(TOKENS))):
+        command[command.index(flag) + 1] = value
+    return command
+
+
+@pytest.fixture(scope="module")
+def halved(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("halved") / "run"
+    subprocess.run(at(arguments, run), env=ONE_THREAD, check=True, capture_output=True)
+    return run
+
+
+def at(arguments: list[str], run: Path) -> list[str]:
+    return [str(run) if part == "RUN" else part for part in arguments]
+
+
+def test_the_chosen_and_the_best_of_every_kind_trained_for_the_whole_distance(
+    halved: Path,
+) -> None:
+    finalists = [row for row in rows_of(halved) if row["finalist"]]
+    assert all(row["distilled_tokens"] is None for row in rows_of(halved) if not row["finalist"])
+    searched = [row for row in finalists if row["kind"] == "joint"]
+    assert sorted(row["distilled_tokens"] for row in searched) == [TOKENS // 2, TOKENS, TOKENS]
+    for row in finalists:
+        uncut = row["kind"] == "formats"
+        if row["kind"] != "joint":
+            assert row["distilled_tokens"] == (0 if uncut else TOKENS)
+        if row["distilled_tokens"] == TOKENS // 2:
+            assert row is finalists[-1]
+            assert not row["selected"]
+        # What is on disk has trained for what the row says.
+        if not uncut:
+            curve = (halved / "distill" / f"{row['id']}.short" / "curve.jsonl").read_text()
+            assert len(curve.splitlines()) * 128 == row["distilled_tokens"]
+    assert not list(halved.glob("distill/*/training*"))
+
+
+def test_the_winner_is_what_training_it_alone_gives(halved: Path, tmp_path: Path) -> None:
+    row = next(row for row in rows_of(halved) if row["kind"] == "joint")
+    session = Session(Run(halved), read_recipe(halved / "recipe.yaml"))
+    candidate, _ = students.find_candidate(session, row["id"])
+    alone = students.train_until(session, candidate, TOKENS, "alone")
+    rung = open_checkpoint(halved / "distill" / f"{row['id']}.short" / students.STUDENT)
+    single = open_checkpoint(alone)
+    for name in (parameter.name for parameter in parameters(candidate.architecture)):
+        torch.testing.assert_close(rung[name], single[name], atol=0, rtol=0)
+
+
+def test_other_finalists_or_tokens_leave_nothing_behind(run_copy: Path) -> None:
+    before = rows_of(run_copy)
+    again(run_copy, finalists=3, short_distill_tokens=TOKENS)
+    assert {row["distilled_tokens"] for row in rows_of(run_copy) if row["kind"] == "joint"} == {
+        None, TOKENS // 2, TOKENS,
+    }  # fmt: skip
+    again(run_copy, finalists=1, short_distill_tokens=before[0]["distilled_tokens"] or 256)
+    assert same(rows_of(run_copy), before)
+
+
+def rungs_done(run: Path) -> int:
+    return sum(len(read_json(file)) for file in run.glob("distill/*.short/rungs.json"))
+
+
+def test_killed_in_any_rung_a_search_ends_as_if_it_had_not_been(
+    halved: Path, arguments: list[str], tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    # In the first rung, after it, and in the second.
+    moments = (
+        lambda: any(run.glob("distill/*.short/training.json")),
+        lambda: rungs_done(run) >= 3,
+        lambda: rungs_done(run) >= 4,
+    )
+    for number, reached in enumerate(moments):
+        process = subprocess.Popen(at(arguments, run), env=ONE_THREAD, stderr=subprocess.DEVNULL)
+        while not reached() and process.poll() is None:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"it ended before moment {number}"
+        assert not (run / "candidates.json").exists()
+    subprocess.run(at(arguments, run), env=ONE_THREAD, check=True, capture_output=True)
+    assert same(rows_of(run), rows_of(halved))
+    tokens = [row["distilled_tokens"] for row in rows_of(run)]
+    assert tokens == [row["distilled_tokens"] for row in rows_of(halved)]
