@@ -19,11 +19,16 @@ from compress.scores import Scores
 from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, measure
 from compress.searches.problem import Problem, total_bytes
+from compress.searches.steps import Linearize
 from compress.searches.study import StudySettings, Trial, explore
 from compress.searches.workers import Crew, crew
 from compress.session import Session
 from compress.show import progress
 from compress.space import Space
+from compress.tangent import Tangent, tangent
+
+# Label draws of a tangent: the selection text has many sequences.
+TANGENT_DRAWS = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,7 +126,7 @@ class Bench:
                 advance(1, f"best KL {best:.4f}")
 
             if self.crew is None:
-                found = explore(problem, settings, self.measure, report)
+                found = explore(problem, settings, self.measure, report, self.linearize(problem))
             else:
                 found = self.crew.explore(problem, settings, report)
         kind = study.partition("-")[0]
@@ -130,6 +135,16 @@ class Bench:
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         """Per-sequence KL of a candidate on the selection text, a batch at a time."""
         return measure(candidate, self.text)
+
+    def linearize(self, problem: Problem) -> Linearize:
+        """Gives the tangent at a candidate, on the selection text."""
+        formats = [format for format in problem.space.formats if format != "bf16"]
+
+        def at(candidate: Candidate) -> Tangent:
+            model, seed = self.session.model, self.session.recipe.seed
+            return tangent(model, candidate, self.text, TANGENT_DRAWS, formats, seed)
+
+        return at
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""

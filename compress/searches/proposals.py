@@ -1,12 +1,10 @@
 """Proposals: from outer variables and the knapsack's answers to candidates worth measuring."""
 
 import math
-import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import numpy as np
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
 from compress.candidate import Candidate
@@ -18,8 +16,6 @@ from compress.units import format_bytes, format_count
 SEEDS = 8
 # Log of a multiplier's range: scores of a kind of block may be off by a factor of two.
 MULTIPLIER = math.log(2.0)
-# How many groups a swap may change.
-RADII = (2, 3, 4, 6, 8)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,26 +201,6 @@ def infeasible(problem: Problem, floor: int) -> str:
         f"budget {format_bytes(problem.budget)} is below the smallest size this space reaches, "
         f"{format_bytes(floor)} ({floor} bytes); what would help: {', '.join(hints)}"
     )
-
-
-def swapped(
-    problem: Problem,
-    params: Mapping[str, Any],
-    incumbent: tuple[int, ...],
-    draw: random.Random,
-    jitter: float,
-) -> Proposal | None:
-    """An incumbent's knapsack with jittered scores; between one and a few groups differ."""
-    chosen = globals_of(problem, params)
-    groups = problem.groups(chosen)
-    knapsack = problem.knapsack(groups, chosen)
-    jittered = replace(
-        knapsack,
-        costs=[costs * np.exp([draw.gauss(0, jitter) for _ in costs]) for costs in knapsack.costs],
-    )
-    near = Overlap(incumbent, len(groups) - 1, len(groups) - draw.choice(RADII))
-    solution = solve(jittered, [near])
-    return None if solution is None else as_proposal(problem, groups, solution, chosen)
 
 
 def key_of(problem: Problem, proposal: Proposal) -> str:

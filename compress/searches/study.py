@@ -1,14 +1,13 @@
 """The outer problem: Optuna asks, the knapsack decodes, the student in memory is measured.
 
 Moves, by the number of trials: ``seed`` (diverse knapsack solutions), ``sample`` (TPE over KV
-format, hidden size, global widths and score multipliers) and ``swap`` (the incumbent's knapsack
-with jittered scores, where only a few groups may differ). A proposal is a function of the seed, the
-finished trials and those that other workers are measuring, so that a killed study of one worker
-continues as if it had not been killed.
+format, hidden size, global widths and score multipliers) and ``step`` (a few changes to the
+incumbent, see ``steps``). A proposal is a function of the seed, the finished trials and those that
+other workers are measuring, so that a killed study of one worker continues as if it had not been
+killed.
 """
 
 import os
-import random
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -31,19 +30,27 @@ from compress.searches.proposals import (
     key_of,
     named,
     seeds,
-    swapped,
+)
+from compress.searches.steps import (
+    Linearize,
+    Prices,
+    anchor_of,
+    complete,
+    prices_at,
+    stepped,
 )
 
-# Jitter of a swap's scores (log-normal).
-JITTER = 0.3
 # A trial is stopped early only after so many tokens: its measurement stays worth reading.
 EARLIEST_STOP_TOKENS = 1024
-# A swap that finds nothing new is drawn again, so often.
+# Every so many trials one is a sample; the others are steps.
+SAMPLE_EVERY = 4
+# A step that finds nothing new is drawn again, so often.
 RETRIES = 20
 # Between two looks at what other workers are doing.
 LOOK_SECONDS = 0.1
 
 Measure = Callable[[Candidate], Iterator[Tensor]]
+Priced = Callable[[FrozenTrial], Prices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -88,6 +95,7 @@ def explore(
     settings: StudySettings,
     measure: Measure,
     progress: Callable[[float], None] = lambda best: None,
+    linearize: Linearize | None = None,
 ) -> list[Trial]:
     """Measure different candidates of a problem (fewer than asked for if there are no more).
 
@@ -96,6 +104,8 @@ def explore(
         settings: of the study; trials of an earlier process count.
         measure: gives a candidate's per-sequence KL, a batch at a time.
         progress: called after every trial with the best KL so far.
+        linearize: gives the tangent at a candidate, for steps; without it they are priced by the
+            teacher's scores alone.
 
     Returns:
         The first ``settings.trials`` candidates, best first; those stopped early come last.
@@ -107,7 +117,7 @@ def explore(
         study = open_study(settings.journal, settings.name)
         close_running(study)
         close_waiting(study)
-        take_part(study, problem, settings, measure, progress)
+        take_part(study, problem, settings, measure, progress, linearize)
         return results(study, problem, settings)
 
 
@@ -117,6 +127,7 @@ def take_part(
     settings: StudySettings,
     measure: Measure,
     progress: Callable[[float], None] = lambda best: None,
+    linearize: Linearize | None = None,
 ) -> None:
     """Measure candidates of a study, alone or beside other workers, until none is left to measure.
 
@@ -124,7 +135,15 @@ def take_part(
         Infeasible: nothing in the space fits the budget.
     """
     first = seeds(problem)
-    while (claimed := claim(study, problem, settings, first)) is not None:
+    kept: dict[int, Prices] = {}
+
+    def priced(anchor: FrozenTrial) -> Prices:
+        if anchor.number not in kept:
+            kept.clear()
+            kept[anchor.number] = prices_at(problem, anchor, linearize)
+        return kept[anchor.number]
+
+    while (claimed := claim(study, problem, settings, first, priced)) is not None:
         trial, candidate = claimed
         run_trial(trial, measure(candidate), settings.tokens_per_sequence)
         progress(study.best_value)
@@ -135,6 +154,7 @@ def claim(
     problem: Problem,
     settings: StudySettings,
     first: Sequence[tuple[dict[str, Any], Proposal]],
+    priced: Priced,
 ) -> tuple[optuna.Trial, Candidate] | None:
     """A running trial of this process and its candidate, which no other trial has.
 
@@ -154,7 +174,9 @@ def claim(
             now, open_trials = (len(done), len(running)), settings.trials - len(done)
             # The same trials would give the same proposal.
             if now != seen and len(running) < open_trials:
-                proposal, params, move = propose(problem, done, running, first, settings.seed)
+                proposal, params, move = propose(
+                    problem, done, running, first, settings.seed, priced
+                )
                 if proposal is not None:
                     attributes = {
                         "move": move,
@@ -203,17 +225,13 @@ def elsewhere(study: optuna.Study) -> list[FrozenTrial]:
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
-def whole(trial: FrozenTrial) -> bool:
-    """Whether a trial was measured on all sequences."""
-    return trial.state == TrialState.COMPLETE
-
-
 def propose(
     problem: Problem,
     done: Sequence[FrozenTrial],
     running: Sequence[FrozenTrial],
     first: Sequence[tuple[dict[str, Any], Proposal]],
     seed: int,
+    priced: Priced,
 ) -> tuple[Proposal | None, dict[str, Any], str]:
     """The next new candidate, the parameters it belongs to and the move that found it."""
     known = {trial.user_attrs["key"] for trial in (*done, *running)}
@@ -221,22 +239,23 @@ def propose(
     for params, seeded in first:
         if key_of(problem, seeded) not in known:
             return seeded, params, "seed"
-    best = min((t for t in done if whole(t)), key=lambda t: t.value or 0.0, default=None)
-    if best is None or (number % 3 == 0 and distributions(problem)):
+    best = min((t for t in done if complete(t)), key=lambda t: t.value or 0.0, default=None)
+    if best is None or (number % SAMPLE_EVERY == 0 and distributions(problem)):
         params = sampled(problem, (*done, *running), seed * 100003 + number, len(first))
         proposal = decode(problem, params)
         if proposal is not None and key_of(problem, proposal) not in known:
             return proposal, params, "sample"
     if best is None:
         return None, {}, "none"
-    draw = random.Random(seed * 1000003 + number)
-    incumbent = tuple(best.user_attrs["choice"])
+    anchor = anchor_of(done)
+    assert anchor is not None
+    prices = priced(anchor)
+    random = np.random.default_rng(seed * 1000003 + number)
     for attempt in range(RETRIES):
-        # Small problems run out of neighbours: look further each time.
-        jitter = JITTER * (1 + attempt / 4)
-        proposal = swapped(problem, best.params, incumbent, draw, jitter)
+        # Small problems run out of neighbours: doubt more each time, to look further.
+        proposal = stepped(problem, done, best, prices.doubted(1 + attempt / 4), random)
         if proposal is not None and key_of(problem, proposal) not in known:
-            return proposal, dict(best.params), "swap"
+            return proposal, dict(best.params), "step"
     return None, {}, "none"
 
 
@@ -275,7 +294,7 @@ def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list
                 bytes=total_bytes(candidate, problem.deployment),
                 predicted=proposal.predicted,
                 values=tuple(trial.user_attrs["values"]),
-                complete=whole(trial),
+                complete=complete(trial),
                 gap=proposal.gap,
             )
         )

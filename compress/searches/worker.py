@@ -62,7 +62,8 @@ def main() -> None:
             Space.model_validate(job["space"]), blind_to_rounding=job["blind_to_rounding"]
         )
         study = open_study(settings.journal, settings.name)
-        take_part(study, problem, settings, bench.measure, lambda _: say("measured"))
+        tell = bench.linearize(problem)
+        take_part(study, problem, settings, bench.measure, lambda _: say("measured"), tell)
         say(settings.kind)
 
 

@@ -1,0 +1,73 @@
+"""What measured candidates say about the costs of options: a Gaussian belief over the knapsack's.
+
+The knapsack picks the options whose costs are most underrated. So the costs are not numbers but a
+belief with a mean and a deviation, and every measured candidate corrects all options it consists
+of, in proportion to how uncertain each was (linear regression with a Gaussian prior; Rasmussen and
+Williams 2006, section 2.1). A draw from the belief proposes the next candidate (Thompson 1933).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from compress.searches.knapsack import Floats
+
+
+@dataclass(frozen=True)
+class Belief:
+    """Mean [options] of the options' costs and their covariance D - A A^T, nats per token.
+
+    ``deviation`` is the square root of D before any measurement, ``gain`` and ``moves`` carry what
+    the measurements changed.
+    """
+
+    prior: Floats
+    deviation: Floats
+    moves: Floats
+    gain: Floats
+    seen: Floats
+    noise: Floats
+
+    @property
+    def mean(self) -> Floats:
+        """Expected cost of every option."""
+        return self.corrected(self.prior, self.seen)
+
+    def corrected(self, costs: Floats, seen: Floats) -> Floats:
+        """Costs after observations."""
+        found: Floats = costs + self.gain @ (seen - self.moves @ costs)
+        return found
+
+    def draw(self, random: np.random.Generator) -> Floats:
+        """One draw of all costs: of the prior, then corrected as the mean is (Matheron's rule)."""
+        costs = self.prior + self.deviation * random.standard_normal(len(self.prior))
+        return self.corrected(
+            costs, self.seen + self.noise * random.standard_normal(len(self.seen))
+        )
+
+
+def belief(prior: Floats, deviation: Floats, moves: Floats, seen: Floats, noise: Floats) -> Belief:
+    """The belief after observations.
+
+    Args:
+        prior: expected cost of every option, [options].
+        deviation: how far off each may be, [options].
+        moves: [observations, options], 1 where a candidate takes an option that the reference does
+            not, -1 where it gives one up.
+        seen: KL of the candidate minus that of the reference, [observations].
+        noise: deviation of an observation from the sum of its options' costs, [observations].
+    """
+    spread = moves * deviation**2
+    within = spread @ moves.T + np.diag(noise**2)
+    gain: Floats = np.zeros((len(prior), 0))
+    if len(seen):
+        gain = np.asarray(np.linalg.solve(within, spread), dtype=np.float64).T
+    return Belief(prior, deviation, moves, gain, seen, noise)
+
+
+def flat(choice: Sequence[int], offsets: Sequence[int], size: int) -> Floats:
+    """A choice of one option per group as an indicator over all options."""
+    found = np.zeros(size)
+    found[[offset + option for offset, option in zip(offsets, choice, strict=False)]] = 1.0
+    return found

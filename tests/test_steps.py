@@ -1,0 +1,99 @@
+"""Steps from an incumbent: what is believed of options' costs, and a study that uses it."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_search import Teacher, settings, shown
+
+from compress.candidate import Candidate
+from compress.model import load_model
+from compress.scores import kl_of, whole
+from compress.searches.belief import belief, flat
+from compress.searches.proposals import decode, neutral
+from compress.searches.steps import step
+from compress.searches.study import explore
+from compress.space import REMOVED, Option
+from compress.tangent import Tangent, tangent
+
+
+@pytest.fixture(scope="module")
+def hybrid(tiny_hybrid: Path) -> Teacher:
+    return Teacher(tiny_hybrid)
+
+
+def linearizer(teacher: Teacher) -> Callable[[Candidate], Tangent]:
+    model = load_model(teacher.path)
+    return lambda candidate: tangent(model, candidate, teacher.text, 2, ["fp8", "nvfp4"])
+
+
+PRIOR, DOUBT = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 0.5, 0.5, 1.0])
+
+
+def test_without_measurements_a_belief_is_its_prior() -> None:
+    known = belief(PRIOR, DOUBT, np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+    assert np.array_equal(known.mean, PRIOR)
+    draws = np.array([known.draw(np.random.default_rng(n)) for n in range(2000)])
+    assert draws.std(0) == pytest.approx(DOUBT, rel=0.1)
+
+
+def test_a_sure_measurement_is_believed_and_shared_by_doubt() -> None:
+    moves = np.array([[0.0, 1.0, 0.0, 1.0]])
+    known = belief(PRIOR, DOUBT, moves, np.array([9.0]), np.array([1e-6]))
+    assert float(moves[0] @ known.mean) == pytest.approx(9.0, abs=1e-4)
+    # Five nats more than expected: variances are 1 to 4.
+    assert known.mean == pytest.approx([0.0, 2.0, 2.0, 7.0], abs=1e-4)
+    assert float(moves[0] @ known.draw(np.random.default_rng(0))) == pytest.approx(9.0, abs=1e-4)
+
+
+def test_an_unsure_measurement_changes_little() -> None:
+    moves = np.array([[0.0, 1.0, 0.0, 1.0]])
+    known = belief(PRIOR, DOUBT, moves, np.array([9.0]), np.array([100.0]))
+    assert known.mean == pytest.approx(PRIOR, abs=0.01)
+
+
+def test_flat_marks_one_option_of_every_group() -> None:
+    assert flat([1, 0, 2], [0, 2, 3], 6).tolist() == [0, 1, 1, 0, 0, 1]
+
+
+def test_at_the_teacher_the_slope_is_nothing_and_the_curvature_is_the_score(
+    hybrid: Teacher,
+) -> None:
+    problem = hybrid.problem("puzzle", 1.0)
+    proposal = decode(problem, neutral(problem))
+    assert proposal is not None
+    teacher = problem.candidate("whole", "x", proposal.picked, proposal.chosen)
+    point = linearizer(hybrid)(teacher)
+    assert float(point.kl.abs().max()) < 1e-6
+    kept = {number: Option() for number in range(len(hybrid.architecture.blocks))}
+    for number, block in enumerate(hybrid.architecture.blocks):
+        first, second = step(problem, point, kept, ((number, REMOVED),))
+        assert first == pytest.approx(0, abs=1e-3)
+        rows = whole(hybrid.scores, block)
+        # 32 and 8 rows of squares: each is within a factor of a few of its mean.
+        assert 0.2 < second / kl_of(rows, hybrid.scores.length) < 5
+        assert step(problem, point, kept, ((number, kept[number]),)) == (0, 0)
+
+
+def test_a_study_with_tangents_is_one_function_of_its_seed(hybrid: Teacher, tmp_path: Path) -> None:
+    problem, linearize = hybrid.problem("joint", 0.5), linearizer(hybrid)
+
+    def study(name: str, trials: int) -> list[object]:
+        options = settings(tmp_path / name, trials)
+        return shown(explore(problem, options, hybrid.measure, linearize=linearize))
+
+    once = study("once", 14)
+    assert len({architecture for _, architecture, _, _ in once}) == 14
+    study("twice", 9)
+    assert study("twice", 14) == once
+
+
+def test_steps_come_closer_than_the_seeds(hybrid: Teacher, tmp_path: Path) -> None:
+    problem = hybrid.problem("puzzle", 0.6)
+    options = settings(tmp_path / "journal.log", 24)
+    found = explore(problem, options, hybrid.measure, linearize=linearizer(hybrid))
+    kl = {int(t.candidate.id[-3:]): t.kl for t in found if t.complete}
+    assert min(kl.values()) < min(kl[n] for n in kl if n < 4)
+    assert torch.isfinite(torch.tensor(list(kl.values()))).all()
