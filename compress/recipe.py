@@ -18,7 +18,11 @@ TARGETS: tuple[Target, ...] = get_args(Target)
 
 
 class Recipe(BaseModel):
-    """Everything that decides what a run computes; the same recipe gives the same candidates."""
+    """Everything that decides what a run computes.
+
+    The same recipe gives the same candidates. Several workers begin with the same ones; what they
+    propose later depends on who finishes when.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
@@ -58,7 +62,7 @@ class Recipe(BaseModel):
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
     trials: int = Field(100, ge=1, description="Candidates to measure.")
     workers: int = Field(
-        1, ge=1, description="Processes that measure candidates, each with its own teacher."
+        1, ge=1, description="Processes that measure candidates; each holds its own models."
     )
     finalists: int = Field(3, ge=1, description="Candidates to distil shortly before choosing one.")
     short_distill_tokens: int = Field(16384, ge=0, description="Training tokens of a finalist.")

@@ -13,6 +13,7 @@ from optuna.trial import TrialState
 
 from compress.show import note
 
+# How sure the pruner has to be that a trial is worse than the best one.
 STOP_P_VALUE = 0.1
 
 
