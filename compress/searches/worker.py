@@ -46,10 +46,9 @@ def say(word: str) -> None:
 def bench_of(setup: Job) -> Bench:
     """The bench of a search, from its recipe and the scores in its run directory."""
     torch.set_num_threads(setup["threads"])
-    run, recipe = Run(Path(setup["run"])), check(setup["recipe"], "recipe")
-    # The teacher's model goes with this session: only its predictions are needed from here on.
-    text, _ = selection_text(Session(run, recipe))
-    return Bench(Session(run, recipe), load_scores(scores_file(run)), text)
+    session = Session(Run(Path(setup["run"])), check(setup["recipe"], "recipe"))
+    text, _ = selection_text(session)
+    return Bench(session, load_scores(scores_file(session.run)), text)
 
 
 def main() -> None:
