@@ -25,7 +25,7 @@ TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
 EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (
     *SERVED,
-    *("space", "target", "trials", "finalists", "short_distill_tokens", "select_tokens"),
+    *("space", "target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens"),
     *("eval_data", "final_tokens"),
     *SCORED,
     *TRAINED,

@@ -9,6 +9,7 @@ from compress.architecture import FORMATS, KV_FORMATS, Format, to_json
 from compress.errors import Infeasible
 from compress.memory import footprint
 from compress.planning import in_format
+from compress.rankings import require_ranked
 from compress.runs import Run, write_json
 from compress.scoring import STAGE as SCORE
 from compress.scoring import score
@@ -63,7 +64,7 @@ def chosen_space(session: Session) -> Space | None:
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     """What decides the candidates."""
     recipe = session.recipe
-    keys = ("target", "trials", "finalists", "short_distill_tokens", "select_tokens",
+    keys = ("target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens",
             "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
     return {
         "score": session.run.fingerprint(SCORE),
@@ -87,6 +88,7 @@ def search(session: Session) -> None:
         forget_results(run)
         return
     # What can be refused is refused before the long work: the budget, and too little text.
+    require_ranked(session.architecture, session.recipe.ranking)
     require_feasible(
         Problem(session.architecture, None, space, session.deployment, session.budget.bytes)
     )

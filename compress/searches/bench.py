@@ -71,6 +71,7 @@ class Bench:
             session.deployment,
             session.budget.bytes,
             blind_to_rounding,
+            session.recipe.ranking,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -86,6 +87,7 @@ class Bench:
                 "score": run.fingerprint(SCORE),
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
+                "ranking": problem.ranking,
                 "budget": problem.budget,
                 "deployment": asdict(problem.deployment),
                 "select_tokens": recipe.select_tokens,
