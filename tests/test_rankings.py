@@ -11,10 +11,21 @@ from compress.architecture import Architecture
 from compress.candidate import Ranking
 from compress.checkpoint import open_checkpoint
 from compress.errors import InputError
+from compress.memory import Deployment
 from compress.model import load_model
 from compress.rankings import activation_importance, activation_scores, require_ranked
 from compress.replay import removal_costs
-from compress.scores import Scores, choose, contributions, load_scores, priority
+from compress.scores import (
+    Scores,
+    choose,
+    contributions,
+    load_scores,
+    option_cost,
+    priority,
+    top,
+)
+from compress.searches.problem import Problem
+from compress.space import Option, load_space
 
 LENGTH = 16
 TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(3))
@@ -125,6 +136,24 @@ def test_mamba_heads_are_ranked_by_the_channels_that_stay(scored: Any) -> None:
     units = scores.rankings["layers.0.mamba/group.head.channel"]
     values = units[:, :, found["channel"]].square().sum(2)
     assert torch.equal(found["head"], values.topk(2, dim=1).indices.sort(1).values)
+
+
+@pytest.mark.parametrize("ranking", RANKINGS)
+def test_a_search_keeps_what_its_ranking_puts_first(scored: Any, ranking: Ranking) -> None:
+    _, architecture, scores = scored
+    problem = Problem(
+        architecture, scores, load_space("joint"), Deployment(context=64), 10**9, ranking=ranking
+    )
+    hidden = priority(scores, None, "hidden", ranking)
+    assert torch.equal(problem.hidden_keep(20), top(hidden, 20))
+    for axis, number, _ in DEAD[1:]:
+        block = architecture.blocks[number or 0]
+        count = max(1, priority(scores, block, axis, ranking).shape[-1] // 2)
+        option = Option(((axis, count),))
+        keep = problem.keep_of(number or 0, option)
+        assert torch.equal(keep[axis], top(priority(scores, block, axis, ranking), count))
+        # What they cost is the same estimate, whoever chose them.
+        assert problem.cost(number or 0, option)[0] == option_cost(scores, block, keep, "bf16")
 
 
 def test_router_saliency_does_not_count_how_often_an_expert_is_chosen(tmp_path: Path) -> None:
