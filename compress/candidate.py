@@ -3,13 +3,15 @@
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from compress.architecture import Architecture, Block, Format, KvFormat, Moe, block_name
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+# What decides which units of an axis stay.
+Ranking = Literal["contribution", "activation", "router"]
 # Which sizes are indices into the teacher's axis, and so may shrink.
 AXES: Mapping[str, tuple[str, ...]] = {
     "attention": ("kv_head", "query"),

@@ -26,7 +26,7 @@ EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (
     *SERVED,
     "active_parameters",
-    *("space", "target", "trials", "finalists", "short_distill_tokens", "select_tokens"),
+    *("space", "target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens"),
     *("eval_data", "final_tokens", "workers"),
     *SCORED,
     *TRAINED,

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from compress.candidate import Ranking
 from compress.devices import find_device
 from compress.errors import InputError
 from compress.memory import Deployment, SsmFormat
@@ -60,6 +61,11 @@ class Recipe(BaseModel):
     replay_tokens: int = Field(1024, ge=1, description="Tokens for the exact scores of blocks.")
     select_tokens: int = Field(2048, ge=1, description="Tokens that a trial is measured on.")
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
+    ranking: Ranking = Field(
+        "contribution",
+        description="What decides which units stay: ours; activation (Minitron and Minitron-SSM); "
+        "or router (experts by router-weighted saliency, the rest as ours).",
+    )
     trials: int = Field(100, ge=1, description="Candidates to measure.")
     workers: int = Field(
         1, ge=1, description="Processes that measure candidates; each holds its own models."

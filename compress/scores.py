@@ -8,7 +8,7 @@ scored exactly by ``replay`` and the estimates of its thinner cuts are anchored 
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +18,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from compress.architecture import Architecture, Block, Format, block_name, sizes
-from compress.candidate import AXES
+from compress.candidate import AXES, Ranking
 from compress.gates import UNITS, Taps, unit_key
 from compress.masks import alive
+from compress.rankings import activation_importance
 
 Contributions = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]
@@ -31,34 +32,39 @@ class Scores:
     """Contributions [rows, *units] of sequences of ``length`` tokens, and exact block removals.
 
     ``exact`` maps block names to the KL of removing that block alone, nats per token; ``kv`` is
-    that of storing every KV cache in FP8.
+    that of storing every KV cache in FP8. ``rankings`` is what ``activation_scores`` gives: the
+    other rankings need it.
     """
 
     contributions: Contributions
     exact: Mapping[str, float]
     kv: float
     length: int
+    rankings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
         """Write everything as named tensors."""
         tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
         tensors |= {f"exact/{key}": torch.tensor(value) for key, value in self.exact.items()}
+        tensors |= {f"rankings/{key}": value for key, value in self.rankings.items()}
         tensors |= {"kv": torch.tensor(self.kv), "length": torch.tensor(self.length)}
         save_file({key: value.contiguous() for key, value in tensors.items()}, file)
 
 
 def load_scores(file: Path) -> Scores:
     """Read what ``Scores.save`` wrote."""
-    contributions, exact = {}, {}
+    contributions, rankings, exact = {}, {}, {}
     with safe_open(file, framework="pt") as reader:
         for key in reader.offset_keys():
             group, _, name = key.partition("/")
             if group == "contributions":
                 contributions[name] = reader.get_tensor(key)
+            elif group == "rankings":
+                rankings[name] = reader.get_tensor(key)
             elif group == "exact":
                 exact[name] = float(reader.get_tensor(key))
         kv, length = float(reader.get_tensor("kv")), int(reader.get_tensor("length"))
-    return Scores(contributions, exact, kv, length)
+    return Scores(contributions, exact, kv, length, rankings)
 
 
 def contributions(
@@ -174,21 +180,44 @@ def axis_rows(found: Contributions, block: Block, axis: str) -> Tensor:
     return rows.sum((1, 2)) if axis == "channel" else rows
 
 
+def priority(
+    scores: Scores,
+    block: Block | None,
+    axis: str,
+    ranking: Ranking = "contribution",
+    keep: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """What orders the units of an axis under a ranking, highest kept; shapes as ``importance``.
+
+    ``router`` ranks experts, and is ``contribution`` elsewhere. ``keep`` is what the block keeps
+    on axes that are decided already.
+    """
+    if ranking == "contribution" or (ranking == "router" and axis != "expert"):
+        return importance(scores, block, axis)
+    if ranking == "router":
+        assert block is not None
+        return scores.rankings[f"{block_name(block)}/router"]
+    return activation_importance(scores.rankings, block, axis, keep or {})
+
+
 def top(values: Tensor, count: int) -> Tensor:
     """Indices of the ``count`` highest values of the last axis, ascending; ties to the lower."""
     order = values.argsort(dim=-1, descending=True, stable=True)
     return order[..., :count].sort(-1).values
 
 
-def choose(scores: Scores, block: Block, target: Mapping[str, int]) -> dict[str, Tensor]:
+def choose(
+    scores: Scores, block: Block, target: Mapping[str, int], ranking: Ranking = "contribution"
+) -> dict[str, Tensor]:
     """Kept indices of a block by axis, the most important units of each; whole axes are left out.
 
-    ``target`` gives counts by axis. KV heads and experts come first, what is inside them after.
+    ``target`` gives counts by axis. KV heads and experts come first, what is inside them after;
+    Mamba's heads come after the channels, over which some rankings add them up.
     """
     keep: dict[str, Tensor] = {}
-    for axis in AXES[block.kind]:
+    for axis in sorted(AXES[block.kind], key=lambda axis: axis == "head"):
         count = target.get(axis, sizes(block)[axis])
-        values = importance(scores, block, axis)
+        values = priority(scores, block, axis, ranking, keep)
         parent = {"query": "kv_head", "expert_ffn": "expert"}.get(axis)
         if parent in keep:
             values = values[keep[parent]]

@@ -3,13 +3,15 @@
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import get_args
 
 import torch
 
 from compress.architecture import FORMATS, Block, block_name
-from compress.candidate import AXES
+from compress.candidate import AXES, Ranking
 from compress.gates import UNITS, unit_key
 from compress.kv import set_kv_format
+from compress.rankings import activation_scores
 from compress.replay import removal_costs
 from compress.runs import Run, fingerprint
 from compress.scores import (
@@ -34,6 +36,7 @@ def score_inputs(session: Session) -> dict[str, object]:
     return {
         "session": session.identity(),
         "tokens": [recipe.score_tokens, recipe.draws, recipe.replay_tokens],
+        "rankings": list(get_args(Ranking)),
     }
 
 
@@ -67,7 +70,8 @@ def score(session: Session) -> Scores:
     set_kv_format(model, "fp8")
     kv = float(torch.cat(list(sequence_kl(model, text))).mean())
     set_kv_format(model, "bf16")
-    scores = Scores(found, exact, kv, recipe.sequence_length)
+    rankings = activation_scores(model, architecture, rows)
+    scores = Scores(found, exact, kv, recipe.sequence_length, rankings)
     file.parent.mkdir(parents=True, exist_ok=True)
     scores.save(file.with_suffix(".partial"))
     file.with_suffix(".partial").replace(file)

@@ -10,6 +10,7 @@ from compress.errors import Infeasible
 from compress.halving import finals
 from compress.memory import footprint
 from compress.planning import in_format
+from compress.rankings import require_ranked
 from compress.runs import Run, write_json
 from compress.scoring import STAGE as SCORE
 from compress.scoring import score
@@ -65,7 +66,7 @@ def chosen_space(session: Session) -> Space | None:
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     """What decides the candidates."""
     recipe = session.recipe
-    keys = ("target", "trials", "finalists", "short_distill_tokens", "select_tokens",
+    keys = ("target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens",
             "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
     return {
         "score": session.run.fingerprint(SCORE),
@@ -97,6 +98,7 @@ def search(session: Session) -> None:
                 one.architecture, None, space, one.deployment, one.budget.bytes, active=one.active
             )
         )
+    require_ranked(session.architecture, session.recipe.ranking)
     session.rows("score", session.recipe.score_tokens)
     session.rows("select", 2 * session.recipe.select_tokens)
     session.rows("final", session.recipe.final_tokens)

@@ -91,6 +91,7 @@ class Bench:
             session.budget.bytes,
             blind_to_rounding,
             session.active,
+            session.recipe.ranking,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -106,6 +107,7 @@ class Bench:
                 "score": run.fingerprint(SCORE),
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
+                "ranking": problem.ranking,
                 "budget": problem.budget,
                 "active": problem.active,
                 "deployment": asdict(problem.deployment),

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture, Format, KvFormat, block_name
-from compress.candidate import Candidate, student_architecture
+from compress.candidate import Candidate, Ranking, student_architecture
 from compress.families import block_active, outside_active
 from compress.memory import (
     Deployment,
@@ -20,7 +20,7 @@ from compress.memory import (
     outside_bytes,
     ssm_state_bytes,
 )
-from compress.scores import Scores, choose, importance, kl_of, option_cost, removed, top
+from compress.scores import Scores, choose, kl_of, option_cost, priority, removed, top
 from compress.searches.knapsack import Floats, Knapsack, Limit
 from compress.space import (
     REMOVED,
@@ -54,7 +54,8 @@ class Problem:
     """A teacher, its scores, a space and a budget; costs of options are computed once.
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
-    of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses.
+    of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
+    ``ranking`` decides which units stay, not what they cost.
     """
 
     teacher: Architecture
@@ -64,6 +65,7 @@ class Problem:
     budget: int
     blind_to_rounding: bool = False
     active: int | None = None
+    ranking: Ranking = "contribution"
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -105,7 +107,7 @@ class Problem:
         key = (number, replace(option, format="bf16"))
         if key not in self.keeps:
             block = self.teacher.blocks[number]
-            self.keeps[key] = choose(self.known, block, dict(option.target))
+            self.keeps[key] = choose(self.known, block, dict(option.target), self.ranking)
         return self.keeps[key]
 
     def cost(self, number: int, option: Option) -> tuple[float, float]:
@@ -203,7 +205,7 @@ class Problem:
 
     def hidden_keep(self, hidden: int) -> Tensor:
         """The most important hidden channels."""
-        return top(importance(self.known, None, "hidden"), hidden)
+        return top(priority(self.known, None, "hidden", self.ranking), hidden)
 
     def candidate(
         self, name: str, kind: str, picked: Sequence[Choice], chosen: Globals
