@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.architecture import Attention, Moe
+from compress.architecture import Attention, Moe, block_name
 from compress.candidate import Candidate
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import Infeasible, InputError
@@ -16,7 +16,7 @@ from compress.memory import Deployment, footprint
 from compress.model import is_plain, load_model
 from compress.planning import teacher_bytes
 from compress.prune import prune
-from compress.replay import removal_costs
+from compress.replay import option_costs
 from compress.scores import Scores, contributions
 from compress.searches.baselines import main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
@@ -45,7 +45,14 @@ class Teacher:
         model = load_model(path)
         formats = ["fp8", "nvfp4"]
         found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
-        exact = removal_costs(model, self.architecture, TOKENS[:4])
+        blocks = self.architecture.blocks
+        removals = {number: {"removed": None} for number in range(len(blocks))}
+        costs = option_costs(model, self.architecture, TOKENS[:4], removals)
+        exact = {
+            (block_name(blocks[n]), key): float(kl.mean())
+            for n, found_costs in costs.items()
+            for key, kl in found_costs.items()
+        }
         self.scores = Scores(found, exact, 1e-3, LENGTH)
         self.text: Reference = reference(self.checkpoint, model, TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
