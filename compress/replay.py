@@ -91,7 +91,7 @@ def option_costs(
     tokens: Tensor,
     options: Mapping[int, Mapping[str, Keep]],
     stop: Stop = NEVER,
-    chunk: int = 8,
+    chunk: int = 4,
     progress: Progress = lambda done, total: None,
     directory: Path | None = None,
 ) -> dict[int, dict[str, Tensor]]:
