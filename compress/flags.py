@@ -20,7 +20,10 @@ from compress.show import note
 Command = Callable[..., None]
 
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
-SCORED = ("data", "seed", "sequence_length", "score_tokens", "draws", "replay_tokens")
+SCORED = (
+    *("data", "seed", "sequence_length", "score_tokens", "score_length", "draws"),
+    *("replay_tokens", "replay_share"),
+)
 TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
 EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (

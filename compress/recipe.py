@@ -53,12 +53,17 @@ class Recipe(BaseModel):
     )
     eval_data: str | None = Field(None, description="JSONL file for the final table instead.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
-    sequence_length: int = Field(
-        128, ge=2, description="Tokens of a sequence to score and select on."
-    )
+    sequence_length: int = Field(128, ge=2, description="Tokens of a sequence to select on.")
     score_tokens: int = Field(2048, ge=1, description="Tokens for the contribution matrix.")
-    draws: int = Field(16, ge=1, description="Label draws per scored sequence.")
-    replay_tokens: int = Field(1024, ge=1, description="Tokens for the exact scores of blocks.")
+    score_length: int = Field(64, ge=2, description="Tokens of a sequence to score on.")
+    draws: int = Field(8, ge=1, description="Label draws per scored sequence.")
+    replay_tokens: int = Field(
+        1024, ge=1, description="Most tokens for the exact scores of deep cuts."
+    )
+    replay_share: float = Field(
+        0.5, gt=0, lt=1,
+        description="Besides removals, cuts of an axis to this share are scored exactly.",
+    )  # fmt: skip
     select_tokens: int = Field(2048, ge=1, description="Tokens that a trial is measured on.")
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
     ranking: Ranking = Field(

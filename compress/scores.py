@@ -7,11 +7,12 @@ scored exactly by ``replay`` and the estimates of its thinner cuts are anchored 
 """
 
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -25,19 +26,20 @@ from compress.rankings import activation_importance
 
 Contributions = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]
+REMOVAL = "removed"
 
 
 @dataclass(frozen=True)
 class Scores:
-    """Contributions [rows, *units] of sequences of ``length`` tokens, and exact block removals.
+    """Contributions [rows, *units] of sequences of ``length`` tokens, and costs that were replayed.
 
-    ``exact`` maps block names to the KL of removing that block alone, nats per token; ``kv`` is
-    that of storing every KV cache in FP8. ``rankings`` is what ``activation_scores`` gives: the
-    other rankings need it.
+    ``exact`` maps block names and option keys to the KL of that option alone, nats per token;
+    ``kv`` is that of storing every KV cache in FP8. ``rankings`` is what ``activation_scores``
+    gives: the other rankings need it.
     """
 
     contributions: Contributions
-    exact: Mapping[str, float]
+    exact: Mapping[tuple[str, str], float]
     kv: float
     length: int
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
@@ -45,7 +47,10 @@ class Scores:
     def save(self, file: Path) -> None:
         """Write everything as named tensors."""
         tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
-        tensors |= {f"exact/{key}": torch.tensor(value) for key, value in self.exact.items()}
+        tensors |= {
+            f"exact/{block}/{key}": torch.tensor(value, dtype=torch.float64)
+            for (block, key), value in self.exact.items()
+        }
         tensors |= {f"rankings/{key}": value for key, value in self.rankings.items()}
         tensors |= {"kv": torch.tensor(self.kv), "length": torch.tensor(self.length)}
         save_file({key: value.contiguous() for key, value in tensors.items()}, file)
@@ -53,7 +58,9 @@ class Scores:
 
 def load_scores(file: Path) -> Scores:
     """Read what ``Scores.save`` wrote."""
-    contributions, rankings, exact = {}, {}, {}
+    contributions: dict[str, Tensor] = {}
+    rankings: dict[str, Tensor] = {}
+    exact: dict[tuple[str, str], float] = {}
     with safe_open(file, framework="pt") as reader:
         for key in reader.offset_keys():
             group, _, name = key.partition("/")
@@ -62,7 +69,8 @@ def load_scores(file: Path) -> Scores:
             elif group == "rankings":
                 rankings[name] = reader.get_tensor(key)
             elif group == "exact":
-                exact[name] = float(reader.get_tensor(key))
+                block, _, option = name.rpartition("/")
+                exact[block, option] = float(reader.get_tensor(key))
         kv, length = float(reader.get_tensor("kv")), int(reader.get_tensor("length"))
     return Scores(contributions, exact, kv, length, rankings)
 
@@ -243,12 +251,22 @@ def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: For
     return total if rest is None else total + rest
 
 
+def option_key(keep: Mapping[str, Tensor] | None) -> str:
+    """Name of what an option keeps, such as ``ffn=768``; ``removed`` for nothing."""
+    if keep is None:
+        return REMOVAL
+    return ",".join(f"{axis}={index.shape[-1]}" for axis, index in sorted(keep.items()))
+
+
+def counts_of(key: str) -> dict[str, int]:
+    """The counts by axis that an option key names."""
+    return {axis: int(count) for axis, _, count in (p.partition("=") for p in key.split(","))}
+
+
 def removed(scores: Scores, block: Block) -> float:
     """Exact KL of removing a block; the estimate where it was not replayed."""
-    name = block_name(block)
-    if name in scores.exact:
-        return scores.exact[name]
-    return kl_of(whole(scores, block), scores.length)
+    found = scores.exact.get((block_name(block), REMOVAL))
+    return kl_of(whole(scores, block), scores.length) if found is None else found
 
 
 def whole(scores: Scores, block: Block) -> Tensor:
@@ -259,16 +277,35 @@ def whole(scores: Scores, block: Block) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
+def anchors(scores: Scores, block: Block, axes: Collection[str]) -> list[tuple[float, float]]:
+    """Estimate and exact cost of the block's replayed options that cut no axis but these.
+
+    In ascending order of the estimate; the removal, which cuts everything, is always among them.
+    """
+    found = []
+    for (name, key), cost in scores.exact.items():
+        if name != block_name(block):
+            continue
+        if key == REMOVAL:
+            found.append((kl_of(whole(scores, block), scores.length), cost))
+        elif counts_of(key).keys() <= set(axes):
+            rows = change(scores, block, choose(scores, block, counts_of(key)), "bf16")
+            found.append((kl_of(rows, scores.length), cost))
+    return sorted(found)
+
+
 def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> float:
     """Predicted KL of one option of a block, nats per token.
 
-    The second-order estimate is right for small cuts and low for whole blocks. Between them the
-    ratio exact / estimate of the whole block is blended in by how much of it the cut takes.
+    The second-order estimate is right for small cuts and low for whole blocks. Replayed options
+    are anchors, at which the cost is the exact one: the ratio exact / estimate is interpolated
+    linearly over the estimate, from 1 at a cut of nothing through the anchors on either side.
     """
-    structure = kl_of(change(scores, block, keep, "bf16"), scores.length) if keep else 0.0
     both = kl_of(change(scores, block, keep, format), scores.length)
-    estimate = kl_of(whole(scores, block), scores.length)
-    if estimate == 0 or structure == 0:
+    if not keep:
         return both
-    ratio = removed(scores, block) / estimate
-    return both + structure * (ratio - 1) * min(structure / estimate, 1.0)
+    structure = kl_of(change(scores, block, keep, "bf16"), scores.length)
+    known = [(estimate, cost) for estimate, cost in anchors(scores, block, keep) if estimate > 0]
+    points = [0.0, *(estimate for estimate, _ in known)]
+    ratios = [1.0, *(cost / estimate for estimate, cost in known)]
+    return both + structure * (float(np.interp(structure, points, ratios)) - 1)

@@ -1,33 +1,45 @@
 """The score stage: contributions, exact removals and the KV format, once per teacher and text."""
 
+import math
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
-from compress.architecture import FORMATS, Block, block_name
+from compress.architecture import FORMATS, Block, block_name, sizes
 from compress.candidate import AXES, Ranking
+from compress.checkpoint import Checkpoint
 from compress.gates import UNITS, unit_key
 from compress.kv import set_kv_format
 from compress.rankings import activation_scores
-from compress.replay import removal_costs
+from compress.recipe import Recipe
+from compress.replay import Keep, Stop, option_costs, replayable
 from compress.runs import Run, fingerprint
 from compress.scores import (
+    REMOVAL,
     Progress,
     Scores,
     change,
+    choose,
     contributions,
     importance,
     kl_of,
     load_scores,
+    option_key,
+    removed,
 )
 from compress.searches.measure import reference, sequence_kl
 from compress.session import Session
 from compress.show import note, progress, table
 
 STAGE = "score"
+# A replayed mean is known well enough once its standard error is an eighth of it: an estimate from
+# 256 rows has no less, and blocks of one kind differ by more.
+STOP = Stop(relative=0.125)
 
 
 def score_inputs(session: Session) -> dict[str, object]:
@@ -35,7 +47,8 @@ def score_inputs(session: Session) -> dict[str, object]:
     recipe = session.recipe
     return {
         "session": session.identity(),
-        "tokens": [recipe.score_tokens, recipe.draws, recipe.replay_tokens],
+        "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
+        "replay": [recipe.replay_tokens, recipe.replay_share],
         "rankings": list(get_args(Ranking)),
     }
 
@@ -51,27 +64,10 @@ def score(session: Session) -> Scores:
     file = scores_file(run)
     if run.stage_done(STAGE, inputs) and file.is_file():
         return load_scores(file)
-    rows = session.rows("score", recipe.score_tokens)
-    replayed = rows[: max(1, recipe.replay_tokens // recipe.sequence_length)]
-    formats = [format for format in FORMATS if format != "bf16"]
-    architecture, model = session.architecture, session.model
+    rows = session.rows("score", recipe.score_tokens, recipe.score_length)
     # Its own directory for these inputs: parts of another scoring are never mixed in.
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
-    with progress("score: contributions", len(rows)) as advance:
-        found = contributions(
-            model, architecture, rows, recipe.draws, formats, recipe.seed,
-            progress=stepwise(advance, len(rows)), directory=parts,
-        )  # fmt: skip
-    with progress("score: exact block removals", len(architecture.blocks)) as advance:
-        exact = removal_costs(
-            model, architecture, replayed, stepwise(advance, len(architecture.blocks))
-        )
-    text = reference(session.checkpoint, model, replayed)
-    set_kv_format(model, "fp8")
-    kv = float(torch.cat(list(sequence_kl(model, text))).mean())
-    set_kv_format(model, "bf16")
-    rankings = activation_scores(model, architecture, rows)
-    scores = Scores(found, exact, kv, recipe.sequence_length, rankings)
+    scores = scores_of(session.checkpoint, session.model, rows, recipe, parts)
     file.parent.mkdir(parents=True, exist_ok=True)
     scores.save(file.with_suffix(".partial"))
     file.with_suffix(".partial").replace(file)
@@ -80,6 +76,60 @@ def score(session: Session) -> Scores:
     for directory in file.parent.glob("parts-*"):
         shutil.rmtree(directory)
     return scores
+
+
+def scores_of(
+    checkpoint: Checkpoint, model: Any, rows: Tensor, recipe: Recipe, directory: Path
+) -> Scores:
+    """The scores of a teacher on rows of tokens [sequences, T].
+
+    ``recipe`` says how many draws and what is replayed; ``directory`` keeps finished parts, so that
+    a killed scoring continues there.
+    """
+    architecture = checkpoint.architecture
+    formats = [format for format in FORMATS if format != "bf16"]
+    with progress("score: contributions", len(rows)) as advance:
+        found = contributions(
+            model, architecture, rows, recipe.draws, formats, recipe.seed,
+            progress=stepwise(advance, len(rows)), directory=directory,
+        )  # fmt: skip
+    estimated = Scores(found, {}, 0.0, rows.shape[1])
+    options = {
+        number: deep_cuts(estimated, block, recipe.replay_share)
+        for number, block in enumerate(architecture.blocks)
+    }
+    replayed = rows[: max(1, recipe.replay_tokens // rows.shape[1])]
+    with progress("score: exact costs of deep cuts", len(options)) as advance:
+        costs = option_costs(
+            model, architecture, replayed, options, STOP,
+            progress=stepwise(advance, len(options)), directory=directory / "replay",
+        )  # fmt: skip
+    exact = {
+        (block_name(architecture.blocks[number]), key): float(kl.mean())
+        for number, found_costs in costs.items()
+        for key, kl in found_costs.items()
+    }
+    text = reference(checkpoint, model, replayed)
+    set_kv_format(model, "fp8")
+    kv = float(torch.cat(list(sequence_kl(model, text))).mean())
+    set_kv_format(model, "bf16")
+    rankings = activation_scores(model, architecture, rows)
+    return replace(estimated, exact=exact, kv=kv, rankings=rankings)
+
+
+def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
+    """What is replayed of a block, by option key: its removal, and ``share`` of every axis.
+
+    Axes of routed experts are left out: their cuts are not masks.
+    """
+    found: dict[str, Keep] = {REMOVAL: None}
+    for axis in AXES[block.kind]:
+        count = math.ceil(share * sizes(block)[axis])
+        if count < sizes(block)[axis]:
+            keep = choose(scores, block, {axis: count})
+            if replayable(block, keep):
+                found[option_key(keep)] = keep
+    return found
 
 
 def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:
@@ -98,7 +148,8 @@ def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:
 def print_scores(session: Session, scores: Scores) -> None:
     """The most and least important of every kind, in nats per token."""
     blocks = session.architecture.blocks
-    by_cost = sorted(scores.exact.items(), key=lambda item: item[1])
+    costs = {block_name(b): removed(scores, b) for b in blocks}
+    by_cost = sorted(costs.items(), key=lambda item: item[1])
     removals = [(name, f"{cost:.4f}") for name, cost in by_cost]
     shown = removals if len(removals) <= 12 else [*removals[:5], ("...", ""), *removals[-5:]]
     table("Blocks by what removing them costs (KL, nats per token)", ["block", "KL"], shown)

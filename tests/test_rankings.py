@@ -105,8 +105,8 @@ def test_a_dead_unit_goes_first(
 
 def test_a_dead_layer_costs_nothing(scored: Any) -> None:
     _, _, scores = scored
-    assert min(scores.exact, key=lambda name: scores.exact[name]) == "layers.4.mamba"
-    assert scores.exact["layers.4.mamba"] == pytest.approx(0, abs=1e-6)
+    assert min(scores.exact, key=lambda name: scores.exact[name]) == ("layers.4.mamba", "removed")
+    assert scores.exact["layers.4.mamba", "removed"] == pytest.approx(0, abs=1e-6)
 
 
 def test_batches_and_their_order_do_not_matter(scored: Any) -> None:

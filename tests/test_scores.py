@@ -1,5 +1,6 @@
 """Contributions predict the KL of small changes and rank what is dead last."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from compress.gates import UNITS, unit_key, weights_of
 from compress.losses import kl_from_hidden
 from compress.model import load_model
 from compress.precision.fake import fake_quantize_block
-from compress.replay import removal_costs, silenced
 from compress.scores import (
     Scores,
     change,
@@ -25,6 +25,7 @@ from compress.scores import (
     kl_of,
     load_scores,
     option_cost,
+    removed,
     whole,
 )
 
@@ -124,22 +125,43 @@ def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:
     assert option_cost(scores, ffn, keep, "bf16") == 0
 
 
-def test_silent_block_is_replayed_as_free_and_others_exactly(tiny: Path) -> None:
-    model, architecture = load_model(tiny), open_checkpoint(tiny).architecture
-    costs = removal_costs(model, architecture, TOKENS[:8])
-    head = model.lm_head.weight
-    teacher = model.model(input_ids=TOKENS[:8], use_cache=False).last_hidden_state.flatten(0, 1)
-    for block in architecture.blocks:
-        with silenced(model, architecture, block):
-            student = model.model(input_ids=TOKENS[:8], use_cache=False).last_hidden_state
-        expected = float(kl_from_hidden(student.flatten(0, 1), head, teacher, head).mean())
-        assert costs[block_name(block)] == pytest.approx(expected, rel=1e-4)
+def test_replayed_options_cost_what_was_replayed_and_others_lie_between(scored) -> None:
+    _, architecture, scores = scored
+    block = next(block for block in architecture.blocks if block.kind == "ffn")
+    name = block_name(block)
+    keeps = {count: choose(scores, block, {"ffn": count}) for count in (16, 32, 48, 64, 80)}
+    plain = {count: option_cost(scores, block, keep, "bf16") for count, keep in keeps.items()}
+    whole_block = kl_of(whole(scores, block), LENGTH)
+    exact = {(name, "removed"): 3 * whole_block, (name, "ffn=48"): 2 * plain[48]}
+    anchored = replace(scores, exact=exact)
+    assert removed(anchored, block) == 3 * whole_block
+    cost = {count: option_cost(anchored, block, keep, "bf16") for count, keep in keeps.items()}
+    assert cost[48] == pytest.approx(2 * plain[48])
+    ratio = {count: cost[count] / plain[count] for count in keeps}
+    assert 1 < ratio[80] < ratio[64] < 2 < ratio[32] < ratio[16] < 3
+    # What a format adds is not scaled: it is the estimate's own.
+    added = option_cost(anchored, block, keeps[64], "fp8") - cost[64]
+    unscaled = option_cost(scores, block, keeps[64], "fp8") - plain[64]
+    assert added == pytest.approx(unscaled, rel=1e-3)
+
+
+def test_anchors_of_other_axes_do_not_bend_a_cost(scored) -> None:
+    _, architecture, scores = scored
+    block = next(block for block in architecture.blocks if block.kind == "attention")
+    name, keep = block_name(block), choose(scores, block, {"query": 1})
+    exact = {(name, "kv_head=1"): 1e3}
+    anchored = replace(scores, exact=exact)
+    assert option_cost(anchored, block, keep, "bf16") == option_cost(scores, block, keep, "bf16")
 
 
 def test_scores_survive_the_disk(scored, tmp_path: Path) -> None:
     _, architecture, scores = scored
+    scores = replace(
+        scores, exact={("layers.0.ffn", "removed"): 0.1, ("layers.0.ffn", "ffn=48"): 0.2}
+    )
     scores.save(tmp_path / "scores.safetensors")
     again = load_scores(tmp_path / "scores.safetensors")
+    assert again.exact == scores.exact
     assert again.contributions.keys() == scores.contributions.keys()
     block = architecture.blocks[0]
     key = unit_key(block, UNITS[block.kind][0])

@@ -1,0 +1,157 @@
+"""A replayed option costs what the masked model costs; replays stop early and resume."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, write_tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress import replay
+from compress.architecture import Architecture, Block, block_name
+from compress.candidate import Candidate, student_architecture
+from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.model import load_model
+from compress.replay import NEVER, Keep, Stop, Text, option_costs
+from compress.searches.measure import measure, reference
+
+LENGTH = 16
+TOKENS = torch.randint(0, 128, (8, LENGTH), generator=torch.Generator().manual_seed(3))
+Teacher = tuple[Checkpoint, PreTrainedModel, Architecture]
+
+
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    path = write_tiny(
+        tmp_path_factory.mktemp("replay") / "m", TINY[request.param], dtype=torch.float32
+    )
+    checkpoint = open_checkpoint(path)
+    return checkpoint, load_model(path), checkpoint.architecture
+
+
+def cuts(architecture: Architecture) -> dict[int, dict[str, Keep]]:
+    """A removal and a cut along every axis that is a mask, of every block."""
+    options: dict[int, dict[str, Keep]] = {}
+    for number, block in enumerate(architecture.blocks):
+        found: dict[str, dict[str, Tensor]] = {
+            "attention": {
+                "kv_head": {"kv_head": torch.tensor([1])},
+                "query": {"query": torch.tensor([[0], [1]])},
+            },
+            "ffn": {"ffn": {"ffn": torch.arange(0, 96, 2)}},
+            "moe": {"shared_ffn": {"shared_ffn": torch.arange(16)}},
+            "mamba": {
+                "head": {"head": torch.tensor([[0, 2], [1, 3]])},
+                "channel": {"channel": torch.arange(0, 16, 4)},
+            },
+        }[block.kind]
+        options[number] = {"removed": None, **found}
+    return options
+
+
+def test_a_replayed_option_costs_what_the_student_of_surgery_costs(teacher: Teacher) -> None:
+    checkpoint, model, architecture = teacher
+    options = cuts(architecture)
+    found = option_costs(model, architecture, TOKENS, options)
+    text = reference(checkpoint, model, TOKENS)
+    everything = list(range(len(architecture.blocks)))
+    for number, keeps in options.items():
+        prefix = block_name(architecture.blocks[number])
+        for key, cut in keeps.items():
+            blocks = [n for n in everything if cut is not None or n != number]
+            keep = {"blocks": torch.tensor(blocks)}
+            keep |= {f"{prefix}/{axis}": index for axis, index in (cut or {}).items()}
+            student = student_architecture(architecture, keep, {}, "bf16")
+            candidate = Candidate(id="", kind="", architecture=student, keep=keep)
+            kl = torch.cat(list(measure(candidate, text)))
+            torch.testing.assert_close(found[number][key], kl, rtol=2e-2, atol=1e-5)
+
+
+def test_stacking_and_chunks_do_not_matter(teacher: Teacher) -> None:
+    _, model, architecture = teacher
+    options = cuts(architecture)
+    together = option_costs(model, architecture, TOKENS, options, chunk=8)
+    for number, keeps in options.items():
+        for key, keep in keeps.items():
+            alone = option_costs(model, architecture, TOKENS, {number: {key: keep}}, chunk=3)
+            torch.testing.assert_close(
+                together[number][key], alone[number][key], rtol=1e-3, atol=1e-6
+            )
+
+
+def test_sequences_are_added_until_the_mean_is_known(teacher: Teacher) -> None:
+    _, model, architecture = teacher
+    keeps: dict[str, Keep] = cuts(architecture)[0]
+    whole = option_costs(model, architecture, TOKENS, {0: keeps}, NEVER, chunk=2)[0]
+    assert {len(kl) for kl in whole.values()} == {len(TOKENS)}
+    early = option_costs(model, architecture, TOKENS, {0: keeps}, Stop(relative=10.0), chunk=2)[0]
+    assert {len(kl) for kl in early.values()} == {4}
+    for key, kl in early.items():
+        torch.testing.assert_close(kl, whole[key][:4], rtol=1e-3, atol=1e-6)
+    # A bound that only some options meet: those stop, the others go on to the limit.
+    errors = {key: float(kl[:4].std()) / 2 for key, kl in whole.items()}
+    bound = Stop(absolute=min(errors.values()) * 1.001)
+    mixed = option_costs(model, architecture, TOKENS, {0: keeps}, bound, chunk=4)[0]
+    easiest = min(errors, key=lambda key: errors[key])
+    assert len(mixed[easiest]) == 4
+    assert max(len(kl) for kl in mixed.values()) == len(TOKENS)
+
+
+def test_a_killed_replay_continues_with_the_finished_blocks(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, architecture = teacher
+    options = cuts(architecture)
+    plain = option_costs(model, architecture, TOKENS, options)
+    run: list[str] = []
+    block_costs = replay.block_costs
+
+    def killed(
+        text: Text, architecture: Architecture, block: Block, keeps: dict[str, Keep], stop: Stop
+    ) -> dict[str, Tensor]:
+        if len(run) == 2:
+            raise KeyboardInterrupt
+        run.append(block_name(block))
+        return block_costs(text, architecture, block, keeps, stop)
+
+    monkeypatch.setattr(replay, "block_costs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        option_costs(model, architecture, TOKENS, options, directory=tmp_path)
+    finished = list(run)
+    monkeypatch.undo()
+    seen: list[tuple[int, int]] = []
+
+    def counted(
+        text: Text, architecture: Architecture, block: Block, keeps: dict[str, Keep], stop: Stop
+    ) -> dict[str, Tensor]:
+        assert block_name(block) not in finished
+        return block_costs(text, architecture, block, keeps, stop)
+
+    monkeypatch.setattr(replay, "block_costs", counted)
+    again = option_costs(
+        model, architecture, TOKENS, options,
+        progress=lambda done, total: seen.append((done, total)), directory=tmp_path,
+    )  # fmt: skip
+    assert seen[-1] == (len(options), len(options))
+    for number, costs in plain.items():
+        for key, kl in costs.items():
+            assert torch.equal(again[number][key], kl)
+
+
+def test_a_dead_layer_costs_nothing_and_ranks_last(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"])
+    model, architecture = load_model(path), open_checkpoint(path).architecture
+    model.model.layers[1].mlp.down_proj.weight.zero_()
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    found = option_costs(model, architecture, TOKENS, cuts(architecture))
+    dead = {2, 3}
+    for number, costs in found.items():
+        for kl in costs.values():
+            assert (float(kl.mean()) < 1e-6) == (number in dead)
+
+
+def test_cuts_of_routed_experts_are_refused(tiny_hybrid: Path) -> None:
+    model, architecture = load_model(tiny_hybrid), open_checkpoint(tiny_hybrid).architecture
+    with pytest.raises(ValueError, match="expert=2 changes routed experts"):
+        option_costs(model, architecture, TOKENS, {1: {"expert=2": {"expert": torch.arange(2)}}})
