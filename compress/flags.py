@@ -26,7 +26,7 @@ EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (
     *SERVED,
     *("space", "target", "trials", "finalists", "short_distill_tokens", "select_tokens"),
-    *("eval_data", "final_tokens"),
+    *("repair_tokens", "eval_data", "final_tokens"),
     *SCORED,
     *TRAINED,
 )

@@ -50,6 +50,9 @@ class Recipe(BaseModel):
     score_tokens: int = Field(2048, ge=1, description="Tokens for the contribution matrix.")
     draws: int = Field(16, ge=1, description="Label draws per scored sequence.")
     replay_tokens: int = Field(1024, ge=1, description="Tokens for the exact scores of blocks.")
+    repair_tokens: int = Field(
+        4096, ge=2, description="Tokens that output projections are refitted on, if the space may."
+    )
     select_tokens: int = Field(2048, ge=1, description="Tokens that a trial is measured on.")
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
     trials: int = Field(100, ge=1, description="Candidates to measure.")

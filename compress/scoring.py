@@ -1,4 +1,7 @@
-"""The score stage: contributions, exact removals and the KV format, once per teacher and text."""
+"""The score stage: contributions, exact removals and the KV format, once per teacher and text.
+
+Gram matrices are a stage of their own, only for spaces that repair what they cut.
+"""
 
 import shutil
 from collections.abc import Callable, Iterator
@@ -9,6 +12,7 @@ import torch
 from compress.architecture import FORMATS, Block, block_name
 from compress.candidate import AXES
 from compress.gates import UNITS, unit_key
+from compress.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.kv import set_kv_format
 from compress.replay import removal_costs
 from compress.runs import Run, fingerprint
@@ -26,6 +30,7 @@ from compress.session import Session
 from compress.show import note, progress, table
 
 STAGE = "score"
+REPAIR = "repair"
 
 
 def score_inputs(session: Session) -> dict[str, object]:
@@ -76,6 +81,34 @@ def score(session: Session) -> Scores:
     for directory in file.parent.glob("parts-*"):
         shutil.rmtree(directory)
     return scores
+
+
+def gram_file(session: Session) -> Grams:
+    """Gram matrices of the session's teacher on score text, computed where missing."""
+    run, recipe = session.run, session.recipe
+    inputs = {"session": session.identity(), "tokens": recipe.repair_tokens}
+    grams = Grams(run.path / "scores" / "grams.safetensors")
+    if run.stage_done(REPAIR, inputs) and grams.file.is_file():
+        return grams
+    rows = session.rows("score", repair_tokens(session))
+    with progress("score: what output projections read", len(rows)) as advance:
+        halves = {
+            half: gram_matrices(
+                session.model,
+                session.architecture,
+                rows[start::2],
+                progress=lambda n: advance(n, ""),
+            )
+            for start, half in enumerate(HALVES)
+        }
+    save_grams(halves, grams.file)
+    run.sign(REPAIR, inputs)
+    return grams
+
+
+def repair_tokens(session: Session) -> int:
+    """Tokens that Gram matrices take: a row for each half at least."""
+    return max(session.recipe.repair_tokens, 2 * session.recipe.sequence_length)
 
 
 def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:

@@ -1,18 +1,24 @@
 """What the candidates of one search share, and the rows they become."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from compress.architecture import to_json
 from compress.candidate import Candidate
 from compress.families import count_parameters
+from compress.grams import Grams
 from compress.model import is_plain
+from compress.repair import repair_ratio
 from compress.runs import fingerprint
 from compress.scores import Scores
+from compress.scoring import REPAIR, gram_file
 from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, measure
 from compress.searches.problem import Problem, total_bytes
@@ -48,6 +54,7 @@ class Row:
             "distilled_kl": self.distilled_kl,
             "finalist": self.finalist,
             "selected": self.selected,
+            "repaired": sorted(trial.candidate.repaired),
             "stock": is_plain(architecture) and architecture.formats == {"bf16"},
             "architecture": json.loads(to_json(architecture)),
         }
@@ -61,6 +68,15 @@ class Bench:
     scores: Scores
     text: Reference
 
+    @cached_property
+    def grams(self) -> Grams:
+        """What repair needs; computed when a problem first repairs."""
+        return gram_file(self.session)
+
+    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
+        """Per-sequence KL of a candidate, a batch at a time."""
+        return measure(candidate, self.text, self.grams if candidate.repaired else None)
+
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
         session = self.session
@@ -71,6 +87,7 @@ class Bench:
             session.deployment,
             session.budget.bytes,
             blind_to_rounding,
+            partial(repair_ratio, session.checkpoint, self.grams) if space.repair else None,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -84,6 +101,7 @@ class Bench:
         measured = fingerprint(
             {
                 "score": run.fingerprint(SCORE),
+                "repair": run.fingerprint(REPAIR) if problem.space.repair else None,
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
                 "budget": problem.budget,
@@ -103,14 +121,14 @@ class Bench:
             found = explore(
                 problem,
                 settings,
-                lambda candidate: measure(candidate, self.text),
+                self.measure,
                 lambda best: advance(1, f"best KL {best:.4f}"),
             )
         return [Row(trial=trial, kind=study.partition("-")[0]) for trial in found]
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""
-        values = torch.cat(list(measure(candidate, self.text))).tolist()
+        values = torch.cat(list(self.measure(candidate))).tolist()
         trial = Trial(
             candidate=candidate,
             bytes=total_bytes(candidate, self.session.deployment),

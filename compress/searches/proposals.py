@@ -196,7 +196,7 @@ def swapped(
 def key_of(problem: Problem, proposal: Proposal) -> str:
     """What makes two proposals the same candidate, however their asks differ."""
     what = [
-        (number, option.target, option.format, option.removed)
+        (number, option.target, option.format, option.removed, option.repaired)
         for choice in proposal.picked
         for number, option in choice
     ]
