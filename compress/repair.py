@@ -11,7 +11,7 @@ teacher's weights, and the cheap counterpart of Puzzle's blockwise local distill
 2411.19146). Columns are independent of the rows, so that a cut of the hidden size changes nothing.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
