@@ -8,7 +8,7 @@ only the columns k kept and r gone, the weight whose output is nearest to the te
 with the Gram matrix G = X^T X: one matrix per projection serves every cut of its block. It is the
 channel reconstruction of He et al. 2017 (arXiv 1707.06168, eq. 1) with the ridge toward the
 teacher's weights, and the cheap counterpart of Puzzle's blockwise local distillation (arXiv
-2411.19146). Columns are independent of the rows, so that a cut of the hidden size changes nothing.
+2411.19146). Rows of W' do not depend on each other: a cut of the hidden size only leaves some out.
 """
 
 from collections.abc import Mapping

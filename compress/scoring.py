@@ -12,7 +12,7 @@ import torch
 from compress.architecture import FORMATS, Block, block_name
 from compress.candidate import AXES
 from compress.gates import UNITS, unit_key
-from compress.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
 from compress.kv import set_kv_format
 from compress.replay import removal_costs
 from compress.runs import Run, fingerprint
@@ -86,7 +86,8 @@ def score(session: Session) -> Scores:
 def gram_file(session: Session) -> Grams:
     """Gram matrices of the session's teacher on score text, computed where missing."""
     run, recipe = session.run, session.recipe
-    inputs = {"session": session.identity(), "tokens": recipe.repair_tokens}
+    # The ridge decides no matrix, but every student that is made with them.
+    inputs = {"session": session.identity(), "tokens": recipe.repair_tokens, "ridge": RIDGE}
     grams = Grams(run.path / "scores" / "grams.safetensors")
     if run.stage_done(REPAIR, inputs) and grams.file.is_file():
         return grams
