@@ -28,13 +28,15 @@ class Candidate:
     ``keep`` maps ``"blocks"`` to the teacher's block numbers that survive, ``"hidden"`` and
     ``"layers.7.ffn/ffn"`` (the teacher's block name and axis) to kept indices, ascending; an axis
     that is not there is kept whole. Indices of ``query`` are [kept KV heads, kept], of ``head``
-    [groups, kept], of ``expert_ffn`` [kept experts, kept].
+    [groups, kept], of ``expert_ffn`` [kept experts, kept]. ``repaired`` are the teacher's block
+    numbers whose output projections are refitted (``repair``).
     """
 
     id: str
     kind: str
     architecture: Architecture
     keep: "Mapping[str, Tensor]"
+    repaired: frozenset[int] = frozenset()
 
 
 def block_keep(keep: "Mapping[str, Tensor]", teacher_block: Block) -> "dict[str, Tensor]":

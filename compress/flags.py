@@ -30,7 +30,7 @@ SEARCHED = (
     *SERVED,
     "active_parameters",
     *("space", "target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens"),
-    *("eval_data", "final_tokens", "workers"),
+    *("repair_tokens", "eval_data", "final_tokens", "workers"),
     *SCORED,
     *TRAINED,
 )

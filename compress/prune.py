@@ -14,12 +14,16 @@ from compress.candidate import Candidate, block_keep, kept_experts
 from compress.checkpoint import Checkpoint, write_checkpoint
 from compress.config import ARCHITECTURE
 from compress.families import family_of, parameters
+from compress.grams import Grams, projections
 from compress.layout import Slot, take
 from compress.model import student_config
 from compress.precision.fake import fake_quantize_block
+from compress.repair import repaired
 from compress.runs import atomic_directory, write_text
 
 KEEP = "keep.safetensors"
+# Beside the kept indices in the same file: the teacher's blocks that are repaired.
+REPAIRED = "repaired"
 
 
 def cut(
@@ -36,8 +40,13 @@ def cut(
     return smaller if shrunk == 1 else (smaller.float() * sqrt(shrunk)).to(tensor.dtype)
 
 
-def student_tensors(teacher: Checkpoint, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
-    """The student's tensors under its names on disk, block by block, in the teacher's dtype."""
+def student_tensors(
+    teacher: Checkpoint, candidate: Candidate, grams: Grams | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """The student's tensors under its names on disk, block by block, in the teacher's dtype.
+
+    ``grams`` are the teacher's; a candidate with repaired blocks needs them.
+    """
     architecture, keep = teacher.architecture, candidate.keep
     family = family_of(architecture.family)
     shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
@@ -49,6 +58,11 @@ def student_tensors(teacher: Checkpoint, candidate: Candidate) -> Iterator[tuple
         original = architecture.blocks[number]
         source, target = (family.layer.format(layer=b.layer) for b in (original, block))
         axis_sizes, kept = shared | sizes(original), block_keep(keep, original)
+        refitted = {
+            projection.name: projection
+            for projection in projections(architecture, original)
+            if number in candidate.repaired
+        }
         for name, slot in family.tensors(original).items():
             per_expert = isinstance(original, Moe) and "{expert}" in name
             experts = (
@@ -58,8 +72,13 @@ def student_tensors(teacher: Checkpoint, candidate: Candidate) -> Iterator[tuple
                 own = dict(kept)
                 if per_expert and "expert_ffn" in own:
                     own["expert_ffn"] = own["expert_ffn"][row]
-                tensor = teacher[source + name.format(expert=expert)]
-                yield target + name.format(expert=row), cut(tensor, slot, axis_sizes, own)
+                if projection := refitted.get(name.format(expert=expert)):
+                    assert grams is not None, "a repaired candidate needs its teacher's Grams"
+                    student = repaired(teacher, grams, original, projection, own)
+                else:
+                    tensor = teacher[source + name.format(expert=expert)]
+                    student = cut(tensor, slot, axis_sizes, own)
+                yield target + name.format(expert=row), student
 
 
 def quantized(
@@ -86,16 +105,18 @@ def quantized(
         yield from fake_quantize_block(wide, slots, format).items()
 
 
-def prune(teacher: Checkpoint, candidate: Candidate, directory: Path) -> None:
+def prune(
+    teacher: Checkpoint, candidate: Candidate, directory: Path, grams: Grams | None = None
+) -> None:
     """Write the candidate's BF16 student to ``directory``, with what it keeps beside it."""
     config = student_config(teacher.config, candidate.architecture)
     write_checkpoint(
         directory,
-        in_bf16(student_tensors(teacher, candidate), candidate.architecture),
+        in_bf16(student_tensors(teacher, candidate, grams), candidate.architecture),
         config,
         teacher.path,
         to_json(candidate.architecture),
-        lambda partial: save_keep(candidate.keep, partial / KEEP),
+        lambda partial: save_keep(candidate, partial / KEEP),
     )
 
 
@@ -108,25 +129,31 @@ def in_bf16(
         yield name, tensor.to(torch.float32 if name in wide else torch.bfloat16)
 
 
-def save_keep(keep: Mapping[str, Tensor], file: Path) -> None:
-    """Write the kept indices."""
-    save_file({name: index.contiguous() for name, index in keep.items()}, file)
+def save_keep(candidate: Candidate, file: Path) -> None:
+    """Write the kept indices, and which blocks are repaired where any is."""
+    tensors = {name: index.contiguous() for name, index in candidate.keep.items()}
+    if candidate.repaired:
+        tensors[REPAIRED] = torch.tensor(sorted(candidate.repaired))
+    save_file(tensors, file)
 
 
 def save_candidate(candidate: Candidate, directory: Path) -> None:
     """Write what a candidate is, without weights; ``prune`` adds those."""
     with atomic_directory(directory) as partial:
         write_text(partial / ARCHITECTURE, to_json(candidate.architecture))
-        save_keep(candidate.keep, partial / KEEP)
+        save_keep(candidate, partial / KEEP)
 
 
 def load_candidate(directory: Path, kind: str) -> Candidate:
     """The candidate of a directory; its name is the directory's."""
+    keep = load_file(directory / KEEP)
+    repaired_blocks = keep.pop(REPAIRED, torch.arange(0))
     return Candidate(
         id=directory.name,
         kind=kind,
         architecture=from_json((directory / ARCHITECTURE).read_text()),
-        keep=load_file(directory / KEEP),
+        keep=keep,
+        repaired=frozenset(repaired_blocks.tolist()),
     )
 
 
@@ -137,6 +164,7 @@ def same_candidate(candidate: Candidate, directory: Path) -> bool:
     found = load_candidate(directory, candidate.kind)
     return (
         found.architecture == candidate.architecture
+        and found.repaired == candidate.repaired
         and found.keep.keys() == candidate.keep.keys()
         and all(torch.equal(found.keep[key], index) for key, index in candidate.keep.items())
     )

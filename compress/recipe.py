@@ -64,6 +64,9 @@ class Recipe(BaseModel):
         0.5, gt=0, lt=1,
         description="Besides removals, cuts of an axis to this share are scored exactly.",
     )  # fmt: skip
+    repair_tokens: int = Field(
+        4096, ge=2, description="Tokens that output projections are refitted on, if the space may."
+    )
     select_tokens: int = Field(2048, ge=1, description="Tokens that a trial is measured on.")
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")
     ranking: Ranking = Field(

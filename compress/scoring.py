@@ -1,4 +1,7 @@
-"""The score stage: contributions, exact removals and the KV format, once per teacher and text."""
+"""The score stage: contributions, exact removals and the KV format, once per teacher and text.
+
+Gram matrices are a stage of their own, only for spaces that repair what they cut.
+"""
 
 import math
 import shutil
@@ -14,6 +17,7 @@ from compress.architecture import FORMATS, Block, block_name, sizes
 from compress.candidate import AXES, Ranking
 from compress.checkpoint import Checkpoint
 from compress.gates import UNITS, unit_key
+from compress.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
 from compress.kv import set_kv_format
 from compress.rankings import activation_scores
 from compress.recipe import Recipe
@@ -37,6 +41,7 @@ from compress.session import Session
 from compress.show import note, progress, table
 
 STAGE = "score"
+REPAIR = "repair"
 # A replayed mean is known well enough once its standard error is an eighth of it: an estimate from
 # 256 rows has no less, and blocks of one kind differ by more.
 STOP = Stop(relative=0.125)
@@ -130,6 +135,35 @@ def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
             if replayable(block, keep):
                 found[option_key(keep)] = keep
     return found
+
+
+def gram_file(session: Session) -> Grams:
+    """Gram matrices of the session's teacher on score text, computed where missing."""
+    run, recipe = session.run, session.recipe
+    # The ridge decides no matrix, but every student that is made with them.
+    inputs = {"session": session.identity(), "tokens": recipe.repair_tokens, "ridge": RIDGE}
+    grams = Grams(run.path / "scores" / "grams.safetensors")
+    if run.stage_done(REPAIR, inputs) and grams.file.is_file():
+        return grams
+    rows = session.rows("score", repair_tokens(session))
+    with progress("score: what output projections read", len(rows)) as advance:
+        halves = {
+            half: gram_matrices(
+                session.model,
+                session.architecture,
+                rows[start::2],
+                progress=lambda n: advance(n, ""),
+            )
+            for start, half in enumerate(HALVES)
+        }
+    save_grams(halves, grams.file)
+    run.sign(REPAIR, inputs)
+    return grams
+
+
+def repair_tokens(session: Session) -> int:
+    """Tokens that Gram matrices take: a row for each half at least."""
+    return max(session.recipe.repair_tokens, 2 * session.recipe.sequence_length)
 
 
 def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:

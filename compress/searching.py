@@ -12,8 +12,8 @@ from compress.memory import footprint
 from compress.planning import in_format
 from compress.rankings import require_ranked
 from compress.runs import Run, write_json
+from compress.scoring import REPAIR, gram_file, repair_tokens, score
 from compress.scoring import STAGE as SCORE
-from compress.scoring import score
 from compress.searches.baselines import main_kind, randomly, uniform, variants
 from compress.searches.bench import Bench, Row, open_bench
 from compress.searches.measure import Reference, reference
@@ -70,6 +70,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
             "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
     return {
         "score": session.run.fingerprint(SCORE),
+        "repair": session.run.fingerprint(REPAIR) if space.repair else None,
         "space": space.model_dump(mode="json"),
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": session.active,
@@ -102,7 +103,11 @@ def search(session: Session) -> None:
     session.rows("score", session.recipe.score_tokens)
     session.rows("select", 2 * session.recipe.select_tokens)
     session.rows("final", session.recipe.final_tokens)
+    if space.repair:
+        session.rows("score", repair_tokens(session))
     scores = score(session)
+    if space.repair:
+        gram_file(session)
     inputs = search_inputs(session, space)
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)
@@ -175,7 +180,8 @@ def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, An
             rows += bench.explored(problem, name, trials)
         except Infeasible as error:
             missing.append({"kind": kind, "fits": False, "reason": str(error)})
-    plain = bench.problem(named["prune"])
+    # What people do without a search, they do without repair.
+    plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
     blind = {"uniform": uniform(plain), "random": randomly(plain, BASELINE_TRIALS, recipe.seed)}
     for kind, found in blind.items():
         if not found:

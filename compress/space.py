@@ -41,7 +41,11 @@ class Axis(BaseModel):
 
 
 class Space(BaseModel):
-    """What a search may change. ``remove`` says what may go as a whole."""
+    """What a search may change.
+
+    ``remove`` says what may go as a whole; ``repair`` also offers every cut of a block with its
+    output projection refitted.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -49,6 +53,7 @@ class Space(BaseModel):
     axes: Mapping[str, Axis]
     formats: tuple[Format, ...] = Field(min_length=1)
     kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
+    repair: bool = False
 
     @property
     def prunes(self) -> bool:
@@ -135,11 +140,15 @@ def admissible(block: Block, target: Mapping[str, int]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One choice for a block: its counts by axis (whole axes left out) and format; or removal."""
+    """One choice for a block: its counts by axis (whole axes left out) and format; or removal.
+
+    ``repaired``: what is cut has its output projection refitted.
+    """
 
     target: tuple[tuple[str, int], ...] = ()
     format: Format = "bf16"
     removed: bool = False
+    repaired: bool = False
 
 
 REMOVED = Option(removed=True)
@@ -175,7 +184,10 @@ def block_options(
         ]
         # A block whose shapes refuse all formats of the space stays BF16.
         for format in taken or [FORMATS[0]]:
-            yield Option(tuple(sorted(target.items())), format)
+            option = Option(tuple(sorted(target.items())), format)
+            yield option
+            if space.repair and target:
+                yield dataclasses.replace(option, repaired=True)
 
 
 def resized(block: Block, target: Mapping[str, int], format: Format = "bf16") -> Block:

@@ -20,6 +20,7 @@ from compress.model import disk_tensors, load_model, student_config
 from compress.prune import in_bf16, load_candidate, prune, same_candidate, save_candidate
 from compress.quantize import quantize as with_modelopt
 from compress.runs import Run, read_json, write_json
+from compress.scoring import REPAIR, gram_file
 from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, reference, sequence_kl, student_model
 from compress.session import Session
@@ -75,7 +76,7 @@ def keep_students(run: Run, candidates: Iterable[Candidate]) -> None:
     A name stands for another candidate after a search with other settings, and the same choice
     for other weights after another teacher.
     """
-    inputs = {"score": run.fingerprint(SCORE)}
+    inputs = {"score": run.fingerprint(SCORE), "repair": run.fingerprint(REPAIR)}
     same_teacher = run.stage_done("students", inputs)
     missing: dict[str, Candidate] = {}
     kept: set[str] = set()
@@ -103,7 +104,8 @@ def pruned(session: Session, candidate: Candidate) -> Path:
     """Directory of the candidate's BF16 student, cut now if it was not before."""
     directory = session.run.path / "candidates" / candidate.id
     if not (directory / "config.json").is_file():
-        prune(session.checkpoint, candidate, directory)
+        grams = gram_file(session) if candidate.repaired else None
+        prune(session.checkpoint, candidate, directory, grams)
     return directory
 
 
@@ -125,6 +127,9 @@ def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[st
         "length": recipe.distill_length,
         "architecture": to_json(candidate.architecture),
         "keep": {key: index.tolist() for key, index in candidate.keep.items()},
+        "repaired": [sorted(candidate.repaired), recipe.repair_tokens]
+        if candidate.repaired
+        else [],
     }
 
 

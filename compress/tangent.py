@@ -5,17 +5,21 @@ has lost a third of its teacher neither holds. Here the same gates are read on t
 that computes the student, for units that are gone too (``masks``).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from compress.architecture import Format
-from compress.candidate import Candidate
-from compress.gates import Taps
+from compress.candidate import Candidate, block_keep
+from compress.checkpoint import Checkpoint
+from compress.gates import Taps, weights_of
+from compress.grams import Grams, projections
 from compress.kv import set_kv_format
 from compress.losses import kl_from_hidden
+from compress.repair import expert_keep, kept_columns, repaired
 from compress.scores import Contributions, label_gradients
 from compress.searches.measure import BATCH, Reference
 
@@ -42,11 +46,13 @@ def tangent(
     draws: int,
     formats: Sequence[Format],
     seed: int = 0,
+    grams: Grams | None = None,
 ) -> Tangent:
     """The tangent at a candidate of the teacher ``model``, on a text.
 
-    Costs a forward and ``1 + draws`` backward passes. Formats round the masked teacher's weights,
-    not those of the cut: scales may differ slightly from the student's.
+    A candidate with repaired blocks needs the teacher's ``grams``. Costs a forward and
+    ``1 + draws`` backward passes. Formats round the masked teacher's weights, not those of the
+    cut: scales may differ slightly from the student's.
     """
     architecture = text.teacher.architecture
     survivors = candidate.keep["blocks"].tolist()
@@ -54,23 +60,63 @@ def tangent(
         number: block.format
         for number, block in zip(survivors, candidate.architecture.blocks, strict=True)
     }
-    taps = Taps(model, architecture, formats, candidate.keep, current)
     slope: dict[str, list[Tensor]] = {}
     curvature: dict[str, list[Tensor]] = {}
     kl = []
     set_kv_format(model, candidate.architecture.kv_format)
-    for start in range(0, len(text.tokens), BATCH):
-        part = text.part(start, start + BATCH)
-        with taps.attached(len(part.tokens)), torch.enable_grad():
-            hidden = taps.model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
-            found, gradient = kl_gradient(hidden.detach(), part)
-            kl.append(found)
-            collect(slope, taps.backward(hidden, gradient, again=draws > 0))
-            labels = label_gradients(hidden.detach(), text.head, part.tokens, draws, seed)
-            for draw, gradient in enumerate(labels):
-                collect(curvature, taps.backward(hidden, gradient, again=draw < draws - 1))
+    with refitted(model, candidate, text.teacher, grams):
+        taps = Taps(model, architecture, formats, candidate.keep, current)
+        for start in range(0, len(text.tokens), BATCH):
+            part = text.part(start, start + BATCH)
+            kl.append(tap(taps, part, draws, seed, slope, curvature))
     set_kv_format(model, "bf16")
     return Tangent(joined(slope), joined(curvature), torch.cat(kl), text.tokens.shape[1])
+
+
+def tap(
+    taps: Taps,
+    part: Reference,
+    draws: int,
+    seed: int,
+    slope: dict[str, list[Tensor]],
+    curvature: dict[str, list[Tensor]],
+) -> Tensor:
+    """Append the rows of one batch; its KL [sequences], nats per token."""
+    with taps.attached(len(part.tokens)), torch.enable_grad():
+        hidden = taps.model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+        kl, gradient = kl_gradient(hidden.detach(), part)
+        collect(slope, taps.backward(hidden, gradient, again=True))
+        labels = label_gradients(hidden.detach(), part.head, part.tokens, draws, seed)
+        for draw, gradient in enumerate(labels):
+            collect(curvature, taps.backward(hidden, gradient, again=draw < draws - 1))
+    return kl
+
+
+@contextmanager
+def refitted(
+    model: object, candidate: Candidate, teacher: Checkpoint, grams: Grams | None
+) -> Iterator[None]:
+    """The teacher's output projections with the student's repaired columns; dead ones stay."""
+    before: list[tuple[Tensor, Tensor]] = []
+    for number in sorted(candidate.repaired):
+        assert grams is not None, "a repaired candidate needs its teacher's Grams"
+        block = teacher.architecture.blocks[number]
+        keep = block_keep(candidate.keep, block)
+        weights = weights_of(model, teacher.architecture, block)
+        for projection in projections(teacher.architecture, block):
+            own = expert_keep(keep, block, projection.expert)
+            if own is None:
+                continue
+            weight, _ = weights[projection.name.removesuffix(".weight")]
+            rows = keep.get("hidden", torch.arange(len(weight)))
+            before.append((weight, weight.clone()))
+            student = repaired(teacher, grams, block, projection, own)
+            weight[rows[:, None], kept_columns(projection, block, own)] = student.to(weight.dtype)
+    try:
+        yield
+    finally:
+        for weight, original in before:
+            weight.copy_(original)
 
 
 def kl_gradient(hidden_BTD: Tensor, part: Reference) -> tuple[Tensor, Tensor]:

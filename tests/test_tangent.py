@@ -1,5 +1,6 @@
 """At a student: the gated teacher computes it, and its derivatives say what a change does."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,12 +8,14 @@ import torch
 from conftest import TINY, write_tiny
 from test_prune import CASES, candidate
 
+from compress.architecture import block_name
 from compress.checkpoint import open_checkpoint
 from compress.gates import Taps, unit_key
+from compress.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.losses import kl_from_hidden
 from compress.model import build_model, load_model, student_config
 from compress.prune import student_tensors
-from compress.searches.measure import Reference, reference
+from compress.searches.measure import Reference, measure, reference
 from compress.tangent import tangent
 
 LENGTH = 16
@@ -71,3 +74,24 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
 
     assert float(found.kl.mean()) == pytest.approx(kl(0), rel=1e-4)
     assert slope == pytest.approx((kl(0.25) - kl(-0.25)) / 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("case", ["llama ffn", "hybrid query heads", "hybrid expert width"])
+def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Path) -> None:
+    name, keep, _ = CASES[case]
+    model, text = text_of(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    architecture = text.teacher.architecture
+    halves = {half: gram_matrices(model, architecture, TOKENS) for half in HALVES}
+    save_grams(halves, tmp_path / "grams.safetensors")
+    grams = Grams(tmp_path / "grams.safetensors")
+    block = next(iter(keep)).partition("/")[0]
+    number = [block_name(b) for b in architecture.blocks].index(block)
+    student = replace(candidate(architecture, keep), repaired=frozenset([number]))
+    expected = torch.cat(list(measure(student, text, grams)))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    found = tangent(model, student, text, 1, [], grams=grams).kl
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(
+        expected, torch.cat(list(measure(candidate(architecture, keep), text)))
+    )
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

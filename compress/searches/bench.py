@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -13,9 +14,12 @@ from torch import Tensor
 from compress.architecture import to_json
 from compress.candidate import Candidate
 from compress.families import count_active, count_parameters
+from compress.grams import Grams
 from compress.model import is_plain
+from compress.repair import repair_ratio
 from compress.runs import fingerprint
 from compress.scores import Scores
+from compress.scoring import REPAIR, gram_file
 from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, measure
 from compress.searches.problem import Problem, total_bytes
@@ -63,6 +67,7 @@ class Row:
             "distilled_tokens": self.distilled_tokens,
             "finalist": self.finalist,
             "selected": self.selected,
+            "repaired": sorted(trial.candidate.repaired),
             "stock": is_plain(architecture) and architecture.formats == {"bf16"},
             "architecture": json.loads(to_json(architecture)),
         }
@@ -80,9 +85,19 @@ class Bench:
     text: Reference
     crew: Crew | None = None
 
+    @cached_property
+    def grams(self) -> Grams:
+        """What repair needs; computed when a problem first repairs."""
+        return gram_file(self.session)
+
+    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
+        """Per-sequence KL of a candidate, a batch at a time."""
+        return measure(candidate, self.text, self.grams if candidate.repaired else None)
+
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
         session = self.session
+        ratio = partial(repair_ratio, session.checkpoint, self.grams) if space.repair else None
         return Problem(
             session.architecture,
             self.scores,
@@ -90,8 +105,9 @@ class Bench:
             session.deployment,
             session.budget.bytes,
             blind_to_rounding,
-            session.active,
-            session.recipe.ranking,
+            active=session.active,
+            ranking=session.recipe.ranking,
+            repair_ratio=ratio,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -105,6 +121,7 @@ class Bench:
         measured = fingerprint(
             {
                 "score": run.fingerprint(SCORE),
+                "repair": run.fingerprint(REPAIR) if problem.space.repair else None,
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
                 "ranking": problem.ranking,
@@ -134,17 +151,14 @@ class Bench:
         kind = study.partition("-")[0]
         return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
-    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
-        """Per-sequence KL of a candidate on the selection text, a batch at a time."""
-        return measure(candidate, self.text)
-
     def linearize(self, problem: Problem) -> Linearize:
         """Gives the tangent at a candidate, on the selection text."""
         formats = [format for format in problem.space.formats if format != "bf16"]
 
         def at(candidate: Candidate) -> Tangent:
             model, seed = self.session.model, self.session.recipe.seed
-            return tangent(model, candidate, self.text, TANGENT_DRAWS, formats, seed)
+            grams = self.grams if candidate.repaired else None
+            return tangent(model, candidate, self.text, TANGENT_DRAWS, formats, seed, grams)
 
         return at
 

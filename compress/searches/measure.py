@@ -10,6 +10,7 @@ from torch import Tensor
 from compress.architecture import Architecture
 from compress.candidate import Candidate
 from compress.checkpoint import Checkpoint
+from compress.grams import Grams
 from compress.kv import set_kv_format
 from compress.losses import kl_from_hidden
 from compress.model import build_model, student_config
@@ -66,7 +67,7 @@ def sequence_kl(model: Any, text: Reference) -> Iterator[Tensor]:
         yield kl.reshape(hidden.shape[:2]).mean(1)
 
 
-def measure(candidate: Candidate, text: Reference) -> Iterator[Tensor]:
-    """Per-sequence KL of a candidate, a batch at a time."""
-    tensors = student_tensors(text.teacher, candidate)
+def measure(candidate: Candidate, text: Reference, grams: Grams | None = None) -> Iterator[Tensor]:
+    """Per-sequence KL of a candidate, a batch at a time; a repaired one needs Gram matrices."""
+    tensors = student_tensors(text.teacher, candidate, grams)
     yield from sequence_kl(student_model(text.teacher, candidate.architecture, tensors), text)

@@ -1,7 +1,7 @@
 """From scores and a space to knapsacks, and from a choice back to a candidate."""
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -55,7 +55,9 @@ class Problem:
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
     of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
-    ``ranking`` decides which units stay, not what they cost.
+    ``ranking`` decides which units stay, not what they cost. ``repair_ratio`` gives the share of a
+    cut block's squared error that repair leaves, from its number and kept indices; without it
+    nothing is repaired.
     """
 
     teacher: Architecture
@@ -66,6 +68,7 @@ class Problem:
     blind_to_rounding: bool = False
     active: int | None = None
     ranking: Ranking = "contribution"
+    repair_ratio: Callable[[int, Mapping[str, Tensor]], float] | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -86,7 +89,7 @@ class Problem:
         hidden = self.hidden(chosen)
         found: list[list[Choice]] = []
         options = {
-            number: list(block_options(self.teacher, number, self.space, chosen.shares, hidden))
+            number: self.offered(number, chosen.shares, hidden)
             for number in range(len(self.teacher.blocks))
         }
         if self.space.remove == "layer":
@@ -102,9 +105,25 @@ class Problem:
             found.append(group + ([((number, REMOVED),)] if self.space.remove == "block" else []))
         return found
 
+    def offered(self, number: int, shares: Mapping[str, float], hidden: int) -> list[Option]:
+        """A block's options but removal; of a cut with and without repair, the cheaper one.
+
+        Both take the same bytes: leaving one out here halves the knapsack and loses nothing.
+        """
+        best: dict[Option, Option] = {}
+        for option in block_options(self.teacher, number, self.space, shares, hidden):
+            plain = replace(option, repaired=False)
+            if not option.repaired or self.improves(number, option, plain):
+                best[plain] = option
+        return list(best.values())
+
+    def improves(self, number: int, option: Option, plain: Option) -> bool:
+        """Whether a repaired option is offered: it costs less than the cut alone."""
+        return bool(self.repair_ratio) and self.cost(number, option) < self.cost(number, plain)
+
     def keep_of(self, number: int, option: Option) -> dict[str, Tensor]:
         """Kept indices of a block under an option."""
-        key = (number, replace(option, format="bf16"))
+        key = (number, replace(option, format="bf16", repaired=False))
         if key not in self.keeps:
             block = self.teacher.blocks[number]
             self.keeps[key] = choose(self.known, block, dict(option.target), self.ranking)
@@ -120,9 +139,17 @@ class Problem:
                 keep = self.keep_of(number, option)
                 structure = option_cost(self.known, block, keep, "bf16") if keep else 0.0
                 both = option_cost(self.known, block, keep, option.format)
-                found = (structure, both - structure if option.format != "bf16" else 0.0)
+                rounding = both - structure if option.format != "bf16" else 0.0
+                found = (structure * self.left(number, option), rounding)
             self.costs[number, option] = found
         return self.costs[number, option]
+
+    def left(self, number: int, option: Option) -> float:
+        """The share of an option's structure cost that its repair leaves; 1 without repair."""
+        if not option.repaired:
+            return 1.0
+        assert self.repair_ratio is not None
+        return self.repair_ratio(number, self.keep_of(number, option))
 
     def option_bytes(self, number: int, option: Option, chosen: Globals) -> int:
         """Bytes that a block takes under an option: weights, KV cache and states."""
@@ -223,7 +250,8 @@ class Problem:
             for axis, index in self.keep_of(number, decided[number]).items():
                 keep[f"{prefix}/{axis}"] = index
         student = student_architecture(self.teacher, keep, formats, chosen.kv_format)
-        return Candidate(id=name, kind=kind, architecture=student, keep=keep)
+        repaired = frozenset(number for number in alive if decided[number].repaired)
+        return Candidate(id=name, kind=kind, architecture=student, keep=keep, repaired=repaired)
 
 
 def total_bytes(candidate: Candidate, deployment: Deployment) -> int:

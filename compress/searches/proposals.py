@@ -206,7 +206,7 @@ def infeasible(problem: Problem, floor: int) -> str:
 def key_of(problem: Problem, proposal: Proposal) -> str:
     """What makes two proposals the same candidate, however their asks differ."""
     what = [
-        (number, option.target, option.format, option.removed)
+        (number, option.target, option.format, option.removed, option.repaired)
         for choice in proposal.picked
         for number, option in choice
     ]

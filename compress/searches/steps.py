@@ -5,6 +5,7 @@ is left around it. So every option of every block is priced by a tangent at a re
 by the teacher's scores, and what was measured since corrects both (``belief``).
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -192,8 +193,12 @@ def step(
 
 
 def option_rows(problem: Problem, scores: Scores, number: int, option: Option) -> Tensor:
-    """Summed contributions [rows] of a block's option, against the whole block in BF16."""
+    """Summed contributions [rows] of a block's option, against the whole block in BF16.
+
+    Of a repaired option as much as its repair leaves of the block's error.
+    """
     block = problem.teacher.blocks[number]
     if option.removed:
         return -whole(scores, block)
-    return change(scores, block, problem.keep_of(number, option), option.format)
+    rows = change(scores, block, problem.keep_of(number, option), option.format)
+    return rows * math.sqrt(problem.left(number, option))
