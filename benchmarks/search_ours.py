@@ -1,0 +1,59 @@
+"""Our search under a limit of token-forwards: the product's study, stopped when it is spent."""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.search_methods import Trials
+from compress.candidate import Candidate
+from compress.searches.bench import TANGENT_DRAWS
+from compress.searches.measure import measure
+from compress.searches.study import StudySettings, explore
+from compress.tangent import Tangent, tangent
+
+# More than any limit pays for.
+MANY = 10_000
+
+
+class SpentError(Exception):
+    """The next step would cost more than is left."""
+
+
+def ours(trials: Trials) -> Candidate:
+    """Seeds, samples and steps until the limit; the best complete trial."""
+
+    def measured(candidate: Candidate) -> Iterator[Tensor]:
+        pay(trials, 0, trials.whole)
+        values = []
+        for batch in measure(candidate, trials.text, trials.grams):
+            trials.cost.add(len(batch) * trials.text.tokens.shape[1])
+            values.append(batch)
+            yield batch
+        trials.offer(float(torch.cat(values).mean()), candidate)
+
+    def linearize(candidate: Candidate) -> Tangent:
+        # A forward, and a backward pass for the slope and for each draw.
+        price = (1 + 2 * (1 + TANGENT_DRAWS)) * trials.whole
+        pay(trials, price, price + trials.whole)
+        return tangent(trials.model, candidate, trials.text, TANGENT_DRAWS, [], grams=trials.grams)
+
+    with tempfile.TemporaryDirectory() as folder:
+        settings = StudySettings(
+            name="ours", kind="ours", trials=MANY, journal=Path(folder) / "journal.log",
+            tokens_per_sequence=trials.text.tokens.shape[1],
+        )  # fmt: skip
+        with suppress(SpentError):
+            explore(trials.problem, settings, measured, linearize=linearize)
+    assert trials.best is not None, "the limit pays for no measurement"
+    return trials.best[1]
+
+
+def pay(trials: Trials, price: float, needed: float) -> None:
+    """Count a price if what is needed is left."""
+    if trials.left < needed:
+        raise SpentError
+    trials.cost.add(price)

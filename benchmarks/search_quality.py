@@ -1,0 +1,148 @@
+"""Search quality without training: KL to the teacher at equal bytes and equal cost, by method.
+
+python -m benchmarks.search_quality --data TRAIN.jsonl --eval-data VAL.jsonl     # SmolLM2-135M
+python -m benchmarks.search_quality --model embedded --name search_hybrid        # the hybrid
+
+Every method searches the same space (``thin.yaml``: blocks kept, thinned or removed; BF16) with the
+same ranking of units, under the same budget (a share of the bytes of the blocks), for at most
+``--cost`` token-forwards: a replay counts by its share of the depth, a backward pass as two
+forwards. It selects on the select split; figures are on the final split. The contributions that
+rank the units, and removals replayed on a few tokens, cost ours, which uses them as scores; the
+others get the ranking for nothing.
+With ``+ repair`` every cut may be repaired, for everybody. Finished methods are kept: the same
+command continues.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import Clock, Cost, Subject, arguments, metered, report, subject
+from benchmarks.search_methods import METHODS, Trials
+from benchmarks.search_ours import ours
+from compress.estimate import mean_of
+from compress.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.memory import Deployment, outside_bytes
+from compress.planning import teacher_bytes
+from compress.repair import repair_ratio
+from compress.replay import removal_costs
+from compress.runs import read_json, write_json
+from compress.scores import Scores, contributions
+from compress.searches.measure import Reference, measure, reference
+from compress.searches.problem import Problem
+from compress.space import load_space
+
+SPACE = Path(__file__).parent / "thin.yaml"
+OURS, REPAIR = "ours", " + repair"
+BASELINE = "additive knapsack"
+DEPLOYMENT = Deployment(context=1)
+SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
+        "score_tokens", "draws", "replay_tokens", "repair_tokens", "length")  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing and report."""
+    methods = [*METHODS, OURS, *(m + REPAIR for m in ("uniform width", BASELINE, OURS))]
+    settings = arguments(
+        __doc__ or "",
+        "smollm2-135m",
+        shares={"default": "0.7,0.5", "help": "of the bytes of the blocks"},
+        cost={"type": float, "default": 100e3, "help": "token-forwards of a method"},
+        select_tokens={"type": int, "default": 2048},
+        final_tokens={"type": int, "default": 32768},
+        score_tokens={"type": int, "default": 2048},
+        draws={"type": int, "default": 2},
+        replay_tokens={"type": int, "default": 256, "help": "for exact removals, ours only"},
+        repair_tokens={"type": int, "default": 4096},
+        length={"type": int, "default": 128},
+        methods={"default": ",".join(methods), "help": "comma-separated"},
+        name={"default": "search_quality"},
+    )
+    found = subject(settings)
+    rows = []
+    with prepared(found) as (scores, spent, grams):
+        final = text_of(found, "final", settings.final_tokens)
+        for share in map(float, settings.shares.split(",")):
+            for method in settings.methods.split(","):
+                trials = trials_of(found, share, scores, grams if method.endswith(REPAIR) else None)
+                trials.cost.add(spent if method.startswith(OURS) else 0)
+                rows.append(row(trials, method, share, settings, final))
+    baseline = {r["share"]: r["kl"] for r in rows if r["method"] == BASELINE}
+    for r in rows:
+        r["over additive"] = r["kl"] / baseline[r["share"]] if r["share"] in baseline else None
+    columns = ["share", "method", "kl", "error", "over additive", "select kl", "cost", "seconds"]
+    facts = {"cost of scores": spent, "text": "score, select and final splits, seeds 0"}
+    report(settings.name, settings, facts, columns, rows)
+
+
+@contextmanager
+def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
+    """Scores, what they cost in token-forwards, and the Gram matrices of repair."""
+    settings, architecture, cost = found.settings, found.checkpoint.architecture, Cost()
+    rows = found.rows("score", settings.score_tokens, settings.length)
+    with metered(found.model, cost):
+        made = contributions(found.model, architecture, rows, settings.draws, [], settings.seed)
+        replayed = rows[: max(1, settings.replay_tokens // settings.length)]
+        exact = removal_costs(found.model, architecture, replayed)
+    text = found.rows("score", settings.repair_tokens, settings.length, settings.seed + 1)
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "grams.safetensors"
+        halves = {
+            half: gram_matrices(found.model, architecture, text[start::2])
+            for start, half in enumerate(HALVES)
+        }
+        save_grams(halves, file)
+        yield Scores(made, exact, 0.0, settings.length), cost.token_forwards, Grams(file)
+
+
+def text_of(found: Subject, split: str, tokens: int) -> Reference:
+    """The teacher on a split."""
+    return reference(
+        found.checkpoint, found.model, found.rows(split, tokens, found.settings.length)
+    )
+
+
+def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None) -> Trials:
+    """What a method gets."""
+    settings, architecture = found.settings, found.checkpoint.architecture
+    outside = outside_bytes(architecture)
+    whole = teacher_bytes(architecture, DEPLOYMENT)
+    space = load_space(str(SPACE)).model_copy(update={"repair": grams is not None})
+    ratio = partial(repair_ratio, found.checkpoint, grams) if grams else None
+    budget = int(outside + share * (whole - outside))
+    problem = Problem(architecture, scores, space, DEPLOYMENT, budget, repair_ratio=ratio)
+    text = text_of(found, "select", settings.select_tokens)
+    trials = Trials(problem, found.model, text, settings.cost, grams)
+    trials.cost.add(settings.repair_tokens if grams else 0)
+    return trials
+
+
+def row(
+    trials: Trials, method: str, share: float, settings: Any, final: Reference
+) -> dict[str, Any]:
+    """One method's row, from the file of an earlier run where it is there."""
+    same = {key: str(getattr(settings, key)) for key in SAME}
+    file = settings.out / settings.name / f"{method.replace(' ', '-')}-{share}.json"
+    if file.is_file() and read_json(file)["settings"] == same:
+        return dict(read_json(file)["row"])
+    clock, search = Clock(), {**METHODS, OURS: ours}[method.removesuffix(REPAIR)]
+    candidate = search(trials)
+    seconds = clock.seconds
+    kl = mean_of(torch.cat(list(measure(candidate, final, trials.grams))).tolist())
+    made = {
+        "share": share, "method": method, "kl": kl.value, "error": kl.stderr,
+        "select kl": trials.best[0] if trials.best else None,
+        "cost": trials.cost.token_forwards, "seconds": seconds,
+    }  # fmt: skip
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_json(file, {"settings": same, "row": made})
+    return made
+
+
+if __name__ == "__main__":
+    main()
