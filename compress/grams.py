@@ -19,7 +19,7 @@ from compress.layout import Slot, parse, shape
 Half = Literal["fit", "check"]
 HALVES: tuple[Half, ...] = get_args(Half)
 # The ridge toward the teacher's weights, as a share of the mean of the kept columns' diagonal.
-RIDGE = 0.01
+RIDGE = 0.1
 
 
 @dataclass(frozen=True, kw_only=True)

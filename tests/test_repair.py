@@ -65,8 +65,11 @@ class Teacher:
     grams: Grams
 
 
+Teachers = dict[str, Teacher]
+
+
 @pytest.fixture(scope="module")
-def teachers(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Teacher]:
+def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
     found = {}
     for name, config in TEACHERS.items():
         # fp32 on disk, so that what is refitted is not rounded.
@@ -135,9 +138,7 @@ def inputs_of(model: Any, block: Block, projection: Projection) -> Tensor:
     return found[0].flatten(0, -2).double()
 
 
-def case_of(
-    teachers: dict[str, Teacher], name: str
-) -> tuple[Teacher, Block, Projection, Tensor, Tensor]:
+def case_of(teachers: Teachers, name: str) -> tuple[Teacher, Block, Projection, Tensor, Tensor]:
     """Teacher, block, its projection that the cut narrows (one expert's), weight and columns."""
     family, number, keep = CUTS[name]
     teacher = teachers[family]
@@ -153,9 +154,7 @@ def case_of(
 
 
 @pytest.mark.parametrize("family", TEACHERS)
-def test_batches_of_any_size_give_the_same_matrices(
-    teachers: dict[str, Teacher], family: str
-) -> None:
+def test_batches_of_any_size_give_the_same_matrices(teachers: Teachers, family: str) -> None:
     teacher = teachers[family]
     architecture = teacher.checkpoint.architecture
     one = gram_matrices(teacher.model, architecture, TOKENS, batch=1)
@@ -166,9 +165,7 @@ def test_batches_of_any_size_give_the_same_matrices(
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_without_a_ridge_the_error_is_that_of_least_squares(
-    teachers: dict[str, Teacher], name: str
-) -> None:
+def test_without_a_ridge_the_error_is_that_of_least_squares(teachers: Teachers, name: str) -> None:
     teacher, block, projection, weight, kept = case_of(teachers, name)
     x = inputs_of(teacher.model, block, projection)
     target = x @ weight.double().T
@@ -186,7 +183,7 @@ def test_without_a_ridge_the_error_is_that_of_least_squares(
 @pytest.mark.parametrize("name", CUTS)
 @pytest.mark.parametrize("scale", [1.0, 1.5])
 def test_repair_is_never_worse_on_the_text_that_it_is_fitted_on(
-    teachers: dict[str, Teacher], name: str, scale: float
+    teachers: Teachers, name: str, scale: float
 ) -> None:
     teacher, _, projection, weight, kept = case_of(teachers, name)
     gram = teacher.grams.half("fit", projection.key)
@@ -201,7 +198,7 @@ def test_repair_is_never_worse_on_the_text_that_it_is_fitted_on(
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_an_endless_ridge_leaves_the_weights(teachers: dict[str, Teacher], name: str) -> None:
+def test_an_endless_ridge_leaves_the_weights(teachers: Teachers, name: str) -> None:
     teacher, _, projection, weight, kept = case_of(teachers, name)
     gram, ones = teacher.grams.half("fit", projection.key), torch.ones(len(kept)).double()
     fitted = refit(weight, gram, kept, 1e9, ones)
@@ -211,7 +208,7 @@ def test_an_endless_ridge_leaves_the_weights(teachers: dict[str, Teacher], name:
 
 
 @pytest.mark.parametrize("family", TEACHERS)
-def test_repairing_what_is_whole_changes_nothing(teachers: dict[str, Teacher], family: str) -> None:
+def test_repairing_what_is_whole_changes_nothing(teachers: Teachers, family: str) -> None:
     teacher = teachers[family]
     blocks = frozenset(range(len(teacher.checkpoint.architecture.blocks)))
     whole = cut_candidate(teacher.checkpoint, 0, {}, repaired=False)
@@ -221,9 +218,7 @@ def test_repairing_what_is_whole_changes_nothing(teachers: dict[str, Teacher], f
 
 
 @pytest.mark.parametrize("name", CUTS)
-def test_the_student_reads_what_its_projection_was_fitted_on(
-    teachers: dict[str, Teacher], name: str
-) -> None:
+def test_the_student_reads_what_its_projection_was_fitted_on(teachers: Teachers, name: str) -> None:
     family, number, keep = CUTS[name]
     teacher = teachers[family]
     checkpoint = teacher.checkpoint
@@ -260,9 +255,6 @@ def test_a_gated_norm_is_larger_by_the_energy_it_lost() -> None:
     assert len(set(found.tolist())) == 2, "one per group"
 
 
-# Candidates
-
-
 def test_a_repaired_candidate_measures_as_the_student_written_and_loaded(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -289,9 +281,7 @@ def test_a_repaired_candidate_measures_as_the_student_written_and_loaded(
     assert float(found.mean()) < float(plain.mean())
 
 
-def test_a_repaired_candidate_is_read_as_written(
-    teachers: dict[str, Teacher], tmp_path: Path
-) -> None:
+def test_a_repaired_candidate_is_read_as_written(teachers: Teachers, tmp_path: Path) -> None:
     teacher = teachers["llama"].checkpoint
     keep = {"ffn": torch.arange(48)}
     repaired = cut_candidate(teacher, 3, keep, repaired=True)
@@ -306,10 +296,7 @@ def test_a_repaired_candidate_is_read_as_written(
     assert load_candidate(tmp_path / "x", "prune").repaired == frozenset()
 
 
-# The search
-
-
-def test_experts_that_go_are_not_repaired(teachers: dict[str, Teacher]) -> None:
+def test_experts_that_go_are_not_repaired(teachers: Teachers) -> None:
     teacher = teachers["hybrid"]
     gone = {"expert": torch.tensor([0, 2, 3, 5])}
     thin = {"expert_ffn": CUTS["experts"][2]["expert_ffn"]}
@@ -320,7 +307,7 @@ def test_experts_that_go_are_not_repaired(teachers: dict[str, Teacher]) -> None:
 
 
 @pytest.fixture(scope="module")
-def problem(teachers: dict[str, Teacher]) -> Problem:
+def problem(teachers: Teachers) -> Problem:
     teacher = teachers["hybrid"]
     architecture = teacher.checkpoint.architecture
     found = contributions(teacher.model, architecture, TOKENS[:4], 2, ["fp8", "nvfp4"])
