@@ -1,6 +1,7 @@
 """What output projections read, as Gram matrices: all that repair needs of a teacher's text."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from dataclasses import dataclass, field
 from math import prod
 from pathlib import Path
@@ -20,6 +21,8 @@ Half = Literal["fit", "check"]
 HALVES: tuple[Half, ...] = get_args(Half)
 # The ridge toward the teacher's weights, as a share of the mean of the kept columns' diagonal.
 RIDGE = 0.1
+# A refit takes up to a second and the candidates of a search share most of theirs.
+CACHE_BYTES = 512 * 2**20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,7 +135,8 @@ class Grams:
     """Gram matrices on disk, of two halves of a text, read one at a time.
 
     Students are refitted on both halves; what repair buys is scored by fitting one and checking on
-    the other. ``errors`` caches that, by matrix and kept columns.
+    the other. ``errors`` caches that, by matrix and kept columns, and ``weights`` the refits that
+    candidates have in common, the latest ones.
     """
 
     file: Path
@@ -140,6 +144,19 @@ class Grams:
     errors: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = field(
         default_factory=dict, repr=False
     )
+    weights: "OrderedDict[Hashable, Tensor]" = field(
+        default_factory=OrderedDict, repr=False, compare=False
+    )
+
+    def remembered(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gave for a key, from the cache where it still is."""
+        if key not in self.weights:
+            self.weights[key] = make()
+            held = sum(weight.nbytes for weight in self.weights.values())
+            while held > CACHE_BYTES and len(self.weights) > 1:
+                held -= self.weights.popitem(last=False)[1].nbytes
+        self.weights.move_to_end(key)
+        return self.weights[key]
 
     def half(self, half: Half, key: str) -> Tensor:
         """The matrix of one half, fp64."""

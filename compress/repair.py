@@ -103,9 +103,14 @@ def repaired(
     kept = kept_columns(projection, block, keep)
     if len(kept) == weight.shape[1]:
         return weight
-    gram = grams.both(projection.key)
-    scale = scale_of(teacher, block, projection, gram, kept)
-    return refit(weight, gram, kept, grams.ridge, scale).to(weight.dtype)
+
+    def fitted() -> Tensor:
+        gram = grams.both(projection.key)
+        scale = scale_of(teacher, block, projection, gram, kept)
+        return refit(weight, gram, kept, grams.ridge, scale).to(weight.dtype)
+
+    channels = tuple(rows["hidden"].tolist()) if rows else None
+    return grams.remembered((projection.key, tuple(kept.tolist()), channels), fitted)
 
 
 def repair_ratio(
