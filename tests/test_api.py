@@ -41,7 +41,7 @@ def test_scores_cover_every_block_and_are_kept_in_the_run(
     blocks = open_checkpoint(tiny_hybrid).architecture.blocks
     removals = {(block_name(block), "removed") for block in blocks}
     assert removals < set(found.exact)
-    assert found.length == QUICK["sequence_length"]
+    assert found.length == QUICK["score_length"]
     assert file.stat().st_mtime_ns == before
 
 
