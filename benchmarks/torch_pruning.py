@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.common import Clock, Subject, arguments, report, subject
+from benchmarks.common import Clock, Subject, arguments, report, shown, subject
 from compress.architecture import Architecture, Ffn, block_name
 from compress.candidate import Candidate, student_architecture
 from compress.data import load_tokenizer
@@ -36,6 +36,7 @@ from compress.scores import Scores, choose, contributions
 from compress.searches.measure import student_model
 from compress.searches.problem import Problem
 from compress.searches.proposals import decode, named, neutral
+from compress.show import note
 from compress.space import load_space
 
 # A key-value cache of one token: the budget is one of weights.
@@ -253,6 +254,10 @@ def main() -> None:
             ours = ours or metrics
             change, error = difference(metrics["kl"], ours["kl"])
             perplexity = exponential(metrics["nats_per_token"])
+            note(
+                f"{share} {name}: KL {shown(metrics['kl'].value)} ± {shown(metrics['kl'].stderr)}, "
+                f"perplexity {shown(perplexity.value)}, {clock.seconds:.0f} s"
+            )
             measured.append(
                 {"share": share, "student": name, "block parameters": block_parameters(model),
                  "kl": metrics["kl"].value, "stderr": metrics["kl"].stderr,
