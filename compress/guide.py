@@ -15,6 +15,18 @@ def selected(run: Run) -> list[dict[str, Any]]:
     return [row for row in rows if row["selected"]]
 
 
+def is_cut(run: Run, row: dict[str, Any]) -> bool:
+    """Whether a candidate lacks anything of its teacher besides bits."""
+    teacher: dict[str, Any] = read_json(run.path / "teacher.json")["architecture"]
+    return structure(row["architecture"]) != structure(teacher)
+
+
+def structure(architecture: dict[str, Any]) -> list[Any]:
+    """An architecture's sizes as JSON holds them, without formats."""
+    blocks = [{k: v for k, v in block.items() if k != "format"} for block in architecture["blocks"]]
+    return [architecture["hidden"], blocks]
+
+
 def next_step(run: Run) -> str:
     """The command that continues a run: the first of the path whose files are not there."""
     name, rows = shown(run), selected(run)
@@ -27,7 +39,7 @@ def next_step(run: Run) -> str:
     for row in rows:
         if not (run.path / "export" / row["id"]).is_dir():
             # Students that only differ in formats are not trained.
-            trained = row["kind"] == "formats" or (run.path / "distill" / row["id"]).is_dir()
+            trained = not is_cut(run, row) or (run.path / "distill" / row["id"]).is_dir()
             which = f"{name}:{row['id']}" if sweep else name
             return f"compress {'export' if trained else 'distill'} {which}"
     if not (run.path / "eval" / "results.json").is_file():

@@ -31,7 +31,11 @@ class Called(SimpleNamespace):
         super().__init__(calls=[])
 
     def __getattr__(self, name: str) -> Any:
-        return lambda *arguments: self.calls.append((name, arguments))
+        def note(*arguments: Any) -> list[str]:
+            self.calls.append((name, arguments))
+            return ["small"] if name == "finish" else []
+
+        return note
 
 
 @pytest.fixture
@@ -169,8 +173,10 @@ def test_print_config_shows_the_resolved_recipe(
 def test_search_passes_its_recipe_and_names_the_next_command(
     stages: Called, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = {"id": "c1", "kind": "joint", "selected": True}
+    cut, whole = ({"hidden": size, "blocks": []} for size in (4, 8))
+    row = {"id": "c1", "kind": "joint", "selected": True, "architecture": cut}
     write_json(Path("runs/embedded/candidates.json"), [row])
+    write_json(Path("runs/embedded/teacher.json"), {"architecture": whole})
     assert run(monkeypatch, "search", "--budget", "70%") == 0
     [(name, (made, recipe))] = stages.calls
     assert name == "search"
@@ -214,9 +220,8 @@ def test_run_goes_through_all_stages(
     Path("small.yaml").write_text("budget: 70%\ntrials: 5\n")
     monkeypatch.setattr("compress.cli.report", lambda name: stages.calls.append(("report", name)))
     assert run(monkeypatch, "run", "small.yaml", "--seed", "3") == 0
-    assert [name for name, _ in stages.calls] == [
-        *("search", "distill", "export", "evaluate", "report"),
-    ]
+    # Finishing trains and exports what was chosen at every budget.
+    assert [name for name, _ in stages.calls] == ["search", "finish", "evaluate", "report"]
     assert stages.calls[0][1][1] == Recipe(budget="70%", trials=5, seed=3)
 
 

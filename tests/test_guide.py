@@ -1,10 +1,18 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from compress.guide import next_step, possessions
 from compress.recipe import Recipe, write_recipe
 from compress.runs import Run, run_at, write_json, write_text
+
+
+def architecture(ffn: int, format: str = "bf16") -> dict[str, Any]:
+    return {"hidden": 8, "blocks": [{"kind": "ffn", "layer": 0, "ffn": ffn, "format": format}]}
+
+
+TEACHER = {"architecture": architecture(16)}
 
 
 @pytest.fixture
@@ -16,10 +24,10 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
 
 def test_the_next_step_is_the_first_whose_files_are_missing(run: Run) -> None:
     assert next_step(run) == "compress search --run a --budget 60%"
-    write_json(run.path / "teacher.json", {})
+    write_json(run.path / "teacher.json", TEACHER)
     assert next_step(run) == "compress search --run a --budget 60% --space joint"
-    rows = [{"id": "c1", "kind": "joint", "selected": False}]
-    rows.append({"id": "c2", "kind": "joint", "selected": True})
+    rows: list[dict[str, Any]] = [{"id": "c1", "selected": False}]
+    rows.append({"id": "c2", "selected": True, "architecture": architecture(8)})
     write_json(run.path / "candidates.json", rows)
     assert next_step(run) == "compress distill a"
     write_text(run.path / "distill/c1/curve.jsonl", "")
@@ -33,7 +41,8 @@ def test_the_next_step_is_the_first_whose_files_are_missing(run: Run) -> None:
 
 
 def test_students_in_other_formats_only_are_not_trained(run: Run) -> None:
-    rows = [{"id": "c1", "kind": "formats", "selected": True}]
+    write_json(run.path / "teacher.json", TEACHER)
+    rows = [{"id": "c1", "selected": True, "architecture": architecture(16, "fp8")}]
     write_json(run.path / "candidates.json", rows)
     assert next_step(run) == "compress export a"
 

@@ -96,7 +96,10 @@ def solve(
             return None
         choice = again[0]
     cost = value(problem.costs, choice)
-    gap = max(cost - bound, 0.0) / max(abs(cost), 1e-30)
+    # Sums of this many costs are not exact to more than this.
+    rounding = 1e-12 * sum(float(np.abs(options).max()) for options in problem.costs)
+    excess = cost - bound if cost - bound > rounding else 0.0
+    gap = excess / max(abs(cost), 1e-30)
     return Solution(choice, cost, int(value(problem.bytes, choice)), gap)
 
 

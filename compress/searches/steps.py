@@ -119,7 +119,10 @@ def stepped(
     if not found:
         return None
     _, solution = min(found.values(), key=lambda pair: pair[0])
-    return as_proposal(problem, groups, solution, chosen)
+    proposal = as_proposal(problem, groups, solution, chosen)
+    # The knapsack's cost was a change; its gap is said of the whole predicted KL, as others are.
+    gap = solution.gap * abs(solution.cost) / max(proposal.predicted, 1e-30)
+    return replace(proposal, gap=gap)
 
 
 def belief_of(

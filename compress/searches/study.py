@@ -42,8 +42,8 @@ from compress.searches.steps import (
 
 # A trial is stopped early only after so many tokens: its measurement stays worth reading.
 EARLIEST_STOP_TOKENS = 1024
-# Every so many trials one is a sample; the others are steps.
-SAMPLE_EVERY = 4
+# Every so many trials one is a sample; the others are steps, which find more.
+SAMPLE_EVERY = 8
 # A step that finds nothing new is drawn again, so often.
 RETRIES = 20
 # Between two looks at what other workers are doing.
