@@ -30,6 +30,8 @@ from compress.space import Option
 OFFSPRING = 16
 SURVIVORS = ((4, 2), (1, 4))
 PLAIN = Globals()
+# Solutions of the additive knapsack that are measured.
+DIVERSE = 8
 
 
 @dataclass
@@ -104,15 +106,16 @@ def best_of_random(trials: Trials, count: int = 32) -> Candidate:
     return chosen(trials)
 
 
-def additive_knapsack(trials: Trials, share: float = 0.6) -> Candidate:
+def additive_knapsack(trials: Trials, share: float = 0.8) -> Candidate:
     """Puzzle: every option alone, exactly, then diverse solutions of the knapsack, measured.
 
-    ``share`` of the cost goes to the scores (Bercovich et al. 2024, replace-one-block KL).
+    ``share`` of the cost goes to the scores (Bercovich et al. 2024, replace-one-block KL). The
+    rest pays for more solutions than this; each takes the solver longer than the one before.
     """
     problem = with_exact_costs(trials, share)
     groups = problem.groups(PLAIN)
     knapsack = problem.knapsack(groups, PLAIN)
-    for solution in diverse(knapsack, int(trials.left // trials.whole)):
+    for solution in diverse(knapsack, min(DIVERSE, int(trials.left // trials.whole))):
         trials.kl(picks(groups, solution.choice))
     return chosen(trials)
 
