@@ -9,7 +9,9 @@ killed run continues, and ``--strata`` does a part.
 """
 
 import json
-import tempfile
+import shutil
+import signal
+import sys
 import zlib
 from argparse import Namespace
 from collections.abc import Iterator, Mapping
@@ -84,6 +86,7 @@ DEFAULT = 8
 
 def main() -> None:
     """Score, replay every stratum exactly, compare."""
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     settings = arguments(
         __doc__,
         "smollm2-135m",
@@ -94,6 +97,7 @@ def main() -> None:
     wanted = settings.strata.split(",") if settings.strata else list(STRATA)[:DEFAULT]
     if unknown := [name for name in wanted if name not in STRATA]:
         raise InputError(f"unknown stratum {unknown[0]!r}; known: {', '.join(STRATA)}")
+    settings.out.mkdir(parents=True, exist_ok=True)
     clock, found = Clock(), subject(settings)
     asked = {"seed": settings.seed} | ({"draws": settings.draws} if settings.draws else {})
     recipe = check(asked, "settings")
@@ -130,15 +134,17 @@ def scored(settings: Namespace, found: Subject, recipe: Recipe) -> tuple[Scores,
     stem = f"fidelity-{zlib.crc32(json.dumps(asked).encode()):08x}"
     file, about = settings.out / f"{stem}.safetensors", settings.out / f"{stem}.json"
     if not about.is_file():
-        rows, cost, clock = (
-            found.rows("score", recipe.score_tokens, recipe.score_length),
-            Cost(),
-            Clock(),
-        )
-        with tempfile.TemporaryDirectory() as parts, metered(found.model, cost):
-            scores = scores_of(found.checkpoint, found.model, rows, recipe, Path(parts))
+        cost, clock = Cost(), Clock()
+        rows = found.rows("score", recipe.score_tokens, recipe.score_length)
+        parts, spent = settings.out / f"{stem}-parts", settings.out / f"{stem}-spent.json"
+        cost.add(read_json(spent) if spent.is_file() else 0.0)
+        try:
+            with metered(found.model, cost):
+                scores = scores_of(found.checkpoint, found.model, rows, recipe, parts)
+        finally:
+            # A continued scoring counts what the interruption threw away as well.
+            write_json(spent, cost.token_forwards)
         decisions = decided(scores, found.checkpoint.architecture)
-        settings.out.mkdir(parents=True, exist_ok=True)
         scores.save(file)
         write_json(about, {
             "scored text": f"{rows.numel()} tokens of split score in rows of {rows.shape[1]}, "
@@ -149,6 +155,8 @@ def scored(settings: Namespace, found: Subject, recipe: Recipe) -> tuple[Scores,
             "decisions": decisions,
             "seconds of scoring": round(clock.seconds),
         })  # fmt: skip
+        shutil.rmtree(parts)
+        spent.unlink()
     return load(file), read_json(about)
 
 
