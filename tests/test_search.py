@@ -94,6 +94,13 @@ def test_no_candidate_exceeds_the_budget_or_loses_what_a_model_needs(
         assert architecture.formats <= set(problem.space.formats)
 
 
+def test_a_joint_search_begins_with_every_format_alone_too(teacher: Teacher) -> None:
+    found = first_candidates(teacher.problem("joint", SHARE["joint"]))
+    alone = [c.architecture.formats for c in found if len(c.architecture.formats) == 1]
+    assert {"nvfp4"} in alone
+    assert {"fp8"} in alone
+
+
 @pytest.mark.parametrize("space", SPACES)
 def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, space: str) -> None:
     problem, draw = teacher.problem(space, 2.0), random.Random(1)

@@ -16,6 +16,7 @@ from scipy.sparse import csr_array
 Floats = NDArray[np.float64]
 # HiGHS stops when the bound is this close; the gap of a solution is reported with it.
 RELATIVE_GAP = 1e-4
+DIVERSE_GAP = 0.02
 # HiGHS lets a row exceed its bound by this much of the row's scale.
 TOLERANCE = 1e-6
 
@@ -228,7 +229,9 @@ def diverse(problem: Knapsack, count: int, share: float = 0.8) -> list[Solution]
     found: list[Solution] = []
     most = int(share * len(problem.costs))
     while len(found) < count:
-        solution = solve(problem, [Overlap(other.choice, most) for other in found])
+        overlaps = [Overlap(other.choice, most) for other in found]
+        # Overlaps make the problem hard, and the last percent of another solution buys nothing.
+        solution = solve(problem, overlaps, DIVERSE_GAP if found else RELATIVE_GAP)
         if solution is None or any(solution.choice == other.choice for other in found):
             break
         found.append(solution)

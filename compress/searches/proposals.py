@@ -161,7 +161,30 @@ def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
         (params, as_proposal(problem, best.groups, solution, best.chosen))
         for solution in diverse(knapsack, SEEDS // 2)[1:]
     ]
-    return [decoded[0], *others, *decoded[1 : 1 + SEEDS - 1 - len(others)]]
+    others += [(params, proposal) for proposal in single_formats(problem, params, best)]
+    return [decoded[0], *others, *decoded[1 : 1 + max(0, SEEDS - 1 - len(others))]]
+
+
+def single_formats(problem: Problem, params: Mapping[str, Any], best: Proposal) -> list[Proposal]:
+    """The best choice with one format for every block, for each format: prune, then quantize.
+
+    Predicted costs of cuts and of rounding are not equally wrong: these stand on one of them only.
+    """
+    formats = problem.space.formats
+    if len(formats) == 1 or not problem.space.prunes:
+        return []
+    found = []
+    for format in formats:
+        space = problem.space.model_copy(update={"formats": (format,)})
+        alone = decode(replace(problem, space=space), params)
+        if alone is None:
+            continue
+        pairs = list(zip(best.groups, alone.picked, strict=True))
+        # A shape that takes no format but BF16 has no such option where BF16 is not offered.
+        if all(picked in options for options, picked in pairs):
+            choice = tuple(options.index(picked) for options, picked in pairs)
+            found.append(replace(alone, groups=best.groups, choice=choice))
+    return found
 
 
 def floor_bytes(problem: Problem, params: Mapping[str, Any]) -> int:
