@@ -191,11 +191,13 @@ def test_a_written_student_is_the_student_in_memory(tiny: Path, tmp_path: Path) 
     prune(teacher, student, tmp_path / "student")
     config = student_config(teacher.config, student.architecture)
     memory = build_model(config, student.architecture, student_tensors(teacher, student))
-    tokens = torch.randint(0, 128, (2, 20))
+    tokens = torch.randint(0, 128, (2, 20), generator=torch.Generator().manual_seed(6))
     disk = load_model(tmp_path / "student")
     assert torch.equal(disk(input_ids=tokens).logits, memory(input_ids=tokens).logits)
     assert is_plain(student.architecture)
     stock = AutoModelForCausalLM.from_pretrained(tmp_path / "student", dtype=torch.float32)
+    # Its grouped product of all experts rounds in another order than a loop over them.
+    stock.set_experts_implementation("eager")
     assert torch.equal(stock(input_ids=tokens).logits, memory(input_ids=tokens).logits)
 
 
