@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.architecture import Attention, Moe
+from compress.architecture import Attention, Format, Moe
 from compress.candidate import Candidate
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.errors import Infeasible, InputError
-from compress.families import parameters
+from compress.families import count_parameters, parameters
 from compress.memory import Deployment, footprint
 from compress.model import is_plain, load_model
 from compress.planning import teacher_bytes
@@ -219,6 +219,28 @@ def test_uniform_and_random_cuts_fit_and_are_kept_distinct(teacher: Teacher) -> 
             assert predicted > 0
     again = [candidate.architecture for candidate, _ in randomly(problem, 4, seed=0)]
     assert again == [candidate.architecture for candidate, _ in randomly(problem, 4, seed=0)]
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_a_uniform_cut_in_a_format_is_wider_and_fits_to_the_byte(
+    teacher: Teacher, format: Format
+) -> None:
+    problem = teacher.problem("joint", 0.7)
+    plain, wider = uniform(problem), uniform(problem, format)
+    assert [c.architecture.kv_format for c, _ in wider] == list(problem.space.kv_formats)
+    for (narrow, _), (candidate, predicted) in zip(plain, wider, strict=True):
+        architecture = candidate.architecture
+        assert architecture.formats == {format}
+        assert candidate.kind == f"uniform_then_{format}"
+        assert footprint(architecture, DEPLOYMENT).total <= problem.budget
+        assert count_parameters(architecture) > count_parameters(narrow.architecture)
+        assert predicted > 0
+    # Its own bytes are enough, one less is not.
+    budget = total_bytes(wider[0][0], DEPLOYMENT)
+    [same, *_] = uniform(teacher.within("joint", budget), format)
+    assert same[0].architecture == wider[0][0].architecture
+    [less, *_] = uniform(teacher.within("joint", budget - 1), format)
+    assert total_bytes(less[0], DEPLOYMENT) < budget
 
 
 @pytest.mark.parametrize("space", SPACES)

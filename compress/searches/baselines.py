@@ -8,15 +8,18 @@ import numpy as np
 from compress.architecture import Format, KvFormat, sizes
 from compress.candidate import AXES, Candidate
 from compress.families import count_active
+from compress.memory import NVFP4_GROUP, block_takes
 from compress.searches.knapsack import Floats, Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
-from compress.space import Option, Space, admissible
+from compress.space import Option, Space, admissible, resized
 
 FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")
 # Shares of the uniform cut, in steps of 1/256 of a width.
 STEPS = 256
 # Grouped matrix products, which stock loaders run experts with, want rows of 16 bytes.
 EXPERT_STEP = 8
+# Axes that groups of NVFP4 run along: a width that is no multiple of a group stays BF16.
+GROUPED_AXES = (*FFN_AXES, "channel")
 KINDS = ("joint", "prune_then_quantize", "prune", "formats", "uniform", "random")
 
 
@@ -48,20 +51,25 @@ def variants(space: Space, offered: Sequence[Format], kv: Sequence[KvFormat]) ->
     return found
 
 
-def uniform(problem: Problem) -> list[tuple[Candidate, float]]:
-    """The widest uniform cut that fits, per KV format, with its predicted KL; BF16.
+def uniform(problem: Problem, format: Format = "bf16") -> list[tuple[Candidate, float]]:
+    """The widest uniform cut that fits with every block in one format, per KV format.
 
-    One share for all FFN widths; where that is not enough, for every axis that can be cut.
+    One share for all FFN widths; where that is not enough, for every axis that can be cut. With
+    another format than BF16 that is cut first, then quantize, without a search.
+
+    Returns:
+        Candidates with their predicted KL; none where no cut fits.
     """
+    kind = "uniform" if format == "bf16" else f"uniform_then_{format}"
     found: list[tuple[Candidate, float]] = []
     for kv_format in problem.space.kv_formats:
         chosen = Globals(kv_format=kv_format)
         for axes in (FFN_AXES, tuple({axis for found in AXES.values() for axis in found})):
-            fitting = widest(problem, chosen, axes)
+            fitting = widest(problem, chosen, axes, format)
             if fitting is not None:
                 found.append(
                     (
-                        named("uniform", len(found), problem, fitting, chosen),
+                        named(kind, len(found), problem, fitting, chosen),
                         predicted(problem, fitting, chosen),
                     )
                 )
@@ -69,30 +77,46 @@ def uniform(problem: Problem) -> list[tuple[Candidate, float]]:
     return found
 
 
-def widest(problem: Problem, chosen: Globals, axes: Sequence[str]) -> list[Choice] | None:
+def widest(
+    problem: Problem, chosen: Globals, axes: Sequence[str], format: Format
+) -> list[Choice] | None:
     """The largest uniform share of the axes that is within the budget."""
     low, high = 0, STEPS
     while low < high:
         middle = (low + high + 1) // 2
-        picked = at_share(problem, middle / STEPS, axes)
+        picked = at_share(problem, middle / STEPS, axes, format)
         low, high = (middle, high) if fits(problem, picked, chosen) else (low, middle - 1)
-    picked = at_share(problem, low / STEPS, axes)
+    picked = at_share(problem, low / STEPS, axes, format)
     return picked if fits(problem, picked, chosen) else None
 
 
-def at_share(problem: Problem, share: float, axes: Sequence[str]) -> list[Choice]:
-    """Every block with this share of its axes, at least one unit (top-k experts) of each."""
+def at_share(
+    problem: Problem, share: float, axes: Sequence[str], format: Format = "bf16"
+) -> list[Choice]:
+    """Every block with this share of its axes, at least one unit (top-k experts) of each.
+
+    A block whose shapes refuse the format stays BF16.
+    """
+    teacher = problem.teacher
     picked: list[Choice] = []
-    for number, block in enumerate(problem.teacher.blocks):
+    for number, block in enumerate(teacher.blocks):
         target = {}
         for axis in AXES[block.kind]:
-            size = sizes(block)[axis]
-            step = EXPERT_STEP if axis == "expert_ffn" else 1
+            size, step = sizes(block)[axis], step_of(axis, format)
             count = max(step, int(share * size) // step * step)
             if axis in axes and count < size and admissible(block, {axis: count}):
                 target[axis] = count
-        picked.append(((number, Option(tuple(sorted(target.items())))),))
+        able = block_takes(resized(block, target), teacher.hidden, teacher.family, format)
+        option = Option(tuple(sorted(target.items())), format if able else "bf16")
+        picked.append(((number, option),))
     return picked
+
+
+def step_of(axis: str, format: Format) -> int:
+    """What counts of an axis are multiples of, so that the format and stock loaders take them."""
+    if format == "nvfp4" and axis in GROUPED_AXES:
+        return NVFP4_GROUP
+    return EXPERT_STEP if axis == "expert_ffn" else 1
 
 
 def fits(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> bool:
