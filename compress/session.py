@@ -21,7 +21,7 @@ from compress.recipe import Recipe
 from compress.runs import Run
 from compress.units import parse_count
 
-# What sessions of one teacher and text, whatever their budget, load once.
+# What sessions of one teacher and text, whatever their budget and deployment, load once.
 SHARED = ("path", "checkpoint", "model", "tokenizer", "splits")
 
 
@@ -72,16 +72,16 @@ class Session:
             raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
         return limit
 
-    def at_each_budget(self) -> "list[Session]":
-        """This session with one budget of its sweep each; what it has loaded they share."""
-        budgets = self.recipe.budgets
-        if len(budgets) < 2:
-            return [self]
-        found = [Session(self.run, self.recipe.changed(budget=budget)) for budget in budgets]
-        loaded = {key: value for key, value in vars(self).items() if key in SHARED}
-        for session in found:
-            vars(session).update(loaded)
+    def deployed(self, **settings: Any) -> "Session":
+        """This session with another budget or deployment; what it has loaded they share."""
+        found = Session(self.run, self.recipe.changed(**settings))
+        vars(found).update({key: value for key, value in vars(self).items() if key in SHARED})
         return found
+
+    def at_each_budget(self) -> "list[Session]":
+        """This session with one budget of its sweep each."""
+        budgets = self.recipe.budgets
+        return [self] if len(budgets) < 2 else [self.deployed(budget=budget) for budget in budgets]
 
     @property
     def active(self) -> int | None:
