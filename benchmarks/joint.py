@@ -1,0 +1,245 @@
+"""Cuts and number formats chosen together, against one at a time or in sequence, at equal bytes.
+
+    python -m benchmarks.joint --data TRAIN.jsonl --eval-data VAL.jsonl     # SmolLM2-135M
+    python -m benchmarks.joint --model embedded
+
+A deployment is a context, a batch and a budget of total bytes (weights, KV cache, states), such as
+``8kx8:35%``. In each, every kind gives one student; all may choose the KV format:
+
+* ``joint``, ``prune`` (BF16) and ``formats`` (no cuts) are searched.
+* ``prune then FORMAT``: searched cuts, blind to rounding, at the bytes of one format.
+* ``uniform then FORMAT``: the widest uniform cut, no search; the better KV format on select text.
+
+Searched kinds share the structure of ``--space``, the scores and the number of trials, which the
+formats of ``prune then`` divide. What is best on select text is measured on final text in its
+formats, distilled shortly from its BF16 weights where anything is cut, and measured again. KL to
+the teacher in nats per token; ``diff`` is joint minus that kind, paired over sequences, so negative
+where joint is better. Finished rows are kept: the same command continues.
+"""
+
+import argparse
+import re
+import shutil
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.common import arguments, report, shown
+from benchmarks.joint_verdict import STAGES, compared, verdict
+from compress.architecture import FORMATS, KV_FORMATS, Format
+from compress.candidate import Candidate
+from compress.data import Split
+from compress.errors import Infeasible, InputError
+from compress.families import count_parameters
+from compress.recipe import Recipe, check
+from compress.runs import Run, fingerprint, read_json, write_json
+from compress.scoring import score
+from compress.searches.baselines import uniform, variants
+from compress.searches.bench import Bench, Row, open_bench
+from compress.searches.measure import Reference, reference, sequence_kl
+from compress.session import Session, stamp
+from compress.show import note, table
+from compress.space import Space, load_space
+from compress.students import in_formats, is_cut, pruned, train_inputs, train_until
+from compress.units import format_bytes
+
+# Study by kind, as ``variants`` names its space.
+SEARCHED = {
+    "joint": "joint",
+    "prune": "prune",
+    "formats": "formats",
+    "prune then fp8": "prune_then_quantize-fp8",
+    "prune then nvfp4": "prune_then_quantize-nvfp4",
+}
+BLIND: Mapping[str, Format] = {"uniform then fp8": "fp8", "uniform then nvfp4": "nvfp4"}
+SEQUENCE = "prune_then_quantize"
+SEQUENCES = sum(study.startswith(SEQUENCE) for study in SEARCHED.values())
+COLUMNS = ["deployment", "kind", "MiB"]
+COLUMNS += [key for stage in STAGES for key in (stage, f"{stage} se")]
+COLUMNS += [key for stage in STAGES for key in (f"diff {stage}", f"diff {stage} se")]
+CHOICES = ("deployment", "kind", "parameters", "blocks", "hidden", "KV cache", "formats", "trials")
+# Keys of the recipe that are flags, with the benchmark's default where it is not the recipe's.
+RECIPE: Mapping[str, int | None] = {
+    "score_tokens": None, "draws": None, "replay_tokens": None, "repair_tokens": None,
+    "select_tokens": None, "final_tokens": None, "trials": 24, "distill_tokens": 16384,
+}  # fmt: skip
+
+
+def main() -> None:
+    """Run what is missing and report."""
+    settings = arguments(
+        __doc__ or "",
+        "smollm2-135m",
+        deployments={
+            "default": "2k:52%,2k:42%,2k:37%,8kx8:35%",
+            "help": "CONTEXT[xBATCH]:BUDGET, commas between",
+        },
+        space={"default": "joint", "help": "structure that searched kinds share"},
+        name={"default": "joint", "help": "of the JSON and of its directory"},
+        **recipe_flags(),
+    )
+    base, space = session_of(settings), load_space(settings.space)
+    asked = {text: deployment_of(text) for text in settings.deployments.split(",")}
+    for deployment in asked.values():
+        base.recipe.changed(**deployment)
+    scores = score(base)
+    select = text_of(base, "select", settings.select_tokens)
+    final = text_of(base, "final", settings.final_tokens)
+    rows: list[dict[str, Any]] = []
+    facts: dict[str, Any] = {}
+    for name, deployment in asked.items():
+        session = base.deployed(**deployment)
+        with open_bench(session, scores, select) as bench:
+            entries = {
+                kind: entry_of(bench, space, kind, name, final) for kind in (*SEARCHED, *BLIND)
+            }
+        rows += [{"deployment": name, **row} for row in compared(entries)]
+        for stage in STAGES:
+            facts |= {f"{name} {stage}, {key}": v for key, v in verdict(entries, stage).items()}
+    choices = [[shown(row.get(key)) for key in CHOICES] for row in rows]
+    table("What was chosen", list(CHOICES), choices, left=2)
+    report(settings.name, settings, facts, COLUMNS, rows)
+
+
+def recipe_flags() -> dict[str, dict[str, Any]]:
+    """Flags that are keys of the recipe."""
+    found: dict[str, dict[str, Any]] = {}
+    for key, default in RECIPE.items():
+        field = Recipe.model_fields[key]
+        found[key] = {"type": int, "default": default or field.default, "help": field.description}
+    return found
+
+
+def text_of(session: Session, split: Split, tokens: int) -> Reference:
+    """The teacher on a split."""
+    return reference(session.checkpoint, session.model, session.rows(split, tokens))
+
+
+def session_of(settings: argparse.Namespace) -> Session:
+    """The run that all deployments share: its scores do not depend on how a student is served."""
+    if settings.trials < SEQUENCES:
+        raise InputError(f"--trials {settings.trials} does not give each format of prune then one")
+    keys = ("model", "seed", *RECIPE)
+    asked = {key: getattr(settings, key) for key in keys}
+    files = {"data": settings.data, "eval_data": settings.eval_data}
+    asked |= {key: str(file) for key, file in files.items() if file is not None}
+    return Session(Run(settings.out / settings.name / "run"), check(asked, "settings"))
+
+
+def deployment_of(text: str) -> dict[str, Any]:
+    """The recipe keys of ``8kx8:35%``."""
+    found = re.fullmatch(r"([^x:]+)(?:x(\d+))?:(.+)", text.strip())
+    if not found:
+        raise InputError(f"deployment {text!r} is not understood; write it like 2k:42% or 8kx8:35%")
+    return {"context": found[1], "batch_size": int(found[2] or 1), "budget": found[3]}
+
+
+def entry_of(
+    bench: Bench, space: Space, kind: str, deployment: str, final: Reference
+) -> dict[str, Any]:
+    """One kind's student and its per-sequence KL, from an earlier run's file where it is there."""
+    session = bench.session
+    stem = re.sub(r"\W+", "-", f"{deployment} {kind}".lower()).strip("-")
+    file = session.run.path.parent / f"{stem}.json"
+    inputs = row_inputs(session, space)
+    if file.is_file() and (kept := read_json(file))["inputs"] == inputs:
+        return dict(kept["entry"])
+    note(f"{deployment}, {kind}: begins")
+    try:
+        rows = explored(bench, space, kind)
+    except Infeasible as error:
+        note(f"{deployment}, {kind}: does not fit")
+        entry: dict[str, Any] = {"fits": False, "reason": str(error)}
+    else:
+        entry = {"fits": True, "trials": len(rows), "select kl": rows[0].trial.kl}
+        entry |= measured(session, rows[0], stem, final)
+        means = (f"{sum(entry[stage]) / len(entry[stage]):.4f} {stage}" for stage in STAGES)
+        note(f"{deployment}, {kind}: KL {', '.join(means)}")
+    write_json(file, {"inputs": inputs, "entry": entry})
+    # Students are large and quickly made again; also those that a killed run left under this name.
+    for folder in ("candidates", "distill"):
+        for directory in (session.run.path / folder).glob(f"{stem}.*"):
+            shutil.rmtree(directory)
+    return entry
+
+
+def row_inputs(session: Session, space: Space) -> str:
+    """The fingerprint of what decides a row besides its kind."""
+    recipe = session.recipe
+    return fingerprint(
+        {
+            "session": session.identity(),
+            "final": stamp(Path(recipe.eval_data)) if recipe.eval_data else None,
+            "recipe": recipe.model_dump(exclude={"workers"}),
+            "space": space.model_dump(mode="json"),
+        }
+    )
+
+
+def explored(bench: Bench, space: Space, kind: str) -> list[Row]:
+    """What a kind has measured on select text, best first.
+
+    Raises:
+        Infeasible: nothing of the kind is within the budget.
+    """
+    spaces = variants(space, FORMATS, KV_FORMATS)
+    if kind in BLIND:
+        # What people do without a search, they do without repair.
+        problem = bench.problem(spaces["prune"].model_copy(update={"repair": False}))
+        found = uniform(problem, BLIND[kind])
+        if not found:
+            within = format_bytes(problem.budget)
+            raise Infeasible(f"no uniform cut with {BLIND[kind]} weights is within {within}")
+        return sorted((bench.measured(*pair) for pair in found), key=lambda row: row.trial.kl)
+    study, trials = SEARCHED[kind], bench.session.recipe.trials
+    blind = study.startswith(SEQUENCE)
+    problem = bench.problem(spaces[study], blind_to_rounding=blind)
+    return bench.explored(problem, study, trials // SEQUENCES if blind else trials)
+
+
+def measured(session: Session, row: Row, stem: str, final: Reference) -> dict[str, Any]:
+    """The student of a row: what it is, and its KL per sequence before and after distillation.
+
+    One with no cuts is its teacher in other formats: nothing is trained, both are the same.
+    """
+    tokens = session.recipe.distill_tokens
+    # A name of its own for every student: what another one left is never taken for it.
+    made = fingerprint(train_inputs(session, row.trial.candidate, tokens))[:8]
+    candidate = replace(row.trial.candidate, id=f"{stem}.{made}")
+    before = after = values(session, candidate, pruned(session, candidate), final)
+    if is_cut(session, candidate):
+        student = train_until(session, candidate, tokens, candidate.id)
+        after = values(session, candidate, student, final)
+    found: dict[str, Any] = {"candidate": row.trial.candidate.id, "bytes": row.trial.bytes}
+    return found | {**choice_of(session, candidate), "before": before, "after": after}
+
+
+def values(
+    session: Session, candidate: Candidate, directory: Path, final: Reference
+) -> Sequence[float]:
+    """KL of every sequence, the student of a directory in its formats."""
+    model = in_formats(session, candidate, directory)
+    kl: list[float] = torch.cat(list(sequence_kl(model, final))).tolist()
+    return kl
+
+
+def choice_of(session: Session, candidate: Candidate) -> dict[str, Any]:
+    """What a kind chose, in short."""
+    made, whole = candidate.architecture, session.architecture
+    formats = Counter(block.format for block in made.blocks)
+    return {
+        "parameters": count_parameters(made),
+        "blocks": f"{len(made.blocks)} of {len(whole.blocks)}",
+        "hidden": f"{made.hidden} of {whole.hidden}",
+        "KV cache": made.kv_format,
+        "formats": ", ".join(f"{formats[name]} {name}" for name in FORMATS if formats[name]),
+        "repaired": len(candidate.repaired),
+    }
+
+
+if __name__ == "__main__":
+    main()
