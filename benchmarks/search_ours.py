@@ -8,12 +8,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.common import BACKWARD
 from benchmarks.search_methods import Trials
 from compress.candidate import Candidate
-from compress.searches.bench import TANGENT_DRAWS
 from compress.searches.measure import measure
 from compress.searches.study import StudySettings, explore
-from compress.tangent import Tangent, tangent
+from compress.tangent import Tangent, tangent, turn
 
 # More than any limit pays for.
 MANY = 10_000
@@ -35,11 +35,12 @@ def ours(trials: Trials) -> Candidate:
             yield batch
         trials.offer(float(torch.cat(values).mean()), candidate)
 
-    def linearize(candidate: Candidate) -> Tangent:
-        # A forward, and a backward pass for the slope and for each draw.
-        price = (1 + 2 * (1 + TANGENT_DRAWS)) * trials.whole
+    def linearize(candidate: Candidate, number: int) -> Tangent:
+        text = turn(trials.text, number)
+        # A forward and a backward pass.
+        price = (1 + BACKWARD) * text.tokens.numel()
         pay(trials, price, price + trials.whole)
-        return tangent(trials.model, candidate, trials.text, TANGENT_DRAWS, [], grams=trials.grams)
+        return tangent(trials.model, candidate, text, [], trials.grams)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = StudySettings(

@@ -6,17 +6,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from optuna.trial import FrozenTrial, TrialState, create_trial
 from test_search import Teacher, settings, shown
 
 from compress.candidate import Candidate
 from compress.model import load_model
 from compress.scores import kl_of, whole
 from compress.searches.belief import belief, flat
-from compress.searches.proposals import decode, neutral
-from compress.searches.steps import step
+from compress.searches.prices import STALE_FAILURES, Pricing, anchors_of, slope_of
+from compress.searches.proposals import decode, neutral, seeds
 from compress.searches.study import explore
 from compress.space import REMOVED, Option
-from compress.tangent import Tangent, tangent
+from compress.tangent import Tangent, tangent, turn
 
 
 @pytest.fixture(scope="module")
@@ -24,9 +25,9 @@ def hybrid(tiny_hybrid: Path) -> Teacher:
     return Teacher(tiny_hybrid)
 
 
-def linearizer(teacher: Teacher) -> Callable[[Candidate], Tangent]:
-    model = load_model(teacher.path)
-    return lambda candidate: tangent(model, candidate, teacher.text, 2, ["fp8", "nvfp4"])
+def linearizer(teacher: Teacher) -> Callable[[Candidate, int], Tangent]:
+    model, formats = load_model(teacher.path), ["fp8", "nvfp4"]
+    return lambda candidate, number: tangent(model, candidate, turn(teacher.text, number), formats)
 
 
 PRIOR, DOUBT = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 0.5, 0.5, 1.0])
@@ -65,16 +66,40 @@ def test_at_the_teacher_the_slope_is_nothing_and_the_curvature_is_the_score(
     proposal = decode(problem, neutral(problem))
     assert proposal is not None
     teacher = problem.candidate("whole", "x", proposal.picked, proposal.chosen)
-    point = linearizer(hybrid)(teacher)
+    point, pricing = linearizer(hybrid)(teacher, 0), Pricing(problem)
     assert float(point.kl.abs().max()) < 1e-6
-    kept = {number: Option() for number in range(len(hybrid.architecture.blocks))}
     for number, block in enumerate(hybrid.architecture.blocks):
-        first, second = step(problem, point, kept, ((number, REMOVED),))
-        assert first == pytest.approx(0, abs=1e-3)
+        kept, gone = ((number, Option()),), ((number, REMOVED),)
+        assert slope_of(problem, point, *kept[0]) == 0
+        assert slope_of(problem, point, *gone[0]) == pytest.approx(0, abs=1e-3)
         rows = whole(hybrid.scores, block)
-        # 32 and 8 rows of squares: each is within a factor of a few of its mean.
-        assert 0.2 < second / kl_of(rows, hybrid.scores.length) < 5
-        assert step(problem, point, kept, ((number, kept[number]),)) == (0, 0)
+        assert pricing.curvature(kept, gone) == kl_of(rows, hybrid.scores.length)
+        assert pricing.curvature(gone, gone) == 0
+
+
+def trial(number: int, move: str, choice: list[int], value: float | None) -> FrozenTrial:
+    """A finished trial; without a value one that was stopped early."""
+    made = create_trial(
+        state=TrialState.PRUNED if value is None else TrialState.COMPLETE,
+        value=value,
+        user_attrs={"move": move, "choice": choice, "values": [9.0 if value is None else value]},
+    )
+    made.number = number
+    return made
+
+
+def test_tangents_are_taken_where_the_steps_are_and_again_after_failures() -> None:
+    seed, other = trial(0, "seed", [0] * 6, 2.0), trial(1, "seed", [1] * 6, 3.0)
+    assert anchors_of([]) == []
+    assert anchors_of([other, seed]) == [seed]
+    failed = [trial(2 + n, "step", [n, 1, 0, 0, 0, 0], None) for n in range(STALE_FAILURES)]
+    assert anchors_of([other, seed, *failed[:-1]]) == [seed]
+    assert anchors_of([other, seed, *failed]) == [seed, seed]
+    near = trial(8, "step", [1, 1, 1, 0, 0, 0], 1.5)
+    assert anchors_of([other, seed, near]) == [seed]
+    far = trial(9, "step", [1, 1, 1, 1, 0, 0], 1.4)
+    assert anchors_of([other, seed, near, far]) == [seed, far]
+    assert anchors_of([other, seed, near, far, *failed]) == [seed, far, far]
 
 
 def test_a_study_with_tangents_is_one_function_of_its_seed(hybrid: Teacher, tmp_path: Path) -> None:
@@ -95,5 +120,6 @@ def test_steps_come_closer_than_the_seeds(hybrid: Teacher, tmp_path: Path) -> No
     options = settings(tmp_path / "journal.log", 24)
     found = explore(problem, options, hybrid.measure, linearize=linearizer(hybrid))
     kl = {int(t.candidate.id[-3:]): t.kl for t in found if t.complete}
-    assert min(kl.values()) < min(kl[n] for n in kl if n < 4)
+    first = len(seeds(problem))
+    assert min(kl.values()) < min(kl[n] for n in kl if n < first)
     assert torch.isfinite(torch.tensor(list(kl.values()))).all()

@@ -57,7 +57,7 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
     model, text = text_of(path)
     architecture = text.teacher.architecture
     student = candidate(architecture, {"layers.1.ffn/ffn": torch.arange(64)})
-    found = tangent(model, student, text, 1, [])
+    found = tangent(model, student, text, [])
     block = architecture.blocks[3]
     slope = float(found.slope[unit_key(block, ("ffn",))][:, unit].mean()) / LENGTH
 
@@ -89,7 +89,7 @@ def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Pa
     student = replace(candidate(architecture, keep), repaired=frozenset([number]))
     expected = torch.cat(list(measure(student, text, grams)))
     before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    found = tangent(model, student, text, 1, [], grams=grams).kl
+    found = tangent(model, student, text, [], grams).kl
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(
         expected, torch.cat(list(measure(candidate(architecture, keep), text)))

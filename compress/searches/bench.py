@@ -22,17 +22,14 @@ from compress.scores import Scores
 from compress.scoring import REPAIR, gram_file
 from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, measure
+from compress.searches.prices import Linearize
 from compress.searches.problem import Problem, total_bytes
-from compress.searches.steps import Linearize
 from compress.searches.study import StudySettings, Trial, explore
 from compress.searches.workers import Crew, crew
 from compress.session import Session
 from compress.show import progress
 from compress.space import Space
-from compress.tangent import Tangent, tangent
-
-# Label draws of a tangent: the selection text has many sequences.
-TANGENT_DRAWS = 1
+from compress.tangent import Tangent, tangent, turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,13 +149,12 @@ class Bench:
         return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
     def linearize(self, problem: Problem) -> Linearize:
-        """Gives the tangent at a candidate, on the selection text."""
+        """Gives the tangent at a candidate, on half of the selection text in turn."""
         formats = [format for format in problem.space.formats if format != "bf16"]
 
-        def at(candidate: Candidate) -> Tangent:
-            model, seed = self.session.model, self.session.recipe.seed
+        def at(candidate: Candidate, number: int) -> Tangent:
             grams = self.grams if candidate.repaired else None
-            return tangent(model, candidate, self.text, TANGENT_DRAWS, formats, seed, grams)
+            return tangent(self.session.model, candidate, turn(self.text, number), formats, grams)
 
         return at
 

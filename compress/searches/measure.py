@@ -17,7 +17,7 @@ from compress.model import build_model, student_config
 from compress.prune import quantized, student_tensors
 
 # Sequences of a forward pass; between passes a hopeless trial may stop.
-BATCH = 8
+BATCH = 4
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from compress.searches.knapsack import Overlap, Solution, diverse, smallest, sol
 from compress.searches.problem import Choice, Globals, Problem
 from compress.units import format_bytes, format_count
 
-SEEDS = 8
+SEEDS = 4
 # Log of a multiplier's range: scores of a kind of block may be off by a factor of two.
 MULTIPLIER = math.log(2.0)
 

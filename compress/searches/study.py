@@ -1,10 +1,7 @@
 """The outer problem: Optuna asks, the knapsack decodes, the student in memory is measured.
 
-Moves, by the number of trials: ``seed`` (diverse knapsack solutions), ``sample`` (TPE over KV
-format, hidden size, global widths and score multipliers) and ``step`` (a few changes to the
-incumbent, see ``steps``). A proposal is a function of the seed, the finished trials and those that
-other workers are measuring, so that a killed study of one worker continues as if it had not been
-killed.
+A proposal (``moves``) is a function of the seed, the finished trials and those that other workers
+are measuring, so that a killed study of one worker continues as if it had not been killed.
 """
 
 import os
@@ -21,36 +18,24 @@ from torch import Tensor
 
 from compress.candidate import Candidate
 from compress.searches.journal import alone, close_running, close_waiting, locked, open_study
+from compress.searches.moves import propose
+from compress.searches.prices import Linearize, Pricing, complete
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.proposals import (
     Proposal,
-    decode,
     distributions,
     globals_of,
     key_of,
     named,
     seeds,
 )
-from compress.searches.steps import (
-    Linearize,
-    Prices,
-    anchor_of,
-    complete,
-    prices_at,
-    stepped,
-)
 
-# A trial is stopped early only after so many tokens: its measurement stays worth reading.
-EARLIEST_STOP_TOKENS = 1024
-# Every so many trials one is a sample; the others are steps, which find more.
-SAMPLE_EVERY = 8
-# A step that finds nothing new is drawn again, so often.
-RETRIES = 20
+# A trial is stopped early only after so many tokens.
+EARLIEST_STOP_TOKENS = 512
 # Between two looks at what other workers are doing.
 LOOK_SECONDS = 0.1
 
 Measure = Callable[[Candidate], Iterator[Tensor]]
-Priced = Callable[[FrozenTrial], Prices]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,16 +119,8 @@ def take_part(
     Raises:
         Infeasible: nothing in the space fits the budget.
     """
-    first = seeds(problem)
-    kept: dict[int, Prices] = {}
-
-    def priced(anchor: FrozenTrial) -> Prices:
-        if anchor.number not in kept:
-            kept.clear()
-            kept[anchor.number] = prices_at(problem, anchor, linearize)
-        return kept[anchor.number]
-
-    while (claimed := claim(study, problem, settings, first, priced)) is not None:
+    first, pricing = seeds(problem), Pricing(problem, linearize)
+    while (claimed := claim(study, settings, first, pricing)) is not None:
         trial, candidate = claimed
         run_trial(trial, measure(candidate), settings.tokens_per_sequence)
         progress(study.best_value)
@@ -151,10 +128,9 @@ def take_part(
 
 def claim(
     study: optuna.Study,
-    problem: Problem,
     settings: StudySettings,
     first: Sequence[tuple[dict[str, Any], Proposal]],
-    priced: Priced,
+    pricing: Pricing,
 ) -> tuple[optuna.Trial, Candidate] | None:
     """A running trial of this process and its candidate, which no other trial has.
 
@@ -163,6 +139,7 @@ def claim(
     Returns:
         None when enough candidates are measured, or there are no more.
     """
+    problem = pricing.problem
     seen: tuple[int, int] | None = None
     while True:
         # One at a time, so that a proposal knows all others.
@@ -173,26 +150,30 @@ def claim(
                 return None
             now, open_trials = (len(done), len(running)), settings.trials - len(done)
             # The same trials would give the same proposal.
+            unpriced = False
             if now != seen and len(running) < open_trials:
-                proposal, params, move = propose(
-                    problem, done, running, first, settings.seed, priced
-                )
-                if proposal is not None:
+                move = propose(pricing, done, running, first, settings.seed)
+                if move is not None and move.proposal is not None:
                     attributes = {
-                        "move": move,
-                        "choice": list(proposal.choice),
-                        "key": key_of(problem, proposal),
-                        "predicted": proposal.predicted,
-                        "gap": proposal.gap,
+                        "move": move.name,
+                        "choice": list(move.proposal.choice),
+                        "key": key_of(problem, move.proposal),
+                        "predicted": move.proposal.predicted,
+                        "gap": move.proposal.gap,
                         "worker": os.getpid(),
                     }
-                    study.enqueue_trial(params, user_attrs=attributes)
+                    study.enqueue_trial(move.params, user_attrs=attributes)
                     trial = study.ask(distributions(problem))
-                    return trial, named(problem, settings.kind, sum(now), proposal)
-                if not running:
+                    return trial, named(problem, settings.kind, sum(now), move.proposal)
+                unpriced = move is not None
+                if move is None and not running:
                     return None
-            seen = now
-        time.sleep(LOOK_SECONDS)
+            seen = None if unpriced else now
+        if unpriced:
+            # Beside the lock: other workers go on meanwhile.
+            pricing.fill(done)
+        else:
+            time.sleep(LOOK_SECONDS)
 
 
 def run_trial(trial: optuna.Trial, batches: Iterator[Tensor], tokens_per_sequence: int) -> None:
@@ -223,51 +204,6 @@ def finished(study: optuna.Study) -> list[FrozenTrial]:
 def elsewhere(study: optuna.Study) -> list[FrozenTrial]:
     """Trials that workers are measuring, in order."""
     return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
-
-
-def propose(
-    problem: Problem,
-    done: Sequence[FrozenTrial],
-    running: Sequence[FrozenTrial],
-    first: Sequence[tuple[dict[str, Any], Proposal]],
-    seed: int,
-    priced: Priced,
-) -> tuple[Proposal | None, dict[str, Any], str]:
-    """The next new candidate, the parameters it belongs to and the move that found it."""
-    known = {trial.user_attrs["key"] for trial in (*done, *running)}
-    number = len(done) + len(running)
-    for params, seeded in first:
-        if key_of(problem, seeded) not in known:
-            return seeded, params, "seed"
-    best = min((t for t in done if complete(t)), key=lambda t: t.value or 0.0, default=None)
-    if best is None or (number % SAMPLE_EVERY == 0 and distributions(problem)):
-        params = sampled(problem, (*done, *running), seed * 100003 + number, len(first))
-        proposal = decode(problem, params)
-        if proposal is not None and key_of(problem, proposal) not in known:
-            return proposal, params, "sample"
-    if best is None:
-        return None, {}, "none"
-    anchor = anchor_of(done)
-    assert anchor is not None
-    prices = priced(anchor)
-    random = np.random.default_rng(seed * 1000003 + number)
-    for attempt in range(RETRIES):
-        # Small problems run out of neighbours: doubt more each time, to look further.
-        proposal = stepped(problem, done, best, prices.doubted(1 + attempt / 4), random)
-        if proposal is not None and key_of(problem, proposal) not in known:
-            return proposal, dict(best.params), "step"
-    return None, {}, "none"
-
-
-def sampled(
-    problem: Problem, trials: Sequence[FrozenTrial], seed: int, startup: int
-) -> dict[str, Any]:
-    """The outer choice that TPE asks for after these trials."""
-    # In memory: the trial of the run's study gets what this decodes to, and by other moves as well.
-    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
-    study = optuna.create_study(sampler=sampler)
-    study.add_trials(trials)
-    return study.ask(distributions(problem)).params
 
 
 def results(study: optuna.Study, problem: Problem, settings: StudySettings) -> list[Trial]:

@@ -1,0 +1,217 @@
+"""What options are worth around the incumbent: tangents at recent incumbents and the scores.
+
+Costs at the teacher add up poorly once a third of it is gone: what a block is worth depends on what
+is left around it. So every option is priced by slopes of the KL at students that were the incumbent
+of late, each on another part of the text, and by the teacher's scores.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial, TrialState
+from torch import Tensor
+
+from compress.candidate import Candidate
+from compress.scores import Scores, change, kl_of, whole
+from compress.searches.knapsack import Floats
+from compress.searches.problem import Choice, Globals, Problem
+from compress.searches.proposals import Proposal, globals_of, named
+from compress.space import Option
+from compress.tangent import Tangent
+
+# The tangent at a candidate, on the part of the text of this number.
+Linearize = Callable[[Candidate, int], Tangent]
+STEP = "step"
+
+# The share of the Gauss-Newton curvature that predicts finite changes best: drawn labels overrate
+# large steps. And that of the tangents against the teacher's scores: slopes of units that are gone
+# promise too much. Both measured on SmolLM2 at 50 % of its blocks (runs/README.md).
+CURVATURE, TANGENT = 0.55, 0.5
+# A tangent is taken anew when the incumbent is so many groups away from it, or after so many steps
+# that found nothing; it counts twice as much as the one before it, of so many.
+STALE_CHANGES, STALE_FAILURES = 4, 5
+RECENT = 3
+# How far off a cost may be, as a share of the sizes it is the sum of; and at least, in nats.
+DOUBT, LEAST_DOUBT = 0.4, 0.002
+
+
+@dataclass(frozen=True)
+class Prices:
+    """Costs of all options against the incumbent's, [options], and how far off each may be."""
+
+    cost: Floats
+    doubt: Floats
+
+
+@dataclass
+class Pricing:
+    """Prices of a problem's options as trials come in; tangents of recent anchors are kept.
+
+    Without ``linearize`` options are priced by the teacher's scores alone.
+    """
+
+    problem: Problem
+    linearize: Linearize | None = None
+    slopes: dict[tuple[int, int], Floats] = field(default_factory=dict)
+    curvatures: dict[tuple[Choice, Choice], float] = field(default_factory=dict)
+
+    def missing(self, done: Sequence[FrozenTrial]) -> list[tuple[int, FrozenTrial]]:
+        """Anchors, numbered, whose slopes the next step needs."""
+        if self.linearize is None:
+            return []
+        return [
+            (number, anchor)
+            for number, anchor in recent(anchors_of(done))
+            if (number, anchor.number) not in self.slopes
+        ]
+
+    def fill(self, done: Sequence[FrozenTrial]) -> None:
+        """Take the tangents that are missing; those that no step needs again go."""
+        for number, anchor in self.missing(done):
+            self.slopes[number, anchor.number] = self.slope(number, anchor)
+            self.slopes = {n: slope for n, slope in self.slopes.items() if n[0] > number - RECENT}
+
+    def slope(self, number: int, anchor: FrozenTrial) -> Floats:
+        """First-order changes of the KL around an anchor, [options], against whole blocks."""
+        assert self.linearize is not None
+        chosen, groups, choice = of_trial(self.problem, anchor)
+        proposal = Proposal(groups=groups, choice=choice, chosen=chosen,
+                            predicted=anchor.user_attrs["predicted"], gap=0.0)  # fmt: skip
+        point = self.linearize(named(self.problem, "anchor", anchor.number, proposal), number)
+        options = (option for options in groups for option in options)
+        return np.array(
+            [sum(slope_of(self.problem, point, *block) for block in option) for option in options]
+        )
+
+    def at(self, done: Sequence[FrozenTrial], best: FrozenTrial) -> Prices:
+        """Prices around an incumbent; no slope may be missing."""
+        chosen, groups, choice = of_trial(self.problem, best)
+        scored = self.problem.knapsack(groups, chosen).costs
+        teacher = against(np.concatenate(scored), groups, choice)
+        anchors = recent(anchors_of(done))
+        if not anchors or self.linearize is None:
+            return Prices(teacher, LEAST_DOUBT + DOUBT * np.abs(teacher))
+        weights = np.array([0.5 ** (anchors[-1][0] - number) for number, _ in anchors])
+        slopes = np.array([self.slopes[number, anchor.number] for number, anchor in anchors])
+        slope = against(weights @ slopes / weights.sum(), groups, choice)
+        curvature = np.array(
+            [
+                self.curvature(options[taken], option)
+                for options, taken in zip(groups, choice, strict=True)
+                for option in options
+            ]
+        )
+        cost = TANGENT * (slope + CURVATURE * curvature) + (1 - TANGENT) * teacher
+        doubt = DOUBT * (np.abs(slope) + np.abs(teacher)) / 2
+        return Prices(cost, LEAST_DOUBT + doubt)
+
+    def curvature(self, taken: Choice, other: Choice) -> float:
+        """Half the second-order change of the KL from one option of a group to another."""
+        if (taken, other) not in self.curvatures:
+            known, found = self.problem.known, 0.0
+            for (number, before), (_, after) in zip(taken, other, strict=True):
+                rows = option_rows(self.problem, known, number, after)
+                rows = rows - option_rows(self.problem, known, number, before)
+                found += kl_of(rows, known.length)
+            self.curvatures[taken, other] = found
+        return self.curvatures[taken, other]
+
+
+def anchors_of(done: Sequence[FrozenTrial]) -> list[FrozenTrial]:
+    """The incumbents where tangents are taken, in order: a function of the finished trials alone.
+
+    The first is where the first step begins.
+    """
+    anchors: list[FrozenTrial] = []
+    best: FrozenTrial | None = None
+    failures = 0
+
+    def stale() -> bool:
+        return best is not None and (
+            not anchors or apart(best, anchors[-1]) >= STALE_CHANGES or failures >= STALE_FAILURES
+        )
+
+    for trial in done:
+        stepped = trial.user_attrs["move"] == STEP
+        if stepped and stale():
+            assert best is not None
+            anchors.append(best)
+            failures = 0
+        if complete(trial) and (best is None or kl_of_trial(trial) < kl_of_trial(best)):
+            best, failures = trial, 0
+        elif stepped:
+            failures += 1
+    return [*anchors, best] if best is not None and stale() else anchors
+
+
+def recent(anchors: Sequence[FrozenTrial]) -> list[tuple[int, FrozenTrial]]:
+    """The last anchors, numbered, those with other global choices than the last one left out."""
+    return [
+        (number, anchor)
+        for number, anchor in list(enumerate(anchors))[-RECENT:]
+        if outer(anchor) == outer(anchors[-1])
+    ]
+
+
+def complete(trial: FrozenTrial) -> bool:
+    """Whether a trial was measured on all sequences."""
+    return trial.state == TrialState.COMPLETE
+
+
+def kl_of_trial(trial: FrozenTrial) -> float:
+    """Mean KL over the sequences that were measured, nats per token."""
+    return float(np.mean(trial.user_attrs["values"]))
+
+
+def apart(one: FrozenTrial, other: FrozenTrial) -> float:
+    """Groups in which two trials differ; infinite where their global choices do."""
+    if outer(one) != outer(other):
+        return np.inf
+    pairs = zip(one.user_attrs["choice"], other.user_attrs["choice"], strict=True)
+    return float(sum(a != b for a, b in pairs))
+
+
+def outer(trial: FrozenTrial) -> dict[str, Any]:
+    """The global choices of a trial that decide what its groups are."""
+    return {key: value for key, value in trial.params.items() if not key.startswith("log_")}
+
+
+def of_trial(
+    problem: Problem, trial: FrozenTrial
+) -> tuple[Globals, list[list[Choice]], tuple[int, ...]]:
+    """A trial's global choice, the groups it gives, and the options taken."""
+    chosen = globals_of(problem, trial.params)
+    return chosen, problem.groups(chosen), tuple(trial.user_attrs["choice"])
+
+
+def against(costs: Floats, groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> Floats:
+    """Costs [options] minus that of the option which each group takes."""
+    ends = np.cumsum([0, *map(len, groups)])
+    parts = [
+        costs[start:end] - costs[start + taken]
+        for (start, end), taken in zip(pairwise(ends), choice, strict=True)
+    ]
+    found: Floats = np.concatenate(parts)
+    return found
+
+
+def slope_of(problem: Problem, point: Tangent, number: int, option: Option) -> float:
+    """First-order change of the KL from a whole BF16 block to an option, nats per token."""
+    rows = option_rows(problem, Scores(point.slope, {}, 0.0, point.length), number, option)
+    return float(rows.mean()) / point.length
+
+
+def option_rows(problem: Problem, scores: Scores, number: int, option: Option) -> Tensor:
+    """Summed contributions [rows] of a block's option, against the whole block in BF16.
+
+    Of a repaired option as much as its repair leaves of the block's error.
+    """
+    block = problem.teacher.blocks[number]
+    if option.removed:
+        return -whole(scores, block)
+    rows = change(scores, block, problem.keep_of(number, option), option.format)
+    return rows * math.sqrt(problem.left(number, option))
