@@ -84,6 +84,13 @@ def uniform_width(trials: Trials) -> Candidate:
     return replace(candidate, repaired=frozenset(n for n, b in blocks if block_name(b) in cuts))
 
 
+def uniform_by_activation(trials: Trials) -> Candidate:
+    """The same with units ranked by activations (Minitron, Minitron-SSM); a forward pass."""
+    trials.cost.add(trials.whole)
+    problem = replace(trials.problem, ranking="activation", costs={}, keeps={})
+    return uniform_width(replace(trials, problem=problem))
+
+
 def depth_by_score(trials: Trials) -> Candidate:
     """Blocks removed, those that cost least alone first, until the rest fits."""
     problem, removals = trials.problem, exact_removals(trials)
@@ -264,6 +271,7 @@ def replayed(
 
 METHODS: Mapping[str, Callable[[Trials], Candidate]] = {
     "uniform width": uniform_width,
+    "uniform by activation": uniform_by_activation,
     "depth by score": depth_by_score,
     "best of 32 random": best_of_random,
     "additive knapsack": additive_knapsack,

@@ -29,6 +29,7 @@ from compress.estimate import mean_of
 from compress.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.memory import Deployment, outside_bytes
 from compress.planning import teacher_bytes
+from compress.rankings import activation_scores
 from compress.repair import repair_ratio
 from compress.replay import removal_costs
 from compress.runs import read_json, write_json
@@ -97,7 +98,8 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
             for start, half in enumerate(HALVES)
         }
         save_grams(halves, file)
-        yield Scores(made, exact, 0.0, settings.length), cost.token_forwards, Grams(file)
+        rankings = activation_scores(found.model, architecture, rows)
+        yield Scores(made, exact, 0.0, settings.length, rankings), cost.token_forwards, Grams(file)
 
 
 def text_of(found: Subject, split: str, tokens: int) -> Reference:
