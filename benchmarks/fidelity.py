@@ -81,7 +81,7 @@ STRATA: Mapping[str, Stratum] = {
     "attention removed": Stratum("attention", removed=True),
     "FFN removed": Stratum("ffn", removed=True),
 }
-DEFAULT = 8
+DEFAULT = 10
 
 
 def main() -> None:

@@ -61,7 +61,7 @@ class Recipe(BaseModel):
         1024, ge=1, description="Most tokens for the exact scores of deep cuts."
     )
     replay_share: float = Field(
-        0.5, gt=0, lt=1,
+        0.25, gt=0, lt=1,
         description="Besides removals, cuts of an axis to this share are scored exactly.",
     )  # fmt: skip
     repair_tokens: int = Field(

@@ -6,6 +6,7 @@ Fisher form of the second-order expansion. It underrates big cuts, so removing a
 scored exactly by ``replay`` and the estimates of its thinner cuts are anchored to that.
 """
 
+import math
 import zlib
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -297,15 +298,26 @@ def anchors(scores: Scores, block: Block, axes: Collection[str]) -> list[tuple[f
 def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> float:
     """Predicted KL of one option of a block, nats per token.
 
-    The second-order estimate is right for small cuts and low for whole blocks. Replayed options
-    are anchors, at which the cost is the exact one: the ratio exact / estimate is interpolated
-    linearly over the estimate, from 1 at a cut of nothing through the anchors on either side.
+    The second-order estimate is right for small cuts and low for whole blocks. A replayed option
+    has its exact cost. Others are corrected by those on either side, and by a cut of nothing: the
+    ratio exact / estimate is interpolated linearly over the estimate, and its square root taken.
+    Of what makes a replayed cut dearer than its estimate another cut of the block has only a part,
+    and the replays are of less text (measured: runs/README.md). None is cheaper than a smaller
+    replayed cut, or dearer than a larger one.
     """
     both = kl_of(change(scores, block, keep, format), scores.length)
     if not keep:
         return both
     structure = kl_of(change(scores, block, keep, "bf16"), scores.length)
-    known = [(estimate, cost) for estimate, cost in anchors(scores, block, keep) if estimate > 0]
-    points = [0.0, *(estimate for estimate, _ in known)]
-    ratios = [1.0, *(cost / estimate for estimate, cost in known)]
-    return both + structure * (float(np.interp(structure, points, ratios)) - 1)
+    exact = scores.exact.get((block_name(block), option_key(keep)))
+    if exact is None:
+        known = [
+            (estimate, cost) for estimate, cost in anchors(scores, block, keep) if estimate > 0
+        ]
+        points = [0.0, *(estimate for estimate, _ in known)]
+        ratios = [1.0, *(cost / estimate for estimate, cost in known)]
+        guess = structure * math.sqrt(float(np.interp(structure, points, ratios)))
+        least = max((cost for estimate, cost in known if estimate <= structure), default=0.0)
+        most = min((cost for estimate, cost in known if estimate > structure), default=guess)
+        exact = max(least, min(guess, most))
+    return both + exact - structure

@@ -42,9 +42,9 @@ from compress.show import note, progress, table
 
 STAGE = "score"
 REPAIR = "repair"
-# A replayed mean is known well enough once its standard error is an eighth of it: an estimate from
-# 256 rows has no less, and blocks of one kind differ by more.
-STOP = Stop(relative=0.125)
+# A replayed mean is known well enough once its standard error is this much of it: an estimate from
+# 256 rows has hardly less, and blocks of one kind differ by more.
+STOP = Stop(relative=0.15)
 
 
 def score_inputs(session: Session) -> dict[str, object]:
