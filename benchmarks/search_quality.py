@@ -7,8 +7,8 @@ Every method searches the same space (``thin.yaml``: blocks kept, thinned or rem
 same ranking of units, under the same budget (a share of the bytes of the blocks), for at most
 ``--cost`` token-forwards: a replay counts by its share of the depth, a backward pass as two
 forwards. It selects on the select split; figures are on the final split. The contributions that
-rank the units, and removals replayed on a few tokens, cost ours, which uses them as scores; the
-others get the ranking for nothing.
+rank the units, and removals replayed with ``--replay-tokens``, cost ours, which uses them as
+scores; the others get the ranking for nothing.
 With ``+ repair`` every cut may be repaired, for everybody. Finished methods are kept: the same
 command continues.
 """
@@ -43,7 +43,7 @@ OURS, REPAIR = "ours", " + repair"
 BASELINE = "additive knapsack"
 DEPLOYMENT = Deployment(context=1)
 SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
-        "score_tokens", "draws", "replay_tokens", "repair_tokens", "length")  # fmt: skip
+        "score_tokens", "draws", "score_length", "replay_tokens", "repair_tokens", "length")  # fmt: skip
 
 
 def main() -> None:
@@ -58,7 +58,8 @@ def main() -> None:
         final_tokens={"type": int, "default": 32768},
         score_tokens={"type": int, "default": 2048},
         draws={"type": int, "default": 2},
-        replay_tokens={"type": int, "default": 256, "help": "for exact removals, ours only"},
+        score_length={"type": int, "default": 64, "help": "of the sequences that are scored"},
+        replay_tokens={"type": int, "default": 0, "help": "for exact removals, ours only"},
         repair_tokens={"type": int, "default": 4096},
         length={"type": int, "default": 128},
         methods={"default": ",".join(methods), "help": "comma-separated"},
@@ -85,11 +86,11 @@ def main() -> None:
 def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
     """Scores, what they cost in token-forwards, and the Gram matrices of repair."""
     settings, architecture, cost = found.settings, found.checkpoint.architecture, Cost()
-    rows = found.rows("score", settings.score_tokens, settings.length)
+    rows = found.rows("score", settings.score_tokens, settings.score_length)
     with metered(found.model, cost):
         made = contributions(found.model, architecture, rows, settings.draws, [], settings.seed)
-        replayed = rows[: max(1, settings.replay_tokens // settings.length)]
-        exact = removal_costs(found.model, architecture, replayed)
+        replayed = rows[: settings.replay_tokens // settings.score_length]
+        exact = removal_costs(found.model, architecture, replayed) if len(replayed) else {}
     text = found.rows("score", settings.repair_tokens, settings.length, settings.seed + 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "grams.safetensors"
@@ -99,7 +100,11 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
         }
         save_grams(halves, file)
         rankings = activation_scores(found.model, architecture, rows)
-        yield Scores(made, exact, 0.0, settings.length, rankings), cost.token_forwards, Grams(file)
+        yield (
+            Scores(made, exact, 0.0, settings.score_length, rankings),
+            cost.token_forwards,
+            Grams(file),
+        )
 
 
 def text_of(found: Subject, split: str, tokens: int) -> Reference:
