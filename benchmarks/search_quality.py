@@ -43,7 +43,8 @@ OURS, REPAIR = "ours", " + repair"
 BASELINE = "additive knapsack"
 DEPLOYMENT = Deployment(context=1)
 SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
-        "score_tokens", "draws", "score_length", "replay_tokens", "repair_tokens", "length")  # fmt: skip
+        "score_tokens", "score_length", "draws", "replay_tokens", "repair_tokens",
+        "length")  # fmt: skip
 
 
 def main() -> None:
