@@ -36,12 +36,16 @@ DIVERSE = 8
 
 @dataclass
 class Trials:
-    """Measured candidates of one method under a limit of token-forwards."""
+    """Measured candidates of one method under a limit of token-forwards.
+
+    ``more`` gives training text, twice as much as is measured on.
+    """
 
     problem: Problem
     model: Any
     text: Reference
     limit: float
+    more: Callable[[], Reference]
     grams: Grams | None = None
     cost: Cost = field(default_factory=Cost)
     best: tuple[float, Candidate] | None = None

@@ -35,8 +35,12 @@ def ours(trials: Trials) -> Candidate:
             yield batch
         trials.offer(float(torch.cat(values).mean()), candidate)
 
+    # Tangents are of other text than the trials.
+    slopes_text = trials.more()
+    trials.cost.add(slopes_text.tokens.numel())
+
     def linearize(candidate: Candidate, number: int) -> Tangent:
-        text = turn(trials.text, number)
+        text = turn(slopes_text, number)
         # A forward and a backward pass.
         price = (1 + BACKWARD) * text.tokens.numel()
         pay(trials, price, price + trials.whole)

@@ -125,7 +125,8 @@ def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None)
     budget = int(outside + share * (whole - outside))
     problem = Problem(architecture, scores, space, DEPLOYMENT, budget, repair_ratio=ratio)
     text = text_of(found, "select", settings.select_tokens)
-    trials = Trials(problem, found.model, text, settings.cost, grams)
+    more = partial(text_of, found, "train", 2 * settings.select_tokens)
+    trials = Trials(problem, found.model, text, settings.cost, more, grams)
     trials.cost.add(settings.repair_tokens if grams else 0)
     return trials
 

@@ -21,7 +21,7 @@ from compress.runs import fingerprint
 from compress.scores import Scores
 from compress.scoring import REPAIR, gram_file
 from compress.scoring import STAGE as SCORE
-from compress.searches.measure import Reference, measure
+from compress.searches.measure import Reference, measure, reference
 from compress.searches.prices import Linearize
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.study import StudySettings, Trial, explore
@@ -87,6 +87,13 @@ class Bench:
         """What repair needs; computed when a problem first repairs."""
         return gram_file(self.session)
 
+    @cached_property
+    def slopes_text(self) -> Reference:
+        """What tangents are taken on: training text, so that trials are judged on another one."""
+        session, recipe = self.session, self.session.recipe
+        rows = session.training_rows(2 * recipe.select_tokens, recipe.sequence_length)
+        return reference(session.checkpoint, session.model, rows)
+
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         """Per-sequence KL of a candidate, a batch at a time."""
         return measure(candidate, self.text, self.grams if candidate.repaired else None)
@@ -149,12 +156,14 @@ class Bench:
         return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
     def linearize(self, problem: Problem) -> Linearize:
-        """Gives the tangent at a candidate, on half of the selection text in turn."""
+        """Gives the tangent at a candidate, on parts of a text in turn."""
         formats = [format for format in problem.space.formats if format != "bf16"]
 
         def at(candidate: Candidate, number: int) -> Tangent:
             grams = self.grams if candidate.repaired else None
-            return tangent(self.session.model, candidate, turn(self.text, number), formats, grams)
+            return tangent(
+                self.session.model, candidate, turn(self.slopes_text, number), formats, grams
+            )
 
         return at
 

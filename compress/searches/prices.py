@@ -32,9 +32,9 @@ STEP = "step"
 # promise too much. Both measured on SmolLM2 at 50 % of its blocks (runs/README.md).
 CURVATURE, TANGENT = 0.55, 0.5
 # A tangent is taken anew when the incumbent is so many groups away from it, or after so many steps
-# that found nothing; it counts twice as much as the one before it, of so many.
+# that found nothing; of the last so many the nearer count more: half for so many groups further.
 STALE_CHANGES, STALE_FAILURES = 4, 5
-RECENT = 3
+RECENT = 4
 # How far off a cost may be, as a share of the sizes it is the sum of; and at least, in nats.
 DOUBT, LEAST_DOUBT = 0.4, 0.002
 
@@ -95,7 +95,9 @@ class Pricing:
         anchors = recent(anchors_of(done))
         if not anchors or self.linearize is None:
             return Prices(teacher, LEAST_DOUBT + DOUBT * np.abs(teacher))
-        weights = np.array([0.5 ** (anchors[-1][0] - number) for number, _ in anchors])
+        # What is near says more; of none that is left out the sum would be nothing.
+        distance = np.array([apart(best, anchor) for _, anchor in anchors])
+        weights = 0.5 ** ((distance - distance.min()) / STALE_CHANGES)
         slopes = np.array([self.slopes[number, anchor.number] for number, anchor in anchors])
         slope = against(weights @ slopes / weights.sum(), groups, choice)
         curvature = np.array(
