@@ -3,7 +3,8 @@
 ``python -m benchmarks.scale``; random models of equal width are built in memory and written to a
 temporary directory, so that nothing but depth differs. Contributions cost a forward pass and one
 backward pass per label draw, whatever the depth, each linear in it. Replays run what comes after
-every block: per token they are quadratic, unless the number of tokens falls as the depth grows.
+every block: per token they are quadratic, and the deeper a model is, the fewer rows they may take.
+"All scores" is what the product computes: contributions, replays, activations and the KV format.
 """
 
 import math
@@ -18,11 +19,13 @@ from benchmarks.common import Clock, Cost, arguments, metered, report
 from compress.checkpoint import open_checkpoint, write_checkpoint
 from compress.families import parameters, read_architecture
 from compress.model import load_model
-from compress.replay import removal_costs
+from compress.recipe import check
 from compress.scores import contributions
+from compress.scoring import scores_of
 from compress.searches.knapsack import Knapsack, Limit, Solution, solve
 
 BLOCKS, OPTIONS = 200, 80
+PARTS = ("contributions", "all scores")
 DEPTHS = (8, 16, 32, 64)
 VOCAB, LENGTH = 512, 64
 LLAMA: dict[str, Any] = {
@@ -74,8 +77,8 @@ def solved(seed: int, share: float, *, limited: bool) -> dict[str, Any]:
     }
 
 
-def scored(depth: int, tokens: int, replayed: int, draws: int) -> list[dict[str, Any]]:
-    """Seconds and token-forwards of the contributions and of the block replays of a depth."""
+def scored(depth: int, tokens: int, draws: int) -> list[dict[str, Any]]:
+    """Seconds and token-forwards of the contributions and of all scores of a depth."""
     config = LLAMA | {"num_hidden_layers": depth}
     generator = torch.Generator().manual_seed(depth)
     made = read_architecture(config)
@@ -83,30 +86,30 @@ def scored(depth: int, tokens: int, replayed: int, draws: int) -> list[dict[str,
         (p.name, torch.randn(p.shape, generator=generator).mul(0.05).bfloat16())
         for p in parameters(made)
     )
+    text = torch.randint(0, VOCAB, (tokens // LENGTH, LENGTH), generator=generator)
+    recipe, rows = check({"draws": draws}, "settings"), []
     with tempfile.TemporaryDirectory() as folder:
         write_checkpoint(Path(folder) / "model", weights, config, None)
         model = load_model(Path(folder) / "model")
-        architecture = open_checkpoint(Path(folder) / "model").architecture
-    text = torch.randint(0, VOCAB, (tokens // LENGTH, LENGTH), generator=generator)
-    rows = []
-    # A token through all layers of a model of this depth is that many layers' work.
-    for part in ("contributions", "replays"):
-        cost, clock = Cost(), Clock()
-        with metered(model, cost):
-            if part == "contributions":
-                contributions(model, architecture, text, draws, ["fp8", "nvfp4"])
-            else:
-                removal_costs(model, architecture, text[: replayed // LENGTH])
-        rows.append(
-            {
-                "part": part,
-                "what": f"{depth} layers",
-                "depth": depth,
-                "seconds": clock.seconds,
-                "token_forwards": cost.token_forwards,
-                "token_layers": cost.token_forwards * depth,
-            }
-        )
+        checkpoint = open_checkpoint(Path(folder) / "model")
+        for part in PARTS:
+            cost, clock = Cost(), Clock()
+            with metered(model, cost):
+                if part == "contributions":
+                    contributions(model, checkpoint.architecture, text, draws, ["fp8", "nvfp4"])
+                else:
+                    scores_of(checkpoint, model, text, recipe, Path(folder) / "parts")
+            rows.append(
+                {
+                    "part": part,
+                    "what": f"{depth} layers",
+                    "depth": depth,
+                    "seconds": clock.seconds,
+                    "token_forwards": cost.token_forwards,
+                    # A token through a model of this depth is that many layers' work.
+                    "token_layers": cost.token_forwards * depth,
+                }
+            )
     return rows
 
 
@@ -121,8 +124,7 @@ def main() -> None:
     settings = arguments(
         __doc__ or "",
         "embedded",
-        tokens={"type": int, "default": 1024, "help": "scored (default: %(default)s)"},
-        replay_tokens={"type": int, "default": 512, "help": "replayed (default: %(default)s)"},
+        tokens={"type": int, "default": 2048, "help": "scored (default: %(default)s)"},
         draws={"type": int, "default": 4, "help": "label draws (default: %(default)s)"},
     )
     rows = [
@@ -131,12 +133,12 @@ def main() -> None:
         for share in (0.3, 0.5, 0.7)
     ]
     # The first pass pays for what torch sets up once.
-    scored(2, settings.tokens, settings.replay_tokens, 1)
+    scored(2, settings.tokens, 1)
     for depth in DEPTHS:
-        rows += scored(depth, settings.tokens, settings.replay_tokens, settings.draws)
+        rows += scored(depth, settings.tokens, settings.draws)
     facts = {
         f"exponent of {part}, {key}": exponent([row for row in rows if row["part"] == part], key)
-        for part in ("contributions", "replays")
+        for part in PARTS
         for key in ("seconds", "token_layers")
     }
     report("scale", settings, facts, ("part", "what", "seconds", "token_forwards", "gap"), rows)

@@ -5,7 +5,7 @@ Gram matrices are a stage of their own, only for spaces that repair what they cu
 
 import math
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
@@ -13,7 +13,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from compress.architecture import FORMATS, Block, block_name, sizes
+from compress.architecture import FORMATS, Architecture, Block, block_name, sizes
 from compress.candidate import AXES, Ranking
 from compress.checkpoint import Checkpoint
 from compress.gates import UNITS, unit_key
@@ -45,6 +45,9 @@ REPAIR = "repair"
 # A replayed mean is known well enough once its standard error is this much of it: an estimate from
 # 256 rows has hardly less, and blocks of one kind differ by more.
 STOP = Stop(relative=0.15)
+# Replays cost at most so many forward passes of the teacher over the scored text, if an option has
+# the fewest rows that tell its error or more.
+REPLAY_FORWARDS = 20
 
 
 def score_inputs(session: Session) -> dict[str, object]:
@@ -103,7 +106,7 @@ def scores_of(
         number: deep_cuts(estimated, block, recipe.replay_share)
         for number, block in enumerate(architecture.blocks)
     }
-    replayed = rows[: max(1, recipe.replay_tokens // rows.shape[1])]
+    replayed = rows[: replay_rows(options, architecture, rows, recipe.replay_tokens)]
     with progress("score: exact costs of deep cuts", len(options)) as advance:
         costs = option_costs(
             model, architecture, replayed, options, STOP,
@@ -120,6 +123,25 @@ def scores_of(
     set_kv_format(model, "bf16")
     rankings = activation_scores(model, architecture, rows)
     return replace(estimated, exact=exact, kv=kv, rankings=rankings)
+
+
+def replay_rows(
+    options: Mapping[int, Mapping[str, Keep]],
+    architecture: Architecture,
+    rows: Tensor,
+    tokens: int,
+) -> int:
+    """Rows that options are replayed on at most: so many tokens, fewer for a deep model.
+
+    An option costs the share of the depth that comes after it, so that all of them at a fixed
+    number of tokens cost the square of the depth.
+    """
+    forwards = sum(
+        len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
+        for number, keeps in options.items()
+    )
+    affordable = REPLAY_FORWARDS * len(rows) / forwards
+    return max(1, min(tokens // rows.shape[1], max(STOP.least, int(affordable))))
 
 
 def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:

@@ -14,6 +14,7 @@ from compress.candidate import Candidate, student_architecture
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.model import load_model
 from compress.replay import NEVER, Keep, Stop, Text, option_costs
+from compress.scoring import REPLAY_FORWARDS, replay_rows
 from compress.searches.measure import measure, reference
 
 LENGTH = 16
@@ -155,3 +156,18 @@ def test_cuts_of_routed_experts_are_refused(tiny_hybrid: Path) -> None:
     model, architecture = load_model(tiny_hybrid), open_checkpoint(tiny_hybrid).architecture
     with pytest.raises(ValueError, match="expert=2 changes routed experts"):
         option_costs(model, architecture, TOKENS, {1: {"expert=2": {"expert": torch.arange(2)}}})
+
+
+def test_all_replays_cost_no_more_than_their_share(teacher: Teacher) -> None:
+    _, _, architecture = teacher
+    options = cuts(architecture)
+    forwards = sum(
+        len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
+        for number, keeps in options.items()
+    )
+    many = torch.zeros(10_000, LENGTH)
+    taken = replay_rows(options, architecture, many, tokens=10_000 * LENGTH)
+    assert REPLAY_FORWARDS - forwards / len(many) < taken * forwards / len(many) <= REPLAY_FORWARDS
+    assert replay_rows(options, architecture, many, tokens=5 * LENGTH) == 5
+    least = replay_rows(options, architecture, many[:1], tokens=10_000 * LENGTH)
+    assert least == max(4, int(REPLAY_FORWARDS / forwards))
