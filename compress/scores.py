@@ -305,10 +305,13 @@ def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format
     and the replays are of less text (measured: runs/README.md). None is cheaper than a smaller
     replayed cut, or dearer than a larger one.
     """
-    both = kl_of(change(scores, block, keep, format), scores.length)
+    cut = change(scores, block, keep, "bf16")
+    # Rounding of what stays has nothing to do with what went: their product is noise, of which a
+    # search over many options would find the most negative.
+    rounding = kl_of(change(scores, block, keep, format) - cut, scores.length)
     if not keep:
-        return both
-    structure = kl_of(change(scores, block, keep, "bf16"), scores.length)
+        return rounding
+    structure = kl_of(cut, scores.length)
     exact = scores.exact.get((block_name(block), option_key(keep)))
     if exact is None:
         known = [
@@ -320,4 +323,4 @@ def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format
         least = max((cost for estimate, cost in known if estimate <= structure), default=0.0)
         most = min((cost for estimate, cost in known if estimate > structure), default=guess)
         exact = max(least, min(guess, most))
-    return both + exact - structure
+    return exact + rounding
