@@ -6,7 +6,7 @@ batch. Sequences are added until each option's mean is known well enough.
 """
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from compress.architecture import Architecture, Block, Mamba, Moe, block_name
 from compress.families import family_of
@@ -65,19 +65,26 @@ class Text:
     def chunk(self, number: int) -> tuple[list[Tensor], Tensor]:
         """Hidden states [sequences, T, D] entering each layer, and the final normed ones."""
         if number not in self.found:
-            caught: list[Tensor] = []
-            handles = [
-                layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-                for layer in self.model.model.layers
-            ]
-            try:
-                tokens = self.chunks[number]
+            tokens = self.chunks[number]
+            with entering(self.model.model.layers) as caught:
                 final = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
-            finally:
-                for handle in handles:
-                    handle.remove()
             self.found[number] = caught, final
         return self.found[number]
+
+
+@contextmanager
+def entering(layers: Iterable[Any]) -> Iterator[list[Tensor]]:
+    """Inputs of the layers in the order in which they run while the context is open."""
+    caught: list[Tensor] = []
+    handles = [
+        layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
+        for layer in layers
+    ]
+    try:
+        yield caught
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def replayable(block: Block, keep: Keep) -> bool:
@@ -170,7 +177,7 @@ def chunk_costs(
     model, hidden = text.model, inputs[block.layer]
     branches = branch_outputs(model, architecture, block, hidden, keeps)
     with computed(model, architecture, block.layer, branches):
-        layers = slice(block.layer, None)
+        layers = range(block.layer, len(model.model.layers))
         student = run_layers(model, layers, hidden.repeat(len(keeps), 1, 1))
     head = model.lm_head.weight
     teacher = log_probabilities(final, head)
@@ -182,10 +189,10 @@ def chunk_costs(
     return torch.stack(kl)
 
 
-def run_layers(model: Any, which: slice, hidden: Tensor) -> Tensor:
+def run_layers(model: Any, numbers: Iterable[int], hidden: Tensor) -> Tensor:
     """Final normed hidden state of the model with only some layers, from the first one's input."""
     layers = model.model.layers
-    model.model.layers = layers[which]
+    model.model.layers = nn.ModuleList([layers[number] for number in numbers])
     try:
         output: Tensor = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
     finally:
@@ -238,7 +245,7 @@ def branch_outputs(
             )
         )
     try:
-        run_layers(model, slice(block.layer, block.layer + 1), hidden)
+        run_layers(model, [block.layer], hidden)
     finally:
         for handle in handles:
             handle.remove()
