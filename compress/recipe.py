@@ -58,7 +58,7 @@ class Recipe(BaseModel):
     score_length: int = Field(64, ge=2, description="Tokens of a sequence to score on.")
     draws: int = Field(8, ge=1, description="Label draws per scored sequence.")
     replay_tokens: int = Field(
-        1024, ge=1, description="Most tokens for the exact scores of deep cuts."
+        1024, ge=1, description="Most tokens for the exact scores of deep cuts and of whole layers."
     )
     replay_share: float = Field(
         0.25, gt=0, lt=1,

@@ -1,6 +1,7 @@
 """The score stage: contributions, exact removals and the KV format, once per teacher and text.
 
-Gram matrices are a stage of their own, only for spaces that repair what they cut.
+Gram matrices are a stage of their own, only for spaces that repair what they cut; so are the costs
+of whole layers, only for spaces where nothing less may go.
 """
 
 import math
@@ -16,6 +17,7 @@ from torch import Tensor
 from compress.architecture import FORMATS, Architecture, Block, block_name, sizes
 from compress.candidate import AXES, Ranking
 from compress.checkpoint import Checkpoint
+from compress.depth import Depth, layer_costs, load_depth, path_forwards, path_steps
 from compress.gates import UNITS, unit_key
 from compress.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
 from compress.kv import set_kv_format
@@ -42,12 +44,15 @@ from compress.show import note, progress, table
 
 STAGE = "score"
 REPAIR = "repair"
+DEPTH = "depth"
 # A replayed mean is known well enough once its standard error is this much of it: an estimate from
 # 256 rows has hardly less, and blocks of one kind differ by more.
 STOP = Stop(relative=0.15)
 # Replays cost at most so many forward passes of the teacher over the scored text, if an option has
 # the fewest rows that tell its error or more.
 REPLAY_FORWARDS = 20
+# The same for removing layers one after another.
+DEPTH_FORWARDS = 6
 
 
 def score_inputs(session: Session) -> dict[str, object]:
@@ -140,8 +145,16 @@ def replay_rows(
         len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
         for number, keeps in options.items()
     )
-    affordable = REPLAY_FORWARDS * len(rows) / forwards
-    return max(1, min(tokens // rows.shape[1], max(STOP.least, int(affordable))))
+    return affordable_rows(rows, tokens, forwards, REPLAY_FORWARDS)
+
+
+def affordable_rows(rows: Tensor, tokens: int, forwards: float, most: int) -> int:
+    """Rows that as many forward passes run on: of so many tokens at most, and at least one.
+
+    Fewer where that is more than ``most`` passes over all rows, but enough to tell an error.
+    """
+    affordable = int(most * len(rows) / forwards)
+    return max(1, min(tokens // rows.shape[1], max(STOP.least, affordable)))
 
 
 def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
@@ -157,6 +170,34 @@ def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
             if replayable(block, keep):
                 found[option_key(keep)] = keep
     return found
+
+
+def depth_file(session: Session) -> Depth:
+    """The costs of whole layers of the session's teacher, computed where missing."""
+    run, recipe = session.run, session.recipe
+    inputs = {
+        "session": session.identity(),
+        "tokens": [recipe.score_tokens, recipe.score_length, recipe.replay_tokens],
+        "forwards": DEPTH_FORWARDS,
+    }
+    file = run.path / "scores" / "depth.json"
+    if run.stage_done(DEPTH, inputs) and file.is_file():
+        return load_depth(file)
+    rows = session.rows("score", recipe.score_tokens, recipe.score_length)
+    steps, forwards = path_steps(session.architecture), path_forwards(session.architecture)
+    rows = rows[: affordable_rows(rows, recipe.replay_tokens, forwards, DEPTH_FORWARDS)]
+    # Named by these inputs: what another path found is never mixed in.
+    known = file.with_name(f"depth-{fingerprint(inputs)[:12]}.json")
+    with progress("score: layers, one after another", steps) as advance:
+        depth = layer_costs(
+            session.model, session.architecture, rows,
+            progress=stepwise(advance, steps), known=known,
+        )  # fmt: skip
+    depth.save(file)
+    run.sign(DEPTH, inputs)
+    for interrupted in file.parent.glob("depth-*.json"):
+        interrupted.unlink()
+    return depth
 
 
 def gram_file(session: Session) -> Grams:

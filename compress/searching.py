@@ -12,7 +12,7 @@ from compress.memory import footprint
 from compress.planning import in_format
 from compress.rankings import require_ranked
 from compress.runs import Run, write_json
-from compress.scoring import REPAIR, gram_file, repair_tokens, score
+from compress.scoring import DEPTH, REPAIR, depth_file, gram_file, repair_tokens, score
 from compress.scoring import STAGE as SCORE
 from compress.searches.baselines import main_kind, randomly, uniform, variants
 from compress.searches.bench import Bench, Row, open_bench
@@ -71,6 +71,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     return {
         "score": session.run.fingerprint(SCORE),
         "repair": session.run.fingerprint(REPAIR) if space.repair else None,
+        "depth": session.run.fingerprint(DEPTH) if space.remove == "layer" else None,
         "space": space.model_dump(mode="json"),
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": session.active,
@@ -108,6 +109,8 @@ def search(session: Session) -> None:
     scores = score(session)
     if space.repair:
         gram_file(session)
+    if space.remove == "layer":
+        depth_file(session)
     inputs = search_inputs(session, space)
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)

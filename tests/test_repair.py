@@ -344,5 +344,6 @@ def test_a_space_without_repair_computes_no_matrices(
 ) -> None:
     session = Session(Run(tmp_path), Recipe(model=str(tiny_hybrid), budget="50%"))
     bench = Bench(session, problem.known, reference(session.checkpoint, session.model, TOKENS[:1]))
-    assert bench.problem(load_space("minitron")).repair_ratio is None
+    space = load_space("puzzle").model_copy(update={"repair": False})
+    assert bench.problem(space).repair_ratio is None
     assert not any(tmp_path.iterdir())

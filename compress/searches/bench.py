@@ -13,13 +13,14 @@ from torch import Tensor
 
 from compress.architecture import to_json
 from compress.candidate import Candidate
+from compress.depth import Depth
 from compress.families import count_active, count_parameters
 from compress.grams import Grams
 from compress.model import is_plain
 from compress.repair import repair_ratio
 from compress.runs import fingerprint
 from compress.scores import Scores
-from compress.scoring import REPAIR, gram_file
+from compress.scoring import DEPTH, REPAIR, depth_file, gram_file
 from compress.scoring import STAGE as SCORE
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.prices import Linearize
@@ -94,6 +95,11 @@ class Bench:
         rows = session.training_rows(2 * recipe.select_tokens, recipe.sequence_length)
         return reference(session.checkpoint, session.model, rows)
 
+    @cached_property
+    def depth(self) -> Depth:
+        """What whole layers cost; computed when only they may go in a problem."""
+        return depth_file(self.session)
+
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         """Per-sequence KL of a candidate, a batch at a time."""
         return measure(candidate, self.text, self.grams if candidate.repaired else None)
@@ -112,6 +118,7 @@ class Bench:
             active=session.active,
             ranking=session.recipe.ranking,
             repair_ratio=ratio,
+            depth=self.depth.costs if space.remove == "layer" else None,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -126,6 +133,7 @@ class Bench:
             {
                 "score": run.fingerprint(SCORE),
                 "repair": run.fingerprint(REPAIR) if problem.space.repair else None,
+                "depth": run.fingerprint(DEPTH) if problem.space.remove == "layer" else None,
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
                 "ranking": problem.ranking,
