@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, TINY, write_tiny
+from test_search import Teacher as Searched
 from transformers import PreTrainedModel
 
 from compress import scoring
@@ -32,6 +33,7 @@ from compress.searches.baselines import predicted
 from compress.searches.bench import Bench
 from compress.searches.measure import measure, reference
 from compress.searches.problem import Globals, Problem
+from compress.searches.proposals import key_of, neutral, seeds, unconditional
 from compress.session import Session
 from compress.space import load_space
 
@@ -242,3 +244,15 @@ def test_only_spaces_of_whole_layers_compute_it_once_for_all_processes(
     assert not computed
     depth_file(session.deployed(replay_tokens=64))
     assert computed
+
+
+def test_a_search_begins_with_the_best_choice_of_single_removals_too(tiny_llama: Path) -> None:
+    teacher = Searched(tiny_llama)
+    problem = teacher.problem("minipuzzle", 0.7)
+    layers = range(teacher.architecture.layers)
+    # On the path the last layers cost nothing; alone they cost what they cost.
+    path = replace(problem, depth={layer: 1.0 / (layer + 1) for layer in layers}, costs={})
+    first = [key_of(path, proposal) for _, proposal in seeds(path)]
+    alone = seeds(problem)[0][1]
+    assert key_of(problem, alone) in first
+    assert unconditional(problem, neutral(problem)) == []
