@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import median
 from typing import Any, get_args
 
 import torch
@@ -117,17 +118,48 @@ def scores_of(
             model, architecture, replayed, options, STOP,
             progress=stepwise(advance, len(options)), directory=directory / "replay",
         )  # fmt: skip
-    exact = {
-        (block_name(architecture.blocks[number]), key): float(kl.mean())
+    measured = {
+        number: {key: float(kl.mean()) for key, kl in found_costs.items()}
         for number, found_costs in costs.items()
-        for key, kl in found_costs.items()
     }
     text = reference(checkpoint, model, replayed)
     set_kv_format(model, "fp8")
     kv = float(torch.cat(list(sequence_kl(model, text))).mean())
     set_kv_format(model, "bf16")
     rankings = activation_scores(model, architecture, rows)
+    exact = settled(estimated, architecture, options, measured)
     return replace(estimated, exact=exact, kv=kv, rankings=rankings)
+
+
+def settled(
+    estimated: Scores,
+    architecture: Architecture,
+    options: Mapping[int, Mapping[str, Keep]],
+    measured: Mapping[int, Mapping[str, float]],
+) -> dict[tuple[str, str], float]:
+    """Costs of the replayed options by block and option key, nats per token.
+
+    Removals cost what was replayed. A cut of an axis is replayed on a part of the text, and blocks
+    of a kind differ by little more than that error: it costs the geometric mean of what was
+    replayed and of its estimate, times the median of their ratio over the blocks of its kind.
+    """
+    found: dict[tuple[str, str], float] = {}
+    ratios: dict[tuple[str, str], list[float]] = {}
+    estimates: dict[tuple[int, str], float] = {}
+    for number, costs in measured.items():
+        block = architecture.blocks[number]
+        for key, cost in costs.items():
+            found[block_name(block), key] = cost
+            if (keep := options[number][key]) is not None:
+                estimate = kl_of(change(estimated, block, keep, "bf16"), estimated.length)
+                if min(estimate, cost) > 0:
+                    estimates[number, key] = estimate
+                    ratios.setdefault((block.kind, key), []).append(cost / estimate)
+    for (number, key), estimate in estimates.items():
+        block = architecture.blocks[number]
+        scaled = estimate * median(ratios[block.kind, key])
+        found[block_name(block), key] = math.sqrt(measured[number][key] * scaled)
+    return found
 
 
 def replay_rows(

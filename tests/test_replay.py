@@ -1,6 +1,7 @@
 """A replayed option costs what the masked model costs; replays stop early and resume."""
 
 from pathlib import Path
+from statistics import median
 
 import pytest
 import torch
@@ -14,7 +15,8 @@ from compress.candidate import Candidate, student_architecture
 from compress.checkpoint import Checkpoint, open_checkpoint
 from compress.model import load_model
 from compress.replay import NEVER, Keep, Stop, Text, option_costs
-from compress.scoring import REPLAY_FORWARDS, replay_rows
+from compress.scores import REMOVAL, Scores, contributions, option_cost
+from compress.scoring import REPLAY_FORWARDS, replay_rows, settled
 from compress.searches.measure import measure, reference
 
 LENGTH = 16
@@ -175,3 +177,34 @@ def test_all_replays_cost_no_more_than_their_share(teacher: Teacher) -> None:
     assert replay_rows(options, architecture, many, tokens=5 * LENGTH) == 5
     least = replay_rows(options, architecture, many[:1], tokens=10_000 * LENGTH)
     assert least == max(4, int(REPLAY_FORWARDS / forwards))
+
+
+def test_a_replayed_cut_is_settled_between_the_replay_and_its_scaled_estimate(
+    teacher: Teacher,
+) -> None:
+    _, model, architecture = teacher
+    scores = Scores(contributions(model, architecture, TOKENS, 2, [], 0), {}, 0.0, LENGTH)
+    blocks = [n for n, block in enumerate(architecture.blocks) if block.kind == "ffn"]
+    options: dict[int, dict[str, Keep]] = {
+        n: {REMOVAL: None, "ffn=24": {"ffn": torch.arange(24)}} for n in blocks
+    }
+    names = {n: block_name(architecture.blocks[n]) for n in blocks}
+    # The same ratio everywhere: what was replayed is what it costs.
+    estimates = {n: cost_of(scores, architecture, n, options[n]["ffn=24"]) for n in blocks}
+    same = {n: {REMOVAL: 7.0, "ffn=24": 3 * estimates[n]} for n in blocks}
+    found = settled(scores, architecture, options, same)
+    for n in blocks:
+        assert found[names[n], REMOVAL] == 7.0
+        assert found[names[n], "ffn=24"] == pytest.approx(3 * estimates[n], rel=1e-6)
+    # The ratios differ: it lies between.
+    equal = settled(scores, architecture, options, {n: {"ffn=24": 1.0} for n in blocks})
+    ratio = median(1 / estimate for estimate in estimates.values())
+    for n in blocks:
+        low, high = sorted((1.0, ratio * estimates[n]))
+        assert low * 0.999 <= equal[names[n], "ffn=24"] <= high * 1.001
+
+
+def cost_of(scores: Scores, architecture: Architecture, number: int, keep: Keep) -> float:
+    """The estimate of a cut."""
+    assert keep is not None
+    return option_cost(scores, architecture.blocks[number], keep, "bf16")
