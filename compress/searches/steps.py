@@ -17,8 +17,9 @@ from torch import Tensor
 from compress.candidate import Candidate
 from compress.scores import Scores, change, whole
 from compress.searches.belief import Belief, belief, flat
-from compress.searches.knapsack import Floats, Overlap, solve
+from compress.searches.knapsack import Overlap, solve
 from compress.searches.problem import Choice, Problem
+from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, as_proposal, globals_of, named
 from compress.space import Option
 from compress.tangent import Tangent
