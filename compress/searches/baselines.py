@@ -9,8 +9,9 @@ from compress.architecture import Format, KvFormat, sizes
 from compress.candidate import AXES, Candidate
 from compress.families import count_active
 from compress.memory import NVFP4_GROUP, block_takes
-from compress.searches.knapsack import Floats, Limit, excesses
+from compress.searches.knapsack import Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
+from compress.searches.program import Floats
 from compress.space import Option, Space, admissible, resized
 
 FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from compress.searches.knapsack import Floats
+from compress.searches.program import Floats
 
 
 @dataclass(frozen=True)

@@ -2,23 +2,23 @@
 
 import itertools
 import math
-import os
-import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 from numpy.typing import NDArray
-from scipy.optimize import Bounds, LinearConstraint, milp
 from scipy.sparse import csr_array
 
-Floats = NDArray[np.float64]
+from compress.searches.program import Floats, Program, optimum
+
 # HiGHS stops when the bound is this close; the gap of a solution is reported with it.
 RELATIVE_GAP = 1e-4
 DIVERSE_GAP = 0.02
 # HiGHS lets a row exceed its bound by this much of the row's scale.
 TOLERANCE = 1e-6
+# What the widest span of a group is for HiGHS: at 1, a choice that just keeps its bounds is lost
+# to the tolerance of the solver's cuts now and then, and what it claims to be proven is false.
+SPAN = 1000.0
 
 
 @dataclass(frozen=True)
@@ -85,41 +85,47 @@ def solve(
     option each, resources within their bounds to the unit; ``overlaps`` keep it near or away from
     other choices.
     """
-    first = relaxed(problem, overlaps, relative_gap)
+    first = optimum(as_program(problem, overlaps), relative_gap)
     if first is None:
         return None
-    picked, bound = first
-    choice = repaired(problem, picked, overlaps)
+    choice = within_bounds(problem, first.choice, overlaps, relative_gap)
     if choice is None:
-        # No single change repairs it: within bounds tighter by the tolerance nothing exceeds them.
-        again = relaxed(tightened(problem), overlaps, relative_gap)
-        if again is None:
-            return None
-        choice = again[0]
+        return None
     cost = value(problem.costs, choice)
     # Sums of this many costs are not exact to more than this.
     rounding = 1e-12 * sum(float(np.abs(options).max()) for options in problem.costs)
-    excess = cost - bound if cost - bound > rounding else 0.0
+    excess = cost - first.bound if cost - first.bound > rounding else 0.0
     gap = excess / max(abs(cost), 1e-30)
     return Solution(choice, cost, int(value(problem.bytes, choice)), gap)
 
 
-def relaxed(
-    problem: Knapsack, overlaps: Sequence[Overlap], relative_gap: float
-) -> tuple[tuple[int, ...], float] | None:
-    """The solver's choice, which may exceed a bound by its tolerance, and its bound on the cost."""
+def within_bounds(
+    problem: Knapsack,
+    choice: tuple[int, ...],
+    overlaps: Sequence[Overlap],
+    relative_gap: float,
+) -> tuple[int, ...] | None:
+    """The solver's choice, or where that exceeds a bound by its tolerance the better way back.
+
+    That is a single change, or the best within bounds tighter by the tolerance.
+    """
+    if max(excesses(problem, choice)) <= 0:
+        return choice
+    again = optimum(as_program(tightened(problem), overlaps), relative_gap)
+    found = [again.choice] if again else []
+    if (changed := repaired(problem, choice, overlaps)) is not None:
+        found.append(changed)
+    return min(found, key=lambda other: value(problem.costs, other), default=None)
+
+
+def as_program(problem: Knapsack, overlaps: Sequence[Overlap]) -> Program:
+    """The knapsack as rows over all options of all groups."""
     offsets = problem.offsets
     total = int(offsets[-1])
-    rows: list[tuple[Sequence[int], Sequence[float], float, float]] = [
-        (range(int(a), int(b)), [1.0] * int(b - a), 1.0, 1.0)
-        for a, b in itertools.pairwise(offsets)
-    ]
+    rows: list[tuple[Sequence[int], Sequence[float], float, float]] = []
     for limit in problem.resources:
-        # What options take beyond the least of their group, in units of the most that one does:
-        # the tolerance is relative to the row's scale, and one option each is taken anyhow.
-        scale, least = scale_of(limit), sum(float(options.min()) for options in limit.amounts)
-        amounts = np.concatenate([options - options.min() for options in limit.amounts]) / scale
-        rows.append((range(total), list(amounts), -np.inf, (limit.bound - least) / scale))
+        amounts, bound = in_steps(limit)
+        rows.append((range(total), list(amounts), -np.inf, bound))
     for pairs in problem.at_least_one:
         rows.append(([int(offsets[g]) + o for g, o in pairs], [1.0] * len(pairs), 1.0, np.inf))
     for near in overlaps:
@@ -134,24 +140,34 @@ def relaxed(
         shape=(len(rows), total),
     )
     low, high = (np.array([row[i] for row in rows]) for i in (2, 3))
-    costs = np.concatenate(problem.costs)
-    unit = max(float(np.abs(costs).max()), 1e-30)
-    with silent_stdout():
-        result = milp(
-            costs / unit,
-            integrality=np.ones(total, dtype=np.int64),
-            bounds=Bounds(0, 1),
-            constraints=LinearConstraint(matrix, low, high),
-            options={"mip_rel_gap": relative_gap},
-        )
-    if result.x is None:
-        return None
-    picked = tuple(int(np.argmax(result.x[a:b])) for a, b in itertools.pairwise(offsets))
-    return picked, float(result.mip_dual_bound) * unit
+    return Program(np.concatenate(problem.costs), offsets, matrix, low, high)
+
+
+def in_steps(limit: Limit) -> tuple[Floats, float]:
+    """What options take beyond the least of their group, and the room for it, for the solver.
+
+    Half a step more room lets no other choice in, and keeps those that fill it away from the
+    solver's tolerance.
+    """
+    beyond, step = beyond_least(limit), step_of(limit)
+    least = sum(int(options.min()) for options in limit.amounts)
+    unit = max(1.0, scale_of(limit) / step / SPAN)
+    amounts: Floats = beyond / step / unit
+    return amounts, ((limit.bound - least) // step + 0.5) / unit
+
+
+def beyond_least(limit: Limit) -> Floats:
+    """What options take beyond the least of their group: one option each is taken anyhow."""
+    return np.concatenate([options - options.min() for options in limit.amounts])
+
+
+def step_of(limit: Limit) -> int:
+    """The largest number that all differences within groups are whole multiples of."""
+    return max(1, int(np.gcd.reduce(beyond_least(limit).astype(np.int64))))
 
 
 def scale_of(limit: Limit) -> float:
-    """The unit that a resource is counted in for the solver: the widest span of a group."""
+    """The widest span of a group, which the solver's tolerance is relative to."""
     return max(1.0, *(float(np.ptp(options)) for options in limit.amounts))
 
 
@@ -159,25 +175,11 @@ def tightened(problem: Knapsack) -> Knapsack:
     """The problem with bounds that the solver's tolerance cannot carry over the true ones."""
 
     def lower(limit: Limit) -> int:
-        return limit.bound - math.ceil(TOLERANCE * scale_of(limit)) - 1
+        return limit.bound - math.ceil(TOLERANCE * scale_of(limit)) - step_of(limit)
 
     budget, *bounds = map(lower, problem.resources)
     limits = [replace(x, bound=bound) for x, bound in zip(problem.limits, bounds, strict=True)]
     return replace(problem, budget=budget, limits=limits)
-
-
-@contextmanager
-def silent_stdout() -> Iterator[None]:
-    """Without what compiled code prints: HiGHS in scipy 1.17 has a debugging line left in it."""
-    sys.stdout.flush()
-    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 1)
-    try:
-        yield
-    finally:
-        os.dup2(kept, 1)
-        os.close(kept)
-        os.close(nowhere)
 
 
 def value(values: Sequence[Floats], choice: Sequence[int]) -> float:
@@ -199,15 +201,10 @@ def excesses(problem: Knapsack, choice: Sequence[int]) -> list[float]:
 
 
 def repaired(
-    problem: Knapsack, choice: tuple[int, ...], overlaps: Sequence[Overlap] = ()
+    problem: Knapsack, choice: tuple[int, ...], overlaps: Sequence[Overlap]
 ) -> tuple[int, ...] | None:
-    """The choice within every bound to the unit: the solver's tolerance may exceed one slightly.
-
-    The group where saving what is missing costs least takes another option.
-    """
+    """The choice with one group's option changed to keep every bound to the unit, at least cost."""
     over = excesses(problem, choice)
-    if max(over) <= 0:
-        return choice
     best: tuple[float, tuple[int, ...]] | None = None
     for group, picked in enumerate(choice):
         enough = np.ones(len(problem.costs[group]), dtype=bool)

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from compress.candidate import Candidate
 from compress.scores import Scores, change, kl_of, whole
-from compress.searches.knapsack import Floats
 from compress.searches.problem import Choice, Globals, Problem
+from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, globals_of, named
 from compress.space import Option
 from compress.tangent import Tangent

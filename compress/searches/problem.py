@@ -21,7 +21,8 @@ from compress.memory import (
     ssm_state_bytes,
 )
 from compress.scores import Scores, choose, kl_of, option_cost, priority, removed, top
-from compress.searches.knapsack import Floats, Knapsack, Limit
+from compress.searches.knapsack import Knapsack, Limit
+from compress.searches.program import Floats
 from compress.space import (
     REMOVED,
     Option,
