@@ -39,6 +39,14 @@ class Candidate:
     repaired: frozenset[int] = frozenset()
 
 
+def repair_note(repaired: int, blocks: int) -> str:
+    """How many of a student's blocks are repaired and what that means, in one line."""
+    return (
+        f"{repaired} of {blocks} blocks are repaired: after the cut their output projections were "
+        "refitted to put out what the teacher's blocks do (closed form, no labels, no training)"
+    )
+
+
 def block_keep(keep: "Mapping[str, Tensor]", teacher_block: Block) -> "dict[str, Tensor]":
     """Kept indices of one teacher block by axis, ``hidden`` among them."""
     prefix = block_name(teacher_block) + "/"

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.architecture import Architecture
@@ -17,6 +16,7 @@ from compress.config import ARCHITECTURE, CONFIG, architecture_of, read_config
 from compress.errors import InputError
 from compress.families import parameters
 from compress.runs import atomic_directory, read_json
+from compress.tensor_files import save_tensors
 
 SHARD_BYTES = 4 * 2**30
 INDEX = "model.safetensors.index.json"
@@ -140,7 +140,7 @@ def write_files(
     shards: list[list[str]] = []
     total = 0
     for shard in in_shards(tensors):
-        save_file(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
+        save_tensors(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:

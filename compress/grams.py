@@ -9,13 +9,13 @@ from typing import Any, Literal, get_args
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, Block, Moe, block_name, sizes
 from compress.families import family_of
 from compress.gates import units_of
 from compress.layout import Slot, parse, shape
+from compress.tensor_files import save_tensors
 
 Half = Literal["fit", "check"]
 HALVES: tuple[Half, ...] = get_args(Half)
@@ -170,10 +170,5 @@ class Grams:
 
 def save_grams(halves: Mapping[Half, Mapping[str, Tensor]], file: Path) -> None:
     """Write the matrices of both halves, whole or not at all."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    partial = file.with_suffix(".partial")
-    save_file(
-        {f"{half}/{key}": gram for half, grams in halves.items() for key, gram in grams.items()},
-        partial,
-    )
-    partial.replace(file)
+    named = {f"{half}/{key}": gram for half, grams in halves.items() for key, gram in grams.items()}
+    save_tensors(named, file)

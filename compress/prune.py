@@ -6,7 +6,7 @@ from math import prod, sqrt
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import Architecture, Moe, from_json, sizes, to_json
@@ -20,6 +20,7 @@ from compress.model import student_config
 from compress.precision.fake import fake_quantize_block
 from compress.repair import repaired
 from compress.runs import atomic_directory, write_text
+from compress.tensor_files import save_tensors
 
 KEEP = "keep.safetensors"
 # Beside the kept indices in the same file: the teacher's blocks that are repaired.
@@ -134,7 +135,7 @@ def save_keep(candidate: Candidate, file: Path) -> None:
     tensors = {name: index.contiguous() for name, index in candidate.keep.items()}
     if candidate.repaired:
         tensors[REPAIRED] = torch.tensor(sorted(candidate.repaired))
-    save_file(tensors, file)
+    save_tensors(tensors, file)
 
 
 def save_candidate(candidate: Candidate, directory: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, Block, Mamba, Moe, block_name
@@ -23,6 +23,7 @@ from compress.layout import parse
 from compress.losses import log_probabilities
 from compress.masks import alive
 from compress.scores import REMOVAL, Progress
+from compress.tensor_files import save_tensors
 
 # What an option keeps of its block by axis; None when the block goes.
 Keep = Mapping[str, Tensor] | None
@@ -135,9 +136,7 @@ def option_costs(
         else:
             found[number] = block_costs(text, architecture, block, keeps, stop)
             if part is not None:
-                part.parent.mkdir(parents=True, exist_ok=True)
-                save_file(found[number], part.with_suffix(".partial"))
-                part.with_suffix(".partial").replace(part)
+                save_tensors(found[number], part)
         progress(done + 1, len(options))
     return found
 

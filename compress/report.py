@@ -22,6 +22,7 @@ from compress.report_content import (
     evaluation_grid,
     lines,
     number,
+    repairs,
     servings,
     short,
     signed,
@@ -98,6 +99,7 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         lines=lines(run),
         candidates=worth_listing(run),
         picture=picture,
+        repairs=repairs(selected) if selected else "",
         charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
         evaluation=evaluation_grid(run.results) if run.results else None,
         parameters=count_parameters(run.teacher.architecture) if run.teacher else None,
@@ -138,6 +140,8 @@ def print_servings(teacher: Teacher, selected: Student | None) -> None:
     )
     if teacher.note:
         console().print(f"teacher: {teacher.note}", markup=False, soft_wrap=True)
+    if selected and (note := repairs(selected)):
+        console().print(f"student {selected.id}: {note}", markup=False, soft_wrap=True)
 
 
 def print_table(run: RunFiles) -> None:
@@ -173,13 +177,23 @@ def print_candidates(run: RunFiles) -> None:
     """The candidates worth listing."""
     table(
         f"candidates, best first ({len(run.students)} in all; KL in nats per token)",
-        ("id", "kind", "bytes", "parameters", "predicted KL", "measured KL", "distilled KL"),
+        (
+            "id",
+            "kind",
+            "bytes",
+            "parameters",
+            "repaired",
+            "predicted KL",
+            "measured KL",
+            "distilled KL",
+        ),
         [
             (
                 student.id,
                 words(student.kind),
                 format_bytes(student.bytes),
                 format_count(student.parameters),
+                str(student.repaired),
                 number(student.predicted_kl),
                 with_error(student.measured_kl, student.measured_se),
                 number(student.distilled_kl),

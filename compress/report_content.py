@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.architecture import FORMATS, Architecture
+from compress.candidate import repair_note
 from compress.devices import DEVICES
 from compress.memory import Deployment, Footprint, footprint, largest_context
 from compress.planning import in_format, teacher_bytes
@@ -89,6 +90,12 @@ def servings(teacher: Teacher, selected: Student | None) -> Iterator[Serving]:
                 for device in DEVICES.values()
             },
         )
+
+
+def repairs(student: Student) -> str:
+    """How many blocks of a student are repaired and what that means, empty if none is."""
+    blocks = len(student.architecture.blocks)
+    return repair_note(student.repaired, blocks) if student.repaired else ""
 
 
 def cards_matter(shown: Sequence[Serving]) -> bool:

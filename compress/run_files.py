@@ -49,7 +49,7 @@ class Teacher:
 
 @dataclass(frozen=True, kw_only=True)
 class Student:
-    """A row of ``candidates.json``."""
+    """A row of ``candidates.json``; ``repaired`` counts blocks."""
 
     id: str
     kind: str
@@ -63,6 +63,7 @@ class Student:
     distilled_kl: float | None
     finalist: bool
     selected: bool
+    repaired: int
 
     @property
     def kl(self) -> float | None:
@@ -211,6 +212,7 @@ def read_student(path: Path, row: Mapping[str, Any]) -> Student:
             distilled_kl=row.get("distilled_kl"),
             finalist=row.get("finalist", False),
             selected=row.get("selected", False),
+            repaired=len(row.get("repaired", ())),
         )
     except (KeyError, TypeError) as error:
         raise InputError(f"{path / 'candidates.json'} has a row without {error}") from error

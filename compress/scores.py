@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.architecture import Architecture, Block, Format, block_name, sizes
@@ -24,6 +24,7 @@ from compress.candidate import AXES, Ranking
 from compress.gates import UNITS, Taps, unit_key
 from compress.masks import alive
 from compress.rankings import activation_importance
+from compress.tensor_files import save_tensors
 
 Contributions = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]
@@ -46,7 +47,7 @@ class Scores:
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
-        """Write everything as named tensors."""
+        """Write everything as named tensors, whole or not at all."""
         tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
         tensors |= {
             f"exact/{block}/{key}": torch.tensor(value, dtype=torch.float64)
@@ -54,7 +55,7 @@ class Scores:
         }
         tensors |= {f"rankings/{key}": value for key, value in self.rankings.items()}
         tensors |= {"kv": torch.tensor(self.kv), "length": torch.tensor(self.length)}
-        save_file({key: value.contiguous() for key, value in tensors.items()}, file)
+        save_tensors({key: value.contiguous() for key, value in tensors.items()}, file)
 
 
 def load_scores(file: Path) -> Scores:
@@ -118,9 +119,7 @@ def contributions(
                 progress(number * draws + draw + 1, len(batches) * draws)
             whole_batch = {key: value.flatten(0, 1) for key, value in found.items()}
             if part:
-                part.parent.mkdir(parents=True, exist_ok=True)
-                save_file(whole_batch, part.with_suffix(".partial"))
-                part.with_suffix(".partial").replace(part)
+                save_tensors(whole_batch, part)
         else:
             whole_batch = load_file(part)
             progress((number + 1) * draws, len(batches) * draws)

@@ -82,9 +82,7 @@ def score(session: Session) -> Scores:
     # Its own directory for these inputs: parts of another scoring are never mixed in.
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
     scores = scores_of(session.checkpoint, session.model, rows, recipe, parts)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    scores.save(file.with_suffix(".partial"))
-    file.with_suffix(".partial").replace(file)
+    scores.save(file)
     run.sign(STAGE, inputs)
     # Those of an interrupted scoring under other settings go too.
     for directory in file.parent.glob("parts-*"):

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from compress.architecture import to_json
-from compress.candidate import Candidate
+from compress.candidate import Candidate, repair_note
 from compress.checkpoint import open_checkpoint, write_checkpoint
 from compress.distill import DistillSettings
 from compress.distill import distill as train_on_teacher
@@ -239,6 +239,9 @@ def export(session: Session, name: str | None) -> Path:
         "KL to the teacher": f"{row['measured_kl']:.4f} nats per token before distillation",
         "student": str(directory.relative_to(run.path)),
     }
+    if candidate.repaired:
+        blocks = len(candidate.architecture.blocks)
+        card["repair"] = repair_note(len(candidate.repaired), blocks)
     calibration = session.rows("score", session.recipe.score_tokens)[:8]
     facts = export_student(
         directory, out, candidate.architecture, session.recipe.target, card, calibration

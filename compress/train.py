@@ -15,12 +15,13 @@ from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress import show
 from compress.errors import InputError
 from compress.runs import fingerprint, read_json, write_json, write_text
+from compress.tensor_files import save_tensors
 
 STATE = "training.json"
 CURVE = "curve.jsonl"
@@ -192,12 +193,12 @@ def save(
         if state := optimizer.state.get(parameter):
             tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
     file = f"training-{len(curve):07}.safetensors"
-    save_file(tensors, directory / file)
+    save_tensors(tensors, directory / file)
     points = map(dataclasses.asdict, curve)
     write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in points))
     losses = [point.loss for point in curve]
     write_json(directory / STATE, {"file": file, "identity": identity, "losses": losses})
-    for old in directory.glob("training-*.safetensors"):
+    for old in directory.glob("training-*"):
         if old.name != file:
             old.unlink()
 
@@ -245,7 +246,7 @@ def kept(model: nn.Module) -> dict[str, Tensor]:
 def forget(directory: Path) -> None:
     """Delete the checkpoint of a finished training; the curve stays."""
     (directory / STATE).unlink(missing_ok=True)
-    for file in directory.glob("training-*.safetensors"):
+    for file in directory.glob("training-*"):
         file.unlink()
 
 

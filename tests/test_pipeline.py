@@ -60,6 +60,19 @@ def test_candidates_of_every_kind_fit_best_first(searched: Path) -> None:
     assert found == {row["id"] for row in rows}
 
 
+def test_the_model_card_says_how_many_blocks_were_repaired(run_copy: Path) -> None:
+    rows = rows_of(run_copy)
+    repaired = next(row for row in rows if row["repaired"])
+    plain = next(row for row in rows if not row["repaired"])
+    for row in (repaired, plain):
+        command("export", f"{run_copy}:{row['id']}")
+        text = (run_copy / "export" / row["id"] / "README.md").read_text()
+        blocks = len(row["architecture"]["blocks"])
+        said = f"{len(row['repaired'])} of {blocks} blocks are repaired"
+        assert (said in text) == bool(row["repaired"])
+        assert ("repaired" in text) == bool(row["repaired"])
+
+
 def test_from_search_to_report(
     run_copy: Path, tiny_hybrid: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -153,3 +153,24 @@ def test_a_curve_cut_short_by_a_kill_is_read(run: Path) -> None:
 def test_a_directory_that_is_no_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="not a run"):
         report(tmp_path)
+
+
+def test_the_report_says_how_many_blocks_were_repaired(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    student = read_run(run).selected
+    assert student is not None
+    said = f"3 of {len(student.architecture.blocks)} blocks are repaired"
+    print_report(run)
+    assert said in capsys.readouterr().out
+    assert said in report(run).read_text()
+
+
+def test_a_run_without_repair_says_nothing_of_it(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = json.loads((run / "candidates.json").read_text())
+    write(run / "candidates.json", [row | {"repaired": []} for row in rows])
+    print_report(run)
+    assert "blocks are repaired" not in capsys.readouterr().out
+    assert "blocks are repaired" not in report(run).read_text()
