@@ -1,7 +1,6 @@
 """Options left out of the integer program are those that no best choice takes."""
 
 import random
-import time
 from dataclasses import replace
 
 import numpy as np
@@ -9,7 +8,15 @@ import pytest
 from test_knapsack import every_choice, limited
 
 from compress.searches import program as programs
-from compress.searches.knapsack import Knapsack, Limit, Overlap, as_program, solve, value
+from compress.searches.knapsack import (
+    Knapsack,
+    Limit,
+    Overlap,
+    as_program,
+    excesses,
+    solve,
+    value,
+)
 from compress.searches.program import priced, relaxation_prices
 
 
@@ -129,7 +136,7 @@ def test_a_price_that_nobody_pays_changes_nothing(seed: int) -> None:
     assert (solution and solution.choice) == (other and other.choice)
 
 
-def test_the_knapsack_of_a_large_model_takes_seconds() -> None:
+def test_the_knapsack_of_a_large_model_is_proven_and_within_both_bounds() -> None:
     draw = np.random.default_rng(0)
     kept = np.sort(draw.random((200, 80)))
     costs = draw.lognormal(0, 1.5, (200, 1)) * (1 - kept) ** 2 * draw.lognormal(0, 0.2, kept.shape)
@@ -137,8 +144,7 @@ def test_the_knapsack_of_a_large_model_takes_seconds() -> None:
     active = np.round(taken * draw.uniform(0.2, 0.6, kept.shape))
     half = [int((x.min(1).sum() + x.max(1).sum()) / 2) for x in (taken, active)]
     problem = Knapsack(list(costs), list(taken), half[0], limits=[Limit(list(active), half[1])])
-    before = time.process_time()
     solution = solve(problem)
-    assert time.process_time() - before < 5
     assert solution is not None
     assert solution.gap <= 1e-4
+    assert max(excesses(problem, solution.choice)) <= 0
