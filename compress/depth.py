@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture, Attention
+from compress.errors import InputError
 from compress.losses import kl_from_hidden
 from compress.replay import Text, entering, run_layers
 from compress.runs import read_json, write_json
@@ -43,10 +44,13 @@ class Depth:
 
 
 def load_depth(file: Path) -> Depth:
-    """Read what ``Depth.save`` wrote."""
+    """Read what ``Depth.save`` wrote; InputError where it is something else."""
     found = read_json(file)
-    costs = {int(layer): cost for layer, cost in found["costs"].items()}
-    return Depth(path=tuple(found["path"]), costs=costs)
+    try:
+        costs = {int(layer): float(cost) for layer, cost in found["costs"].items()}
+        return Depth(path=tuple(map(int, found["path"])), costs=costs)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise InputError(f"{file} does not list layers; delete it to score them again") from error
 
 
 def layer_numbers(architecture: Architecture) -> list[int]:

@@ -58,11 +58,13 @@ class Recipe(BaseModel):
     score_length: int = Field(64, ge=2, description="Tokens of a sequence to score on.")
     draws: int = Field(8, ge=1, description="Label draws per scored sequence.")
     replay_tokens: int = Field(
-        1024, ge=1, description="Most tokens for the exact scores of deep cuts and of whole layers."
+        1024,
+        ge=1,
+        description="Most tokens to replay removals, deep cuts and layers on.",
     )
     replay_share: float = Field(
         0.25, gt=0, lt=1,
-        description="Besides removals, cuts of an axis to this share are scored exactly.",
+        description="Besides removals, cuts of an axis to this share are replayed.",
     )  # fmt: skip
     repair_tokens: int = Field(
         4096, ge=2, description="Tokens that output projections are refitted on, if the space may."

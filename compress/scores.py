@@ -35,7 +35,8 @@ REMOVAL = "removed"
 class Scores:
     """Contributions [rows, *units] of sequences of ``length`` tokens, and costs that were replayed.
 
-    ``exact`` maps block names and option keys to the KL of that option alone, nats per token;
+    ``exact`` maps block names and option keys to the KL of that option alone, nats per token, as
+    replays have settled it (``scoring.settled``);
     ``kv`` is that of storing every KV cache in FP8. ``rankings`` is what ``activation_scores``
     gives: the other rankings need it.
     """
@@ -298,8 +299,8 @@ def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format
     """Predicted KL of one option of a block, nats per token.
 
     The second-order estimate is right for small cuts and low for whole blocks. A replayed option
-    has its exact cost. Others are corrected by those on either side, and by a cut of nothing: the
-    ratio exact / estimate is interpolated linearly over the estimate, and its square root taken.
+    costs what was settled. Others are corrected by those on either side and by a cut of nothing:
+    the ratio exact / estimate is interpolated linearly over the estimate and its root taken.
     Of what makes a replayed cut dearer than its estimate another cut of the block has only a part,
     and the replays are of less text (measured: runs/README.md). None is cheaper than a smaller
     replayed cut, or dearer than a larger one.

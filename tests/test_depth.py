@@ -22,6 +22,7 @@ from compress.depth import (
     path_forwards,
     path_steps,
 )
+from compress.errors import InputError
 from compress.memory import Deployment
 from compress.model import load_model
 from compress.recipe import Recipe
@@ -256,3 +257,11 @@ def test_a_search_begins_with_the_best_choice_of_single_removals_too(tiny_llama:
     alone = seeds(problem)[0][1]
     assert key_of(problem, alone) in first
     assert unconditional(problem, neutral(problem)) == []
+
+
+@pytest.mark.parametrize("text", ["[]", '{"path": [1]}', '{"path": [1], "costs": {"a": 1}}', "{"])
+def test_a_broken_file_of_layers_is_named(text: str, tmp_path: Path) -> None:
+    file = tmp_path / "depth.json"
+    file.write_text(text)
+    with pytest.raises(InputError, match=r"depth\.json"):
+        load_depth(file)

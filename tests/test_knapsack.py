@@ -11,6 +11,7 @@ from compress.searches.knapsack import (
     Knapsack,
     Limit,
     Overlap,
+    Solution,
     diverse,
     excesses,
     smallest,
@@ -57,6 +58,20 @@ def every_choice(problem: Knapsack, overlaps: list[Overlap]) -> list[tuple[int, 
     return [c for c in itertools.product(*(range(len(x)) for x in problem.costs)) if keeps(c)]
 
 
+def check_best(problem: Knapsack, overlaps: list[Overlap]) -> Solution | None:
+    """Solve, and compare with brute force; the solution, None where nothing is allowed."""
+    choices, solution = every_choice(problem, overlaps), solve(problem, overlaps)
+    if not choices:
+        assert solution is None
+        return None
+    assert solution is not None
+    assert solution.choice in choices
+    best = min(value(problem.costs, choice) for choice in choices)
+    assert solution.cost == pytest.approx(best, rel=2e-4)
+    assert solution.cost - solution.gap * abs(solution.cost) <= best + 1e-12
+    return solution
+
+
 @pytest.mark.parametrize("seed", range(24))
 def test_the_knapsack_equals_brute_force(seed: int) -> None:
     problem, draw = instance(seed), random.Random(seed)
@@ -64,32 +79,17 @@ def test_the_knapsack_equals_brute_force(seed: int) -> None:
     if seed % 3:
         near = tuple(draw.randrange(len(costs)) for costs in problem.costs)
         overlaps = [Overlap(near, len(near) - 1, draw.randrange(2))]
-    choices = every_choice(problem, overlaps)
-    solution = solve(problem, overlaps)
-    if not choices:
-        assert solution is None
-        return
-    assert solution is not None
-    assert solution.choice in choices
-    assert solution.bytes == value(problem.bytes, solution.choice) <= problem.budget
-    best = min(value(problem.costs, choice) for choice in choices)
-    assert solution.cost == pytest.approx(best, rel=2e-4)
+    if solution := check_best(problem, overlaps):
+        assert solution.bytes == value(problem.bytes, solution.choice) <= problem.budget
 
 
 @pytest.mark.parametrize("seed", range(24))
 def test_two_bounds_equal_brute_force_and_the_gap_is_true(seed: int) -> None:
     problem = limited(seed)
-    choices = every_choice(problem, [])
-    solution = solve(problem)
-    if not choices:
-        assert solution is None
+    solution = check_best(problem, [])
+    if solution is None:
         return
-    assert solution is not None
-    assert solution.choice in choices
     assert max(excesses(problem, solution.choice)) <= 0
-    best = min(value(problem.costs, choice) for choice in choices)
-    assert solution.cost == pytest.approx(best, rel=2e-4)
-    assert solution.cost * (1 - solution.gap) <= best + 1e-12
     # A second bound binds to the unit: what the choice takes is enough, one less is not for it.
     [limit] = problem.limits
     taken = int(value(limit.amounts, solution.choice))

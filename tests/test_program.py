@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from test_knapsack import every_choice, limited
+from test_knapsack import check_best, every_choice, limited
 
 from compress.searches import program as programs
 from compress.searches.knapsack import (
@@ -67,17 +67,7 @@ def test_few_options_first_equal_brute_force(
     seed: int, core: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(programs, "CORE", core)
-    problem, overlaps = ruled(seed)
-    choices = every_choice(problem, overlaps)
-    solution = solve(problem, overlaps)
-    if not choices:
-        assert solution is None
-        return
-    assert solution is not None
-    assert solution.choice in choices
-    best = min(value(problem.costs, choice) for choice in choices)
-    assert solution.cost == pytest.approx(best, rel=2e-4)
-    assert solution.cost - solution.gap * abs(solution.cost) <= best + 1e-12
+    check_best(*ruled(seed))
 
 
 def test_some_of_the_instances_need_more_than_the_few(monkeypatch: pytest.MonkeyPatch) -> None:
