@@ -38,7 +38,8 @@ DIVERSE = 8
 class Trials:
     """Measured candidates of one method under a limit of token-forwards.
 
-    ``more`` gives training text, twice as much as is measured on.
+    ``more`` gives training text, twice as much as is measured on, ``fresh`` other selection text,
+    as much as that.
     """
 
     problem: Problem
@@ -46,6 +47,7 @@ class Trials:
     text: Reference
     limit: float
     more: Callable[[], Reference]
+    fresh: Callable[[], Reference]
     grams: Grams | None = None
     cost: Cost = field(default_factory=Cost)
     best: tuple[float, Candidate] | None = None

@@ -115,6 +115,12 @@ def text_of(found: Subject, split: str, tokens: int) -> Reference:
     )
 
 
+def fresh_text(found: Subject, tokens: int) -> Reference:
+    """The teacher on as much selection text as trials see, none of which they see."""
+    rows = found.rows("select", 2 * tokens, found.settings.length)
+    return reference(found.checkpoint, found.model, rows[len(rows) // 2 :])
+
+
 def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None) -> Trials:
     """What a method gets."""
     settings, architecture = found.settings, found.checkpoint.architecture
@@ -126,7 +132,8 @@ def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None)
     problem = Problem(architecture, scores, space, DEPLOYMENT, budget, repair_ratio=ratio)
     text = text_of(found, "select", settings.select_tokens)
     more = partial(text_of, found, "train", 2 * settings.select_tokens)
-    trials = Trials(problem, found.model, text, settings.cost, more, grams)
+    fresh = partial(fresh_text, found, settings.select_tokens)
+    trials = Trials(problem, found.model, text, settings.cost, more, fresh, grams)
     trials.cost.add(settings.repair_tokens if grams else 0)
     return trials
 

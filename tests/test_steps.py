@@ -1,6 +1,7 @@
 """Steps from an incumbent: what is believed of options' costs, and a study that uses it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from compress.candidate import Candidate
 from compress.model import load_model
 from compress.scores import kl_of, whole
 from compress.searches.belief import belief, flat
-from compress.searches.prices import STALE_FAILURES, Pricing, anchors_of, slope_of
+from compress.searches.prices import STALE_FAILURES, Pricing, against, anchors_of, slope_of
 from compress.searches.proposals import decode, neutral, seeds
 from compress.searches.study import explore
 from compress.space import REMOVED, Option
@@ -31,10 +32,11 @@ def linearizer(teacher: Teacher) -> Callable[[Candidate, int], Tangent]:
 
 
 PRIOR, DOUBT = np.array([0.0, 1.0, 2.0, 3.0]), np.array([0.0, 0.5, 0.5, 1.0])
+ALONE = np.zeros((4, 0))
 
 
 def test_without_measurements_a_belief_is_its_prior() -> None:
-    known = belief(PRIOR, DOUBT, np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+    known = belief(PRIOR, DOUBT, ALONE, np.zeros((0, 4)), np.zeros(0), np.zeros(0))
     assert np.array_equal(known.mean, PRIOR)
     draws = np.array([known.draw(np.random.default_rng(n)) for n in range(2000)])
     assert draws.std(0) == pytest.approx(DOUBT, rel=0.1)
@@ -42,7 +44,7 @@ def test_without_measurements_a_belief_is_its_prior() -> None:
 
 def test_a_sure_measurement_is_believed_and_shared_by_doubt() -> None:
     moves = np.array([[0.0, 1.0, 0.0, 1.0]])
-    known = belief(PRIOR, DOUBT, moves, np.array([9.0]), np.array([1e-6]))
+    known = belief(PRIOR, DOUBT, ALONE, moves, np.array([9.0]), np.array([1e-6]))
     assert float(moves[0] @ known.mean) == pytest.approx(9.0, abs=1e-4)
     # Five nats more than expected: variances are 1 to 4.
     assert known.mean == pytest.approx([0.0, 2.0, 2.0, 7.0], abs=1e-4)
@@ -51,8 +53,25 @@ def test_a_sure_measurement_is_believed_and_shared_by_doubt() -> None:
 
 def test_an_unsure_measurement_changes_little() -> None:
     moves = np.array([[0.0, 1.0, 0.0, 1.0]])
-    known = belief(PRIOR, DOUBT, moves, np.array([9.0]), np.array([100.0]))
+    known = belief(PRIOR, DOUBT, ALONE, moves, np.array([9.0]), np.array([100.0]))
     assert known.mean == pytest.approx(PRIOR, abs=0.01)
+
+
+def test_what_a_kind_has_in_common_is_learned_from_one_measurement_of_it() -> None:
+    # Options 0 and 1 are of one kind, 2 and 3 of another; all of their doubt is common.
+    factors = np.array([[1.0, 0.0], [2.0, 0.0], [0.0, 2.0], [0.0, 3.0]])
+    moves = np.array([[1.0, 0.0, 0.0, 0.0]])
+    prior = np.array([1.0, 2.0, 2.0, 3.0])
+    known = belief(prior, np.zeros(4), factors, moves, np.array([1.5]), np.array([1e-6]))
+    assert known.mean == pytest.approx([1.5, 3.0, 2.0, 3.0], abs=1e-4)
+
+
+def test_a_draw_errs_alone_and_in_common() -> None:
+    factors = np.array([[1.0], [0.5], [0.0], [-1.0]])
+    known = belief(PRIOR, DOUBT, factors, np.zeros((0, 4)), np.zeros(0), np.zeros(0))
+    draws = np.array([known.draw(np.random.default_rng(n)) for n in range(4000)])
+    expected = np.diag(DOUBT**2) + factors @ factors.T
+    assert np.cov(draws.T) == pytest.approx(expected, abs=0.1)
 
 
 def test_flat_marks_one_option_of_every_group() -> None:
@@ -75,6 +94,24 @@ def test_at_the_teacher_the_slope_is_nothing_and_the_curvature_is_the_score(
         rows = whole(hybrid.scores, block)
         assert pricing.curvature(kept, gone) == kl_of(rows, hybrid.scores.length)
         assert pricing.curvature(gone, gone) == 0
+
+
+@pytest.mark.parametrize("blind", [False, True])
+def test_costs_by_kind_add_up_to_the_costs_of_the_options(hybrid: Teacher, blind: bool) -> None:
+    problem = replace(hybrid.problem("joint", 0.5), blind_to_rounding=blind)
+    proposal = decode(problem, neutral(problem))
+    assert proposal is not None
+    groups = problem.groups(proposal.chosen)
+    choice = [0] * len(groups)
+    costs = np.concatenate(problem.knapsack(groups, proposal.chosen).costs)
+    parts = Pricing(problem).by_kind(groups, choice)
+    assert parts.sum(1) == pytest.approx(against(costs, groups, choice))
+    assert bool(parts[:, -1].any()) is not blind
+    kinds = sorted({block.kind for block in hybrid.architecture.blocks})
+    options = [option for group in groups for option in group]
+    for column, kind in enumerate(kinds):
+        touched = [any(problem.teacher.blocks[n].kind == kind for n, _ in o) for o in options]
+        assert not parts[[not t for t in touched], column].any()
 
 
 def trial(number: int, move: str, choice: list[int], value: float | None) -> FrozenTrial:

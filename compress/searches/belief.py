@@ -16,14 +16,15 @@ from compress.searches.program import Floats
 
 @dataclass(frozen=True)
 class Belief:
-    """Mean [options] of the options' costs and their covariance D - A A^T, nats per token.
+    """A Gaussian over the options' costs, nats per token: a prior and what measurements changed.
 
-    ``deviation`` is the square root of D before any measurement, ``gain`` and ``moves`` carry what
-    the measurements changed.
+    The prior covariance is that of independent errors of ``deviation`` [options] and of common ones
+    along ``factors`` [options, factors]; ``gain`` and ``moves`` carry the measurements.
     """
 
     prior: Floats
     deviation: Floats
+    factors: Floats
     moves: Floats
     gain: Floats
     seen: Floats
@@ -42,28 +43,33 @@ class Belief:
     def draw(self, random: np.random.Generator) -> Floats:
         """One draw of all costs: of the prior, then corrected as the mean is (Matheron's rule)."""
         costs = self.prior + self.deviation * random.standard_normal(len(self.prior))
+        costs += self.factors @ random.standard_normal(self.factors.shape[1])
         return self.corrected(
             costs, self.seen + self.noise * random.standard_normal(len(self.seen))
         )
 
 
-def belief(prior: Floats, deviation: Floats, moves: Floats, seen: Floats, noise: Floats) -> Belief:
+def belief(
+    prior: Floats, deviation: Floats, factors: Floats, moves: Floats, seen: Floats, noise: Floats
+) -> Belief:
     """The belief after observations.
 
     Args:
         prior: expected cost of every option, [options].
-        deviation: how far off each may be, [options].
+        deviation: how far off each may be on its own, [options].
+        factors: how far off all may be together, [options, factors]: a column is the change of all
+            costs at one deviation of what they have in common.
         moves: [observations, options], 1 where a candidate takes an option that the reference does
             not, -1 where it gives one up.
         seen: KL of the candidate minus that of the reference, [observations].
         noise: deviation of an observation from the sum of its options' costs, [observations].
     """
-    spread = moves * deviation**2
+    spread = moves * deviation**2 + moves @ factors @ factors.T
     within = spread @ moves.T + np.diag(noise**2)
     gain: Floats = np.zeros((len(prior), 0))
     if len(seen):
         gain = np.asarray(np.linalg.solve(within, spread), dtype=np.float64).T
-    return Belief(prior, deviation, moves, gain, seen, noise)
+    return Belief(prior, deviation, factors, moves, gain, seen, noise)
 
 
 def flat(choice: Sequence[int], offsets: Sequence[int], size: int) -> Floats:

@@ -37,14 +37,20 @@ STALE_CHANGES, STALE_FAILURES = 4, 5
 RECENT = 4
 # How far off a cost may be, as a share of the sizes it is the sum of; and at least, in nats.
 DOUBT, LEAST_DOUBT = 0.4, 0.002
+# How far off the scores of one kind of block, or of rounding, may be all together, as a share.
+COMMON_DOUBT = 0.4
 
 
 @dataclass(frozen=True)
 class Prices:
-    """Costs of all options against the incumbent's, [options], and how far off each may be."""
+    """Costs of all options against the incumbent's, [options], and how far off they may be.
+
+    Each on its own (``doubt``), and those of a kind together (``common`` [options, kinds]).
+    """
 
     cost: Floats
     doubt: Floats
+    common: Floats
 
 
 @dataclass
@@ -92,9 +98,10 @@ class Pricing:
         chosen, groups, choice = of_trial(self.problem, best)
         scored = self.problem.knapsack(groups, chosen).costs
         teacher = against(np.concatenate(scored), groups, choice)
+        common = COMMON_DOUBT * self.by_kind(groups, choice)
         anchors = recent(anchors_of(done))
         if not anchors or self.linearize is None:
-            return Prices(teacher, LEAST_DOUBT + DOUBT * np.abs(teacher))
+            return Prices(teacher, LEAST_DOUBT + DOUBT * np.abs(teacher), common)
         # What is near says more; of none that is left out the sum would be nothing.
         distance = np.array([apart(best, anchor) for _, anchor in anchors])
         weights = 0.5 ** ((distance - distance.min()) / STALE_CHANGES)
@@ -109,7 +116,23 @@ class Pricing:
         )
         cost = TANGENT * (slope + CURVATURE * curvature) + (1 - TANGENT) * teacher
         doubt = DOUBT * (np.abs(slope) + np.abs(teacher)) / 2
-        return Prices(cost, LEAST_DOUBT + doubt)
+        return Prices(cost, LEAST_DOUBT + doubt, common)
+
+    def by_kind(self, groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> Floats:
+        """The teacher's scores by kind of block, and rounding's apart, against the incumbent's.
+
+        [options, kinds + 1]; a row sums to what its option costs more than the one taken, before
+        multipliers.
+        """
+        blocks = self.problem.teacher.blocks
+        columns = {kind: at for at, kind in enumerate(sorted({b.kind for b in blocks}))}
+        found = np.zeros((sum(map(len, groups)), len(columns) + 1))
+        for row, option in enumerate(option for options in groups for option in options):
+            for number, taken in option:
+                structure, rounding = self.problem.cost(number, taken)
+                found[row, columns[blocks[number].kind]] += structure
+                found[row, -1] += 0.0 if self.problem.blind_to_rounding else rounding
+        return np.stack([against(column, groups, choice) for column in found.T], axis=1)
 
     def curvature(self, taken: Choice, other: Choice) -> float:
         """Half the second-order change of the KL from one option of a group to another."""

@@ -91,6 +91,6 @@ def belief_of(
         changes = float(np.abs(move).sum() / 2)
         noise.append(NOISE + NOISE_PER_CHANGE * changes + NOISE_STOPPED * stopped)
     return belief(
-        prices.cost, prices.doubt, np.array(moves).reshape(len(moves), size), np.array(seen),
-        np.array(noise),
+        prices.cost, prices.doubt, prices.common,
+        np.array(moves).reshape(len(moves), size), np.array(seen), np.array(noise),
     )  # fmt: skip
