@@ -19,11 +19,14 @@ where joint is better. Finished rows are kept: the same command continues.
 """
 
 import argparse
+import hashlib
 import re
 import shutil
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +46,7 @@ from compress.searches.baselines import uniform, variants
 from compress.searches.bench import Bench, Row, open_bench
 from compress.searches.measure import Reference, measure, reference, sequence_kl
 from compress.searching import selection_text
-from compress.session import Session, stamp
+from compress.session import Session
 from compress.show import note, table
 from compress.space import Space, load_space
 from compress.students import in_formats, is_cut, pruned, train_inputs, train_until
@@ -173,16 +176,28 @@ def entry_of(
 
 
 def row_inputs(session: Session, space: Space) -> str:
-    """The fingerprint of what decides a row besides its kind."""
+    """The fingerprint of what decides a row besides its kind, the same on every machine.
+
+    Files are known by their content, not by path and time as a run's stages know them.
+    """
     recipe = session.recipe
+    files = [*sorted(session.path.glob("*.safetensors")), session.path / "config.json"]
+    files += [Path(text) for text in (recipe.data, recipe.eval_data) if text]
     return fingerprint(
         {
-            "session": session.identity(),
-            "final": stamp(Path(recipe.eval_data)) if recipe.eval_data else None,
-            "recipe": recipe.model_dump(exclude={"workers"}),
+            "files": [content(file) for file in files],
+            "text": None if recipe.data else f"embedded {sys.version_info[:2]}",
+            "recipe": recipe.model_dump(exclude={"workers", "model", "data", "eval_data"}),
             "space": space.model_dump(mode="json"),
         }
     )
+
+
+@cache
+def content(file: Path) -> str:
+    """SHA-256 of a file."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def explored(bench: Bench, space: Space, kind: str) -> list[Row]:
