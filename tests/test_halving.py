@@ -6,6 +6,7 @@ import random
 import signal
 import subprocess
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -142,7 +143,17 @@ def test_the_chosen_and_the_best_of_every_kind_trained_for_the_whole_distance(
     assert not list(halved.glob("distill/*/training*"))
 
 
-def test_the_winner_is_what_training_it_alone_gives(halved: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As in the processes of ``ONE_THREAD``: other threads may add numbers in another order."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_the_winner_is_what_training_it_alone_gives(halved: Path) -> None:
     row = next(row for row in rows_of(halved) if row["kind"] == "joint")
     session = Session(Run(halved), read_recipe(halved / "recipe.yaml"))
     candidate, _ = students.find_candidate(session, row["id"])
