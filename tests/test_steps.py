@@ -13,9 +13,11 @@ from test_search import Teacher, settings, shown
 from compress.candidate import Candidate
 from compress.model import load_model
 from compress.scores import kl_of, whole
-from compress.searches.belief import belief, flat
+from compress.searches.belief import belief, flat, improvement
+from compress.searches.knapsack import Overlap, solve
 from compress.searches.prices import STALE_FAILURES, Pricing, against, anchors_of, slope_of
 from compress.searches.proposals import decode, neutral, seeds
+from compress.searches.steps import formats_kept
 from compress.searches.study import explore
 from compress.space import REMOVED, Option
 from compress.tangent import Tangent, tangent, turn
@@ -72,6 +74,59 @@ def test_a_draw_errs_alone_and_in_common() -> None:
     draws = np.array([known.draw(np.random.default_rng(n)) for n in range(4000)])
     expected = np.diag(DOUBT**2) + factors @ factors.T
     assert np.cov(draws.T) == pytest.approx(expected, abs=0.1)
+
+
+def test_the_deviation_of_a_move_is_that_of_its_draws() -> None:
+    factors = np.array([[1.0], [0.5], [0.0], [-1.0]])
+    moves, seen = np.array([[0.0, 1.0, 0.0, 1.0]]), np.array([9.0])
+    known = belief(PRIOR, DOUBT, factors, moves, seen, np.array([0.3]))
+    draws = np.array([known.draw(np.random.default_rng(n)) for n in range(4000)])
+    for move in (np.array([-1.0, 1.0, 0.0, 0.0]), np.array([-1.0, 1.0, -1.0, 1.0])):
+        assert known.deviation_of(move) == pytest.approx((draws @ move).std(), rel=0.05)
+    assert known.deviation_of(moves[0]) < 0.3
+
+
+@pytest.mark.parametrize(("mean", "deviation"), [(-1.0, 0.5), (0.0, 1.0), (0.4, 0.8)])
+def test_expected_improvement_is_the_mean_of_what_a_change_gains(
+    mean: float, deviation: float
+) -> None:
+    changes = np.random.default_rng(0).normal(mean, deviation, 400_000)
+    expected = np.maximum(0, -changes).mean()
+    assert improvement(mean, deviation) == pytest.approx(expected, rel=0.01)
+
+
+def test_a_sure_change_improves_by_itself_and_a_hopeless_one_by_nothing() -> None:
+    assert improvement(-2.0, 0.0) == 2.0
+    assert improvement(2.0, 0.0) == 0.0
+    assert 0 <= improvement(50.0, 1.0) < 1e-30
+
+
+def test_a_step_that_keeps_formats_changes_none_of_a_block_that_stays(hybrid: Teacher) -> None:
+    problem = hybrid.problem("joint", 0.5)
+    proposal = decode(problem, neutral(problem))
+    assert proposal is not None
+    groups = proposal.groups
+    # The last option of a block is to go.
+    picked = (len(groups[0]) - 1, *proposal.choice[1:])
+    knapsack = problem.knapsack(groups, proposal.chosen)
+    now = {n: o for options, i in zip(groups, picked, strict=True) for n, o in options[i]}
+    assert now[0].removed
+    assert len({o.format for n, o in now.items() if n}) > 1
+    kept = replace(knapsack, limits=[formats_kept(groups, picked)])
+    structures, back = set(), set()
+    for number in range(40):
+        random = np.random.default_rng(number)
+        costs = [random.random(len(options)) for options in groups]
+        solution = solve(replace(kept, costs=costs), [Overlap(picked, len(groups) - 1)])
+        assert solution is not None
+        found = {n: o for g, i in zip(groups, solution.choice, strict=True) for n, o in g[i]}
+        stay = [n for n in found if not (found[n].removed or now[n].removed)]
+        assert all(found[n].format == now[n].format for n in stay)
+        structures.add(solution.choice)
+        back.add(found[0].format)
+    assert len(structures) > 20
+    # A block that comes back takes any.
+    assert len(back) > 1
 
 
 def test_flat_marks_one_option_of_every_group() -> None:

@@ -6,10 +6,12 @@ of, in proportion to how uncertain each was (linear regression with a Gaussian p
 Williams 2006, section 2.1). A draw from the belief proposes the next candidate (Thompson 1933).
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import ndtr
 
 from compress.searches.program import Floats
 
@@ -39,6 +41,12 @@ class Belief:
         """Costs after observations."""
         found: Floats = costs + self.gain @ (seen - self.moves @ costs)
         return found
+
+    def deviation_of(self, move: Floats) -> float:
+        """Deviation of the sum of costs that a move changes, [options], after observations."""
+        spread = self.deviation**2 * move + self.factors @ (self.factors.T @ move)
+        variance = float(move @ spread - (self.moves @ spread) @ (self.gain.T @ move))
+        return math.sqrt(max(0.0, variance))
 
     def draw(self, random: np.random.Generator) -> Floats:
         """One draw of all costs: of the prior, then corrected as the mean is (Matheron's rule)."""
@@ -77,3 +85,12 @@ def flat(choice: Sequence[int], offsets: Sequence[int], size: int) -> Floats:
     found = np.zeros(size)
     found[[offset + option for offset, option in zip(offsets, choice, strict=False)]] = 1.0
     return found
+
+
+def improvement(mean: float, deviation: float) -> float:
+    """Expected improvement of a Gaussian change of the KL: E[max(0, -change)] (Mockus 1975)."""
+    if deviation == 0:
+        return max(0.0, -mean)
+    z = -mean / deviation
+    density = math.exp(-z * z / 2) / math.sqrt(2 * math.pi)
+    return float(deviation * (z * ndtr(z) + density))

@@ -4,16 +4,18 @@ Prices (``prices``) are corrected by what was measured since (``belief``), and a
 what promises most is overrated most, and the more so the more of it is changed at once.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from compress.searches.belief import Belief, belief, flat
-from compress.searches.knapsack import Overlap, solve
+from compress.searches.belief import Belief, belief, flat, improvement
+from compress.searches.knapsack import Limit, Overlap, solve
 from compress.searches.prices import Prices, complete, of_trial, outer
-from compress.searches.problem import Problem
+from compress.searches.problem import Choice, Problem
+from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, as_proposal
 
 # A measured step differs from the sum of its options by about so much, and so much per option; more
@@ -36,40 +38,67 @@ def stepped(
     new: Callable[[Proposal], bool],
     seed: int,
 ) -> Proposal | None:
-    """A new proposal a few changes from the best trial.
+    """A new proposal a few changes from the best trial: the one of largest expected improvement.
 
-    Of solutions to the prices and to draws of the belief, every other step takes the one that
-    promises most, the others any of them. None if 20 rounds of them find nothing new.
+    Candidates are solutions to the prices and to draws of the belief, within several radii; every
+    other step keeps the formats of blocks that stay, where that leaves anything new. None if 20
+    rounds of them find nothing new.
     """
     chosen, groups, incumbent = of_trial(problem, best)
     knapsack = problem.knapsack(groups, replace(chosen, multipliers={}), priced=False)
+    kept = replace(knapsack, limits=[*knapsack.limits, formats_kept(groups, incumbent)])
     offsets = knapsack.offsets
     random = np.random.default_rng(seed)
     for attempt in range(RETRIES):
         doubt = prices.doubt * (1 + attempt / 4)
         known = belief_of(replace(prices, doubt=doubt), done, best, offsets.tolist())
         expected = known.mean
-        found: dict[tuple[int, ...], tuple[float, Proposal]] = {}
+        here = flat(incumbent, offsets[:-1].tolist(), len(expected))
+        found: dict[tuple[int, ...], tuple[float, float, Proposal]] = {}
         for number in range(SOLUTIONS):
             # Small problems run out of neighbours: look further each time.
             radius = RADII[number % len(RADII)] + attempt
             costs = expected if number < len(RADII) and not attempt else known.draw(random)
             near = Overlap(incumbent, len(groups) - 1, max(0, len(groups) - radius))
-            priced = replace(knapsack, costs=np.split(costs, offsets[1:-1].tolist()))
+            rules = kept if seed % 2 and not attempt else knapsack
+            priced = replace(rules, costs=np.split(costs, offsets[1:-1].tolist()))
             solution = solve(priced, [near])
             if solution is None or solution.choice in found:
                 continue
             proposal = as_proposal(problem, groups, solution, chosen)
             # The knapsack's cost was a change; its gap is said of the predicted KL, as others are.
             gap = solution.gap * abs(solution.cost) / max(proposal.predicted, 1e-30)
-            promised = expected[offsets[:-1] + np.array(solution.choice)].sum()
-            found[solution.choice] = (float(promised), replace(proposal, gap=gap))
-        fresh = [(promised, p) for promised, p in found.values() if new(p)]
+            move = flat(solution.choice, offsets[:-1].tolist(), len(expected)) - here
+            mean = float(move @ expected)
+            deviation = math.hypot(known.deviation_of(move), noise_of(move))
+            found[solution.choice] = (
+                improvement(mean, deviation), mean, replace(proposal, gap=gap)
+            )  # fmt: skip
+        fresh = [promise for promise in found.values() if new(promise[2])]
         if fresh:
-            if seed % 2:
-                return fresh[int(random.integers(len(fresh)))][1]
-            return min(fresh, key=lambda pair: pair[0])[1]
+            return max(fresh, key=lambda promise: (promise[0], -promise[1]))[2]
     return None
+
+
+def formats_kept(groups: Sequence[Sequence[Choice]], incumbent: Sequence[int]) -> Limit:
+    """No block that stays may change its format: cuts and rounding are not equally mispriced."""
+    amounts = []
+    for options, picked in zip(groups, incumbent, strict=True):
+        now = dict(options[picked])
+        changed = [
+            any(
+                not (option.removed or now[number].removed) and option.format != now[number].format
+                for number, option in choice
+            )
+            for choice in options
+        ]
+        amounts.append(np.array(changed, dtype=np.float64))
+    return Limit(amounts, 0)
+
+
+def noise_of(move: Floats) -> float:
+    """How far a step is from the sum of its options, nats per token."""
+    return NOISE + NOISE_PER_CHANGE * float(np.abs(move).sum() / 2)
 
 
 def belief_of(
@@ -88,8 +117,7 @@ def belief_of(
         stopped = not complete(trial)
         moves.append(move)
         seen.append(float(np.mean(values) - np.mean(reference[: len(values)])))
-        changes = float(np.abs(move).sum() / 2)
-        noise.append(NOISE + NOISE_PER_CHANGE * changes + NOISE_STOPPED * stopped)
+        noise.append(noise_of(move) + NOISE_STOPPED * stopped)
     return belief(
         prices.cost, prices.doubt, prices.common,
         np.array(moves).reshape(len(moves), size), np.array(seen), np.array(noise),
