@@ -189,6 +189,9 @@ def exact_costs(
     """Exact KL by stratum and block on one text; what the file knows is not run again."""
     known: dict[str, float] = read_json(file) if file.is_file() else {}
     text = Text(model, torch.split(rows, 8))
+    # Before any block is rounded: it keeps what the teacher computes when first asked.
+    for number in range(len(text.chunks)):
+        text.chunk(number)
     found: dict[str, dict[str, float]] = {stratum: {} for stratum in wanted}
     for block in architecture.blocks:
         mine = {s: STRATA[s] for s in wanted if STRATA[s].kind == block.kind}
