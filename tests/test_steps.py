@@ -15,9 +15,17 @@ from compress.model import load_model
 from compress.scores import kl_of, whole
 from compress.searches.belief import belief, flat, improvement
 from compress.searches.knapsack import Overlap, solve
-from compress.searches.prices import STALE_FAILURES, Pricing, against, anchors_of, slope_of
-from compress.searches.proposals import decode, neutral, seeds
-from compress.searches.steps import formats_kept
+from compress.searches.prices import (
+    STALE_FAILURES,
+    Prices,
+    Pricing,
+    against,
+    anchors_of,
+    bounded,
+    slope_of,
+)
+from compress.searches.proposals import decode, neutral, seeds, single_formats
+from compress.searches.steps import formats_kept, of_one_format, stepped
 from compress.searches.study import explore
 from compress.space import REMOVED, Option
 from compress.tangent import Tangent, tangent, turn
@@ -125,8 +133,43 @@ def test_a_step_that_keeps_formats_changes_none_of_a_block_that_stays(hybrid: Te
         structures.add(solution.choice)
         back.add(found[0].format)
     assert len(structures) > 20
-    # A block that comes back takes any.
+    # A block that comes back takes any that is in use.
     assert len(back) > 1
+
+
+def test_a_choice_of_one_format_keeps_to_it(hybrid: Teacher) -> None:
+    problem = hybrid.problem("joint", 0.5)
+    [alone, *_] = single_formats(problem, neutral(problem), seeds(problem)[0][1])
+    groups, choice = alone.groups, alone.choice
+    assert of_one_format(groups, choice)
+    knapsack = problem.knapsack(groups, alone.chosen)
+    kept = replace(knapsack, limits=[formats_kept(groups, choice)])
+    for number in range(20):
+        random = np.random.default_rng(number)
+        costs = [random.random(len(options)) for options in groups]
+        for rules, same in ((kept, True), (knapsack, False)):
+            solution = solve(replace(rules, costs=costs), [Overlap(choice, len(groups) - 1)])
+            assert solution is not None
+            assert of_one_format(groups, solution.choice) is same
+
+
+def test_an_option_of_large_cost_is_never_a_step(hybrid: Teacher) -> None:
+    # All options are within this budget, and all but two of them cost ten nats, give or take four.
+    problem = hybrid.problem("puzzle", 1.0)
+    proposal = seeds(problem)[0][1]
+    sizes = [len(options) for options in proposal.groups]
+    starts = np.cumsum([0, *sizes])[:-1]
+    costs = np.full(sum(sizes), 10.0)
+    costs[starts + np.array(proposal.choice)] = 0.0
+    # Taken beside the incumbent's, these gain nothing but doubt.
+    mild = starts[:2] + (np.array(proposal.choice[:2]) + 1) % np.array(sizes[:2])
+    costs[mild] = 0.01
+    prices = Prices(costs, bounded(0.4 * costs), bounded(0.4 * costs[:, None]))
+    best = trial(0, "seed", list(proposal.choice), 1.0)
+    for seed in range(5):
+        step = stepped(problem, [best], best, prices, lambda p: p.choice != proposal.choice, seed)
+        assert step is not None
+        assert step.choice[2:] == proposal.choice[2:]
 
 
 def test_flat_marks_one_option_of_every_group() -> None:

@@ -4,7 +4,7 @@ import fcntl
 import os
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 
 import optuna
@@ -50,6 +50,11 @@ def alone(journal: Path) -> Iterator[int]:
     busy = f"another search uses {journal}: waiting for its end"
     with locked(journal.with_name("search.lock"), busy) as descriptor:
         yield descriptor
+
+
+def claiming(journal: Path) -> AbstractContextManager[int]:
+    """Be the only one that opens trials, or closes another's: so that none is closed by two."""
+    return locked(journal.with_name("claim.lock"))
 
 
 class JournalLock(JournalFileOpenLock):

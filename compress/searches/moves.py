@@ -1,7 +1,9 @@
 """The next candidate of a study: seeds first, then steps from the incumbent, now and then a sample.
 
 A ``seed`` is one of the knapsack's diverse solutions, a ``sample`` what TPE asks for (KV format,
-hidden size, global widths and score multipliers), a ``step`` a few changes to the incumbent.
+hidden size, global widths and score multipliers), a ``step`` a few changes to the incumbent. Every
+other step is from the best candidate of one format and keeps to it: prune, then quantize, which
+is where a search of cuts and formats that are priced unequally well may end as well.
 """
 
 from collections.abc import Sequence
@@ -11,10 +13,10 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from compress.searches.prices import STEP, Pricing, complete
+from compress.searches.prices import STEP, Pricing, complete, of_trial
 from compress.searches.problem import Problem
 from compress.searches.proposals import Proposal, decode, distributions, key_of
-from compress.searches.steps import stepped
+from compress.searches.steps import of_one_format, stepped
 
 # Every so many trials one is a sample; the others are steps, which find more.
 SAMPLE_EVERY = 8
@@ -24,12 +26,14 @@ SAMPLE_EVERY = 8
 class Move:
     """A new candidate, the parameters it belongs to and the kind of move that found it.
 
-    Without a proposal: the move is a step, for which tangents have to be taken first.
+    Without a proposal: the move is a step, for which the tangents of ``path`` have to be taken
+    first.
     """
 
     name: str
     proposal: Proposal | None = None
     params: dict[str, Any] = field(default_factory=dict)
+    path: Sequence[FrozenTrial] = ()
 
 
 def propose(
@@ -50,19 +54,37 @@ def propose(
     for params, seeded in first:
         if new(seeded):
             return Move("seed", seeded, params)
-    best = min((t for t in done if complete(t)), key=lambda t: t.value or 0.0, default=None)
-    if best is None or (number % SAMPLE_EVERY == 0 and distributions(problem)):
+    if incumbent(done) is None or (number % SAMPLE_EVERY == 0 and distributions(problem)):
         params = sampled(problem, (*done, *running), seed * 100003 + number, len(first))
         proposal = decode(problem, params)
         if proposal is not None and new(proposal):
             return Move("sample", proposal, params)
+    path = same_format(problem, done) if number % 2 else done
+    best = incumbent(path)
     if best is None:
         return None
-    if pricing.missing(done):
-        return Move(STEP)
-    prices = pricing.at(done, best)
-    proposal = stepped(problem, done, best, prices, new, seed * 1000003 + number)
+    if pricing.missing(path):
+        return Move(STEP, path=path)
+    proposal = stepped(
+        problem, done, best, pricing.at(path, best), new, seed * 1000003 + number, path is not done
+    )
     return None if proposal is None else Move(STEP, proposal, dict(best.params))
+
+
+def incumbent(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The best of those that were measured on all sequences."""
+    return min((t for t in trials if complete(t)), key=lambda t: t.value or 0.0, default=None)
+
+
+def same_format(problem: Problem, done: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
+    """The trials of one format; all if there is but one, or none of them was measured to the end.
+
+    They are of whichever format: the incumbent's decides what steps keep.
+    """
+    if len(problem.space.formats) == 1:
+        return done
+    found = [trial for trial in done if of_one_format(*of_trial(problem, trial)[1:])]
+    return found if incumbent(found) else done
 
 
 def sampled(

@@ -35,10 +35,12 @@ CURVATURE, TANGENT = 0.55, 0.5
 # that found nothing; of the last so many the nearer count more: half for so many groups further.
 STALE_CHANGES, STALE_FAILURES = 4, 5
 RECENT = 4
-# How far off a cost may be, as a share of the sizes it is the sum of; and at least, in nats.
-DOUBT, LEAST_DOUBT = 0.4, 0.002
-# How far off the scores of one kind of block, or of rounding, may be all together, as a share.
-COMMON_DOUBT = 0.4
+# How far off a cost may be, as a share of the sizes it is the sum of, and how far off the scores of
+# one kind of block, or of rounding, may be all together.
+DOUBT, COMMON_DOUBT = 0.4, 0.4
+# At least and at most so much, in nats: costs are positive, so that one which is many times what
+# steps gain may be far off but is not a gain.
+LEAST_DOUBT, MOST_DOUBT = 0.002, 0.1
 
 
 @dataclass(frozen=True)
@@ -76,10 +78,9 @@ class Pricing:
         ]
 
     def fill(self, done: Sequence[FrozenTrial]) -> None:
-        """Take the tangents that are missing; those that no step needs again go."""
+        """Take the tangents that are missing."""
         for number, anchor in self.missing(done):
             self.slopes[number, anchor.number] = self.slope(number, anchor)
-            self.slopes = {n: slope for n, slope in self.slopes.items() if n[0] > number - RECENT}
 
     def slope(self, number: int, anchor: FrozenTrial) -> Floats:
         """First-order changes of the KL around an anchor, [options], against whole blocks."""
@@ -98,10 +99,10 @@ class Pricing:
         chosen, groups, choice = of_trial(self.problem, best)
         scored = self.problem.knapsack(groups, chosen).costs
         teacher = against(np.concatenate(scored), groups, choice)
-        common = COMMON_DOUBT * self.by_kind(groups, choice)
+        common = bounded(COMMON_DOUBT * self.by_kind(groups, choice))
         anchors = recent(anchors_of(done))
         if not anchors or self.linearize is None:
-            return Prices(teacher, LEAST_DOUBT + DOUBT * np.abs(teacher), common)
+            return Prices(teacher, bounded(LEAST_DOUBT + DOUBT * np.abs(teacher)), common)
         # What is near says more; of none that is left out the sum would be nothing.
         distance = np.array([apart(best, anchor) for _, anchor in anchors])
         weights = 0.5 ** ((distance - distance.min()) / STALE_CHANGES)
@@ -116,7 +117,7 @@ class Pricing:
         )
         cost = TANGENT * (slope + CURVATURE * curvature) + (1 - TANGENT) * teacher
         doubt = DOUBT * (np.abs(slope) + np.abs(teacher)) / 2
-        return Prices(cost, LEAST_DOUBT + doubt, common)
+        return Prices(cost, bounded(LEAST_DOUBT + doubt), common)
 
     def by_kind(self, groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> Floats:
         """The teacher's scores by kind of block, and rounding's apart, against the incumbent's.
@@ -144,6 +145,11 @@ class Pricing:
                 found += kl_of(rows, known.length)
             self.curvatures[taken, other] = found
         return self.curvatures[taken, other]
+
+
+def bounded(doubts: Floats) -> Floats:
+    """Deviations no further than the most from nothing."""
+    return np.clip(doubts, -MOST_DOUBT, MOST_DOUBT)
 
 
 def anchors_of(done: Sequence[FrozenTrial]) -> list[FrozenTrial]:

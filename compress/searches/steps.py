@@ -5,18 +5,20 @@ what promises most is overrated most, and the more so the more of it is changed 
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
 from optuna.trial import FrozenTrial
 
+from compress.architecture import Format
 from compress.searches.belief import Belief, belief, flat, improvement
 from compress.searches.knapsack import Limit, Overlap, solve
 from compress.searches.prices import Prices, complete, of_trial, outer
 from compress.searches.problem import Choice, Problem
 from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, as_proposal
+from compress.space import Option
 
 # A measured step differs from the sum of its options by about so much, and so much per option; more
 # where it was stopped early.
@@ -37,12 +39,13 @@ def stepped(
     prices: Prices,
     new: Callable[[Proposal], bool],
     seed: int,
+    keeping: bool = False,
 ) -> Proposal | None:
     """A new proposal a few changes from the best trial: the one of largest expected improvement.
 
-    Candidates are solutions to the prices and to draws of the belief, within several radii; every
-    other step keeps the formats of blocks that stay, where that leaves anything new. None if 20
-    rounds of them find nothing new.
+    Candidates are solutions to the prices and to draws of the belief, within several radii. With
+    ``keeping`` they keep the formats, where that leaves anything new. None if 20 rounds of them
+    find nothing new.
     """
     chosen, groups, incumbent = of_trial(problem, best)
     knapsack = problem.knapsack(groups, replace(chosen, multipliers={}), priced=False)
@@ -60,7 +63,7 @@ def stepped(
             radius = RADII[number % len(RADII)] + attempt
             costs = expected if number < len(RADII) and not attempt else known.draw(random)
             near = Overlap(incumbent, len(groups) - 1, max(0, len(groups) - radius))
-            rules = kept if seed % 2 and not attempt else knapsack
+            rules = kept if keeping and not attempt else knapsack
             priced = replace(rules, costs=np.split(costs, offsets[1:-1].tolist()))
             solution = solve(priced, [near])
             if solution is None or solution.choice in found:
@@ -81,19 +84,42 @@ def stepped(
 
 
 def formats_kept(groups: Sequence[Sequence[Choice]], incumbent: Sequence[int]) -> Limit:
-    """No block that stays may change its format: cuts and rounding are not equally mispriced."""
+    """No block that stays may change its format; one that comes back takes one that is in use."""
+    used = {option.format for _, option in stays(groups, incumbent)}
     amounts = []
     for options, picked in zip(groups, incumbent, strict=True):
         now = dict(options[picked])
         changed = [
             any(
-                not (option.removed or now[number].removed) and option.format != now[number].format
+                not option.removed
+                and option.format not in (used if now[number].removed else {now[number].format})
                 for number, option in choice
             )
             for choice in options
         ]
         amounts.append(np.array(changed, dtype=np.float64))
     return Limit(amounts, 0)
+
+
+def of_one_format(groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> bool:
+    """Whether all blocks that stay have the same format, but for those that are offered only one.
+
+    Cuts and rounding are not equally mispriced: choices of one format differ in cuts alone.
+    """
+    offered: dict[int, set[Format]] = {}
+    for number, option in (block for options in groups for group in options for block in group):
+        if not option.removed:
+            offered.setdefault(number, set()).add(option.format)
+    free = (option.format for number, option in stays(groups, choice) if len(offered[number]) > 1)
+    return len(set(free)) <= 1
+
+
+def stays(
+    groups: Sequence[Sequence[Choice]], choice: Sequence[int]
+) -> Iterator[tuple[int, Option]]:
+    """The blocks that a choice does not remove, with their options."""
+    for options, picked in zip(groups, choice, strict=True):
+        yield from ((number, option) for number, option in options[picked] if not option.removed)
 
 
 def noise_of(move: Floats) -> float:

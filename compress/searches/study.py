@@ -17,7 +17,13 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from compress.candidate import Candidate
-from compress.searches.journal import alone, close_running, close_waiting, locked, open_study
+from compress.searches.journal import (
+    alone,
+    claiming,
+    close_running,
+    close_waiting,
+    open_study,
+)
 from compress.searches.moves import propose
 from compress.searches.prices import Linearize, Pricing, complete
 from compress.searches.problem import Problem, total_bytes
@@ -143,14 +149,14 @@ def claim(
     seen: tuple[int, int] | None = None
     while True:
         # One at a time, so that a proposal knows all others.
-        with locked(settings.journal.with_name("claim.lock")):
+        with claiming(settings.journal):
             close_waiting(study)
             done, running = finished(study), elsewhere(study)
             if len(done) >= settings.trials:
                 return None
             now, open_trials = (len(done), len(running)), settings.trials - len(done)
             # The same trials would give the same proposal.
-            unpriced = False
+            unpriced: Sequence[FrozenTrial] = ()
             if now != seen and len(running) < open_trials:
                 move = propose(pricing, done, running, first, settings.seed)
                 if move is not None and move.proposal is not None:
@@ -165,13 +171,13 @@ def claim(
                     study.enqueue_trial(move.params, user_attrs=attributes)
                     trial = study.ask(distributions(problem))
                     return trial, named(problem, settings.kind, sum(now), move.proposal)
-                unpriced = move is not None
                 if move is None and not running:
                     return None
+                unpriced = () if move is None else move.path
             seen = None if unpriced else now
         if unpriced:
             # Beside the lock: other workers go on meanwhile.
-            pricing.fill(done)
+            pricing.fill(unpriced)
         else:
             time.sleep(LOOK_SECONDS)
 

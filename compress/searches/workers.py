@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import IO, Any
 
 from compress.errors import CompressError
-from compress.searches.journal import alone, close_running, close_waiting, open_study
+from compress.searches.journal import (
+    alone,
+    claiming,
+    close_running,
+    close_waiting,
+    open_study,
+)
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
 from compress.searches.study import StudySettings, Trial, finished, results
@@ -118,7 +124,9 @@ class Crew:
                 if words is None:
                     deaths += 1
                     self.replace(worker, deaths).hand(job)
-                    close_running(study, worker.process.pid)
+                    # Not while another one closes what it had only enqueued.
+                    with claiming(settings.journal):
+                        close_running(study, worker.process.pid)
                     ended.discard(worker.process.pid)
                 elif settings.kind in words:
                     ended.add(worker.process.pid)
