@@ -20,6 +20,7 @@ from compress.searches.prices import (
     Prices,
     Pricing,
     against,
+    alike_within,
     anchors_of,
     bounded,
     slope_of,
@@ -190,8 +191,24 @@ def test_at_the_teacher_the_slope_is_nothing_and_the_curvature_is_the_score(
         assert slope_of(problem, point, *kept[0]) == 0
         assert slope_of(problem, point, *gone[0]) == pytest.approx(0, abs=1e-3)
         rows = whole(hybrid.scores, block)
-        assert pricing.curvature(kept, gone) == kl_of(rows, hybrid.scores.length)
-        assert pricing.curvature(gone, gone) == 0
+        [change] = pricing.changes([[kept, gone]], [0])
+        assert not change[0].any()
+        assert np.square(change[1]).sum() == pytest.approx(kl_of(rows, hybrid.scores.length))
+        [back] = pricing.changes([[kept, gone]], [1])
+        assert np.array_equal(back[0], -change[1])
+
+
+def test_options_that_change_the_same_err_alike_and_those_of_other_groups_do_not() -> None:
+    one, two = np.zeros((4, 8)), np.random.default_rng(0).normal(size=(3, 8))
+    one[1, :2], one[2, :2], one[3, :2] = (1.0, 2.0), (2.0, 4.0), (-3.0, -6.0)
+    found = alike_within([one, two])
+    within = found @ found.T
+    # Twice as much errs with it, giving back against it; the option taken has no error.
+    expected = np.array([[0, 0, 0, 0], [0, 1, 1, -1], [0, 1, 1, -1], [0, -1, -1, 1]])
+    assert within[:4, :4] == pytest.approx(expected)
+    assert not within[:4, 4:].any()
+    unit = two / np.linalg.norm(two, axis=1, keepdims=True)
+    assert within[4:, 4:] == pytest.approx(unit @ unit.T)
 
 
 @pytest.mark.parametrize("blind", [False, True])

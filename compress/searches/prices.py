@@ -12,11 +12,12 @@ from itertools import pairwise
 from typing import Any
 
 import numpy as np
+import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from compress.candidate import Candidate
-from compress.scores import Scores, change, kl_of, whole
+from compress.scores import Scores, change, whole
 from compress.searches.problem import Choice, Globals, Problem
 from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, globals_of, named
@@ -30,7 +31,7 @@ STEP = "step"
 # The share of the Gauss-Newton curvature that predicts finite changes best: drawn labels overrate
 # large steps. And that of the tangents against the teacher's scores: slopes of units that are gone
 # promise too much. Both measured on SmolLM2 at 50 % of its blocks (runs/README.md).
-CURVATURE, TANGENT = 0.55, 0.5
+CURVATURE, TANGENT, TANGENT_DOUBT = 0.55, 0.5, 0.3
 # A tangent is taken anew when the incumbent is so many groups away from it, or after so many steps
 # that found nothing; of the last so many the nearer count more: half for so many groups further.
 STALE_CHANGES, STALE_FAILURES = 4, 5
@@ -41,6 +42,8 @@ DOUBT, COMMON_DOUBT = 0.4, 0.4
 # At least and at most so much, in nats: costs are positive, so that one which is many times what
 # steps gain may be far off but is not a gain.
 LEAST_DOUBT, MOST_DOUBT = 0.002, 0.1
+# Directions in which options of one group err alike.
+ALIKE = 3
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Pricing:
     problem: Problem
     linearize: Linearize | None = None
     slopes: dict[tuple[int, int], Floats] = field(default_factory=dict)
-    curvatures: dict[tuple[Choice, Choice], float] = field(default_factory=dict)
+    rows: dict[Choice, Floats] = field(default_factory=dict)
 
     def missing(self, done: Sequence[FrozenTrial]) -> list[tuple[int, FrozenTrial]]:
         """Anchors, numbered, whose slopes the next step needs."""
@@ -100,24 +103,25 @@ class Pricing:
         scored = self.problem.knapsack(groups, chosen).costs
         teacher = against(np.concatenate(scored), groups, choice)
         common = bounded(COMMON_DOUBT * self.by_kind(groups, choice))
+        changes = self.changes(groups, choice)
+        curvature = np.concatenate([np.square(rows).sum(1) for rows in changes])
+        cost, sizes = teacher, np.abs(teacher)
         anchors = recent(anchors_of(done))
-        if not anchors or self.linearize is None:
-            return Prices(teacher, bounded(LEAST_DOUBT + DOUBT * np.abs(teacher)), common)
-        # What is near says more; of none that is left out the sum would be nothing.
-        distance = np.array([apart(best, anchor) for _, anchor in anchors])
-        weights = 0.5 ** ((distance - distance.min()) / STALE_CHANGES)
-        slopes = np.array([self.slopes[number, anchor.number] for number, anchor in anchors])
-        slope = against(weights @ slopes / weights.sum(), groups, choice)
-        curvature = np.array(
-            [
-                self.curvature(options[taken], option)
-                for options, taken in zip(groups, choice, strict=True)
-                for option in options
-            ]
-        )
-        cost = TANGENT * (slope + CURVATURE * curvature) + (1 - TANGENT) * teacher
-        doubt = DOUBT * (np.abs(slope) + np.abs(teacher)) / 2
-        return Prices(cost, bounded(LEAST_DOUBT + doubt), common)
+        if anchors and self.linearize is not None:
+            # What is near says more; of none that is left out the sum would be nothing.
+            distance = np.array([apart(best, anchor) for _, anchor in anchors])
+            weights = 0.5 ** ((distance - distance.min()) / STALE_CHANGES)
+            slopes = np.array([self.slopes[number, anchor.number] for number, anchor in anchors])
+            slope = against(weights @ slopes / weights.sum(), groups, choice)
+            otherwise = slope + CURVATURE * curvature - teacher
+            cost = teacher + TANGENT * otherwise
+            common = np.column_stack([common, bounded(TANGENT_DOUBT * otherwise)])
+            sizes = (np.abs(slope) + sizes) / 2
+        # What gives up as much as it takes back costs nothing more, as far as one knows.
+        doubt = bounded(DOUBT * np.maximum(sizes, curvature))
+        alike = alike_within(changes)
+        alone = doubt * np.sqrt(np.maximum(0, 1 - np.square(alike).sum(1)))
+        return Prices(cost, LEAST_DOUBT + alone, np.hstack([common, doubt[:, None] * alike]))
 
     def by_kind(self, groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> Floats:
         """The teacher's scores by kind of block, and rounding's apart, against the incumbent's.
@@ -135,16 +139,43 @@ class Pricing:
                 found[row, -1] += 0.0 if self.problem.blind_to_rounding else rounding
         return np.stack([against(column, groups, choice) for column in found.T], axis=1)
 
-    def curvature(self, taken: Choice, other: Choice) -> float:
-        """Half the second-order change of the KL from one option of a group to another."""
-        if (taken, other) not in self.curvatures:
-            known, found = self.problem.known, 0.0
-            for (number, before), (_, after) in zip(taken, other, strict=True):
-                rows = option_rows(self.problem, known, number, after)
-                rows = rows - option_rows(self.problem, known, number, before)
-                found += kl_of(rows, known.length)
-            self.curvatures[taken, other] = found
-        return self.curvatures[taken, other]
+    def changes(self, groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> list[Floats]:
+        """What options change of the teacher's contributions, by group: [options, rows].
+
+        Against the option taken; the squared length of a row is the second-order KL of the change.
+        """
+        found = []
+        for options, taken in zip(groups, choice, strict=True):
+            rows = np.stack([self.rows_of(option) for option in options])
+            found.append(rows - rows[taken])
+        return found
+
+    def rows_of(self, choice: Choice) -> Floats:
+        """Contributions of a group's option against whole blocks, those of its blocks in turn."""
+        if choice not in self.rows:
+            known = self.problem.known
+            rows = torch.cat([option_rows(self.problem, known, *block) for block in choice])
+            share = 2 * known.length * (len(rows) // len(choice))
+            self.rows[choice] = (rows / math.sqrt(share)).double().numpy()
+        return self.rows[choice]
+
+
+def alike_within(changes: Sequence[Floats]) -> Floats:
+    """How options of a group err alike: factors [options, groups x ``ALIKE``] of correlations.
+
+    Options that change contributions in the same direction are wrong in the same way.
+    """
+    found = np.zeros((sum(map(len, changes)), len(changes) * ALIKE))
+    start = 0
+    for number, rows in enumerate(changes):
+        length = np.linalg.norm(rows, axis=1, keepdims=True)
+        unit = rows / np.where(length > 0, length, 1)
+        values, vectors = np.linalg.eigh(unit @ unit.T)
+        most = vectors[:, -ALIKE:] * np.sqrt(np.maximum(0, values[-ALIKE:]))
+        end = start + len(rows)
+        found[start:end, number * ALIKE : number * ALIKE + most.shape[1]] = most
+        start = end
+    return found
 
 
 def bounded(doubts: Floats) -> Floats:

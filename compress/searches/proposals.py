@@ -87,16 +87,23 @@ def decode(
 def as_proposal(
     problem: Problem, groups: list[list[Choice]], solution: Solution, chosen: Globals
 ) -> Proposal:
-    """A solution with its predicted KL under the scores as they are, multipliers aside."""
-    plain = problem.knapsack(groups, replace(chosen, multipliers={}))
-    cost = sum(float(c[i]) for c, i in zip(plain.costs, solution.choice, strict=True))
+    """A solution with its predicted KL."""
     return Proposal(
         groups=groups,
         choice=solution.choice,
         chosen=chosen,
-        predicted=cost + problem.global_cost(chosen),
+        predicted=predicted_kl(problem, groups, solution.choice, chosen),
         gap=solution.gap,
     )
+
+
+def predicted_kl(
+    problem: Problem, groups: list[list[Choice]], choice: Sequence[int], chosen: Globals
+) -> float:
+    """The KL of a choice under the scores as they are, multipliers aside."""
+    plain = problem.knapsack(groups, replace(chosen, multipliers={}))
+    cost = sum(float(c[i]) for c, i in zip(plain.costs, choice, strict=True))
+    return cost + problem.global_cost(chosen)
 
 
 def outer_variants(problem: Problem) -> list[dict[str, Any]]:
@@ -143,7 +150,10 @@ def require_feasible(problem: Problem) -> None:
 
 
 def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
-    """First proposals: the best of every single global change, then diverse ones of the best.
+    """First proposals: of one format each, best of every single global change, diverse ones of it.
+
+    Those of one format come first, the most promising before the others: what is stopped early is
+    no place to go on from.
 
     Raises:
         Infeasible: none of them fits; the message names the smallest reachable size.
@@ -162,8 +172,9 @@ def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
         for solution in diverse(knapsack, SEEDS // 2)[1:]
     ]
     others += [(params, proposal) for proposal in unconditional(problem, params)]
-    others += [(params, proposal) for proposal in single_formats(problem, params, best)]
-    return [decoded[0], *others, *decoded[1 : 1 + max(0, SEEDS - 1 - len(others))]]
+    alone = [(params, proposal) for proposal in single_formats(problem, params, best)]
+    more = max(0, SEEDS - 1 - len(others) - len(alone))
+    return [*alone, decoded[0], *others, *decoded[1 : 1 + more]]
 
 
 def unconditional(problem: Problem, params: Mapping[str, Any]) -> list[Proposal]:
@@ -181,9 +192,10 @@ def unconditional(problem: Problem, params: Mapping[str, Any]) -> list[Proposal]
 
 
 def single_formats(problem: Problem, params: Mapping[str, Any], best: Proposal) -> list[Proposal]:
-    """The best choice with one format for every block, for each format: prune, then quantize.
+    """The best choice with one format for every block, for each format, best first.
 
-    Predicted costs of cuts and of rounding are not equally wrong: these stand on one of them only.
+    Predicted costs of cuts and of rounding are not equally wrong: these are cut blind to rounding,
+    as when one prunes, then quantizes.
     """
     formats = problem.space.formats
     if len(formats) == 1 or not problem.space.prunes:
@@ -191,15 +203,16 @@ def single_formats(problem: Problem, params: Mapping[str, Any], best: Proposal) 
     found = []
     for format in formats:
         space = problem.space.model_copy(update={"formats": (format,)})
-        alone = decode(replace(problem, space=space), params)
+        alone = decode(replace(problem, space=space, blind_to_rounding=True), params)
         if alone is None:
             continue
         pairs = list(zip(best.groups, alone.picked, strict=True))
         # A shape that takes no format but BF16 has no such option where BF16 is not offered.
         if all(picked in options for options, picked in pairs):
             choice = tuple(options.index(picked) for options, picked in pairs)
-            found.append(replace(alone, groups=best.groups, choice=choice))
-    return found
+            predicted = predicted_kl(problem, best.groups, choice, best.chosen)
+            found.append(replace(alone, groups=best.groups, choice=choice, predicted=predicted))
+    return sorted(found, key=lambda proposal: proposal.predicted)
 
 
 def floor_bytes(problem: Problem, params: Mapping[str, Any]) -> int:

@@ -4,7 +4,6 @@ Prices (``prices``) are corrected by what was measured since (``belief``), and a
 what promises most is overrated most, and the more so the more of it is changed at once.
 """
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 
@@ -73,10 +72,8 @@ def stepped(
             gap = solution.gap * abs(solution.cost) / max(proposal.predicted, 1e-30)
             move = flat(solution.choice, offsets[:-1].tolist(), len(expected)) - here
             mean = float(move @ expected)
-            deviation = math.hypot(known.deviation_of(move), noise_of(move))
-            found[solution.choice] = (
-                improvement(mean, deviation), mean, replace(proposal, gap=gap)
-            )  # fmt: skip
+            promise = improvement(mean, known.deviation_of(move))
+            found[solution.choice] = (promise, mean, replace(proposal, gap=gap))
         fresh = [promise for promise in found.values() if new(promise[2])]
         if fresh:
             return max(fresh, key=lambda promise: (promise[0], -promise[1]))[2]
