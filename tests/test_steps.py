@@ -15,6 +15,7 @@ from compress.model import load_model
 from compress.scores import kl_of, whole
 from compress.searches.belief import belief, flat, improvement
 from compress.searches.knapsack import Overlap, solve
+from compress.searches.moves import same_format
 from compress.searches.prices import (
     STALE_FAILURES,
     Prices,
@@ -152,6 +153,21 @@ def test_a_choice_of_one_format_keeps_to_it(hybrid: Teacher) -> None:
             solution = solve(replace(rules, costs=costs), [Overlap(choice, len(groups) - 1)])
             assert solution is not None
             assert of_one_format(groups, solution.choice) is same
+
+
+def test_the_path_of_one_format_has_those_trials_alone(hybrid: Teacher) -> None:
+    problem = hybrid.problem("joint", 0.5)
+    params, mixed = seeds(problem)[len(problem.space.formats)]
+    alone = single_formats(problem, params, mixed)
+    assert not of_one_format(mixed.groups, mixed.choice)
+    done = [trial(n, "seed", list(p.choice), 1.0 + n) for n, p in enumerate([mixed, *alone])]
+    for made in done:
+        made.params = dict(params)
+    assert same_format(problem, done) == done[1:]
+    # Where none of them was measured to the end there is nowhere to start.
+    stopped = trial(1, "seed", list(alone[0].choice), None)
+    stopped.params = dict(params)
+    assert same_format(problem, [done[0], stopped]) == [done[0], stopped]
 
 
 def test_an_option_of_large_cost_is_never_a_step(hybrid: Teacher) -> None:

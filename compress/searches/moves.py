@@ -13,8 +13,8 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from compress.searches.prices import STEP, Pricing, complete, of_trial
-from compress.searches.problem import Problem
+from compress.searches.prices import STEP, Pricing, complete, of_trial, outer
+from compress.searches.problem import Choice, Problem
 from compress.searches.proposals import Proposal, decode, distributions, key_of
 from compress.searches.steps import of_one_format, stepped
 
@@ -83,7 +83,15 @@ def same_format(problem: Problem, done: Sequence[FrozenTrial]) -> Sequence[Froze
     """
     if len(problem.space.formats) == 1:
         return done
-    found = [trial for trial in done if of_one_format(*of_trial(problem, trial)[1:])]
+    groups: dict[str, list[list[Choice]]] = {}
+    found = []
+    for trial in done:
+        # Many trials share their groups, which take longer to make than all else here.
+        key = repr(sorted(outer(trial).items()))
+        if key not in groups:
+            groups[key] = of_trial(problem, trial)[1]
+        if of_one_format(groups[key], trial.user_attrs["choice"]):
+            found.append(trial)
     return found if incumbent(found) else done
 
 
