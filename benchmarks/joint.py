@@ -13,9 +13,10 @@ A deployment is a context, a batch and a budget of total bytes (weights, KV cach
 Searched kinds share the structure of ``--space``, the scores and the number of trials, which the
 formats of ``prune then`` divide. Of the best three on select text the one that is best on that and
 on fresh select text together is the kind's student. It is measured on final text in its formats,
-distilled shortly from its BF16 weights where anything is cut, and measured again. KL to
-the teacher in nats per token; ``diff`` is joint minus that kind, paired over sequences, so negative
-where joint is better. Finished rows are kept: the same command continues.
+distilled shortly from its BF16 weights where anything is cut, and measured again; where training
+made it worse on fresh text, it stays as it was cut. KL to the teacher in nats per token; ``diff``
+is joint minus that kind, paired over sequences, so negative where joint is better. Finished rows
+are kept: the same command continues.
 """
 
 import argparse
@@ -49,7 +50,7 @@ from compress.searching import selection_text
 from compress.session import Session
 from compress.show import note, table
 from compress.space import Space, load_space
-from compress.students import in_formats, is_cut, pruned, train_inputs, train_until
+from compress.students import in_formats, is_cut, kl_of, pruned, train_inputs, train_until
 from compress.units import format_bytes
 
 # Study by kind, as ``variants`` names its space.
@@ -67,7 +68,8 @@ FINALISTS = 3
 COLUMNS = ["deployment", "kind", "MiB"]
 COLUMNS += [key for stage in STAGES for key in (stage, f"{stage} se")]
 COLUMNS += [key for stage in STAGES for key in (f"diff {stage}", f"diff {stage} se")]
-CHOICES = ("deployment", "kind", "parameters", "blocks", "hidden", "KV cache", "formats", "trials")
+CHOICES = ("deployment", "kind", "parameters", "blocks", "hidden", "KV cache", "formats")
+CHOICES += ("trained on", "trials")
 # Keys of the recipe that are flags, with the benchmark's default where it is not the recipe's.
 RECIPE: Mapping[str, int | None] = {
     "score_tokens": None, "draws": None, "replay_tokens": None, "repair_tokens": None,
@@ -164,7 +166,7 @@ def entry_of(
     else:
         row = chosen(bench, rows, fresh)
         entry = {"fits": True, "trials": len(rows), "select kl": row.trial.kl}
-        entry |= measured(session, row, stem, final)
+        entry |= measured(session, row, stem, fresh, final)
         means = (f"{sum(entry[stage]) / len(entry[stage]):.4f} {stage}" for stage in STAGES)
         note(f"{deployment}, {kind}: KL {', '.join(means)}")
     write_json(file, {"inputs": inputs, "entry": entry})
@@ -233,28 +235,33 @@ def chosen(bench: Bench, rows: Sequence[Row], fresh: Reference) -> Row:
     return min([row for row in rows if row.trial.complete][:FINALISTS], key=both)
 
 
-def measured(session: Session, row: Row, stem: str, final: Reference) -> dict[str, Any]:
+def measured(
+    session: Session, row: Row, stem: str, fresh: Reference, final: Reference
+) -> dict[str, Any]:
     """The student of a row: what it is, and its KL per sequence before and after distillation.
 
-    One with no cuts is its teacher in other formats: nothing is trained, both are the same.
+    One with no cuts is its teacher in other formats: nothing is trained, both are the same. So are
+    they where training made it worse on fresh text.
     """
     tokens = session.recipe.distill_tokens
     # A name of its own for every student: what another one left is never taken for it.
     made = fingerprint(train_inputs(session, row.trial.candidate, tokens))[:8]
     candidate = replace(row.trial.candidate, id=f"{stem}.{made}")
-    before = after = values(session, candidate, pruned(session, candidate), final)
+    cut = in_formats(session, candidate, pruned(session, candidate))
+    before = after = values(cut, final)
+    trained = 0
     if is_cut(session, candidate):
         student = train_until(session, candidate, tokens, candidate.id)
-        after = values(session, candidate, student, final)
+        model = in_formats(session, candidate, student)
+        if kl_of(model, fresh) < kl_of(cut, fresh):
+            after, trained = values(model, final), tokens
     found: dict[str, Any] = {"candidate": row.trial.candidate.id, "bytes": row.trial.bytes}
-    return found | {**choice_of(session, candidate), "before": before, "after": after}
+    found |= {**choice_of(session, candidate), "trained on": trained}
+    return found | {"before": before, "after": after}
 
 
-def values(
-    session: Session, candidate: Candidate, directory: Path, final: Reference
-) -> Sequence[float]:
-    """KL of every sequence, the student of a directory in its formats."""
-    model = in_formats(session, candidate, directory)
+def values(model: Any, final: Reference) -> Sequence[float]:
+    """KL of every sequence."""
     kl: list[float] = torch.cat(list(sequence_kl(model, final))).tolist()
     return kl
 

@@ -6,12 +6,14 @@ its way: rates of candidates compared are the same at every rung, one that goes 
 checkpoint, and whoever reaches the end is, bit for bit, what training it alone would have given.
 Decaying in every rung would need a warmup after each and another schedule than the distillation
 that follows.
+
+A candidate counts for the better of what it was as cut and what training made of it so far: a short
+training can push one that is close to its teacher away, and such a one stays as it was cut.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from compress.candidate import Candidate
 from compress.errors import InputError
@@ -20,6 +22,7 @@ from compress.searches.measure import Reference
 from compress.session import Session
 from compress.show import note
 from compress.students import (
+    RESULT,
     SHORT,
     STUDENT,
     in_formats,
@@ -36,7 +39,10 @@ RUNGS = "rungs.json"
 
 @dataclass(frozen=True)
 class Trained:
-    """A candidate's KL on fresh text, nats per token, and the tokens it was trained on before."""
+    """A candidate's KL on fresh text, nats per token, and the tokens it was trained on before.
+
+    ``tokens`` is 0 where it is better as it was cut.
+    """
 
     kl: float
     tokens: int
@@ -101,14 +107,22 @@ def finals(
         last = found[candidate.id]
         goes_on = candidate.id in survivors
         note(
-            f"finalist {candidate.id}: KL {last.kl:.4f} after {last.tokens} tokens"
+            f"finalist {candidate.id}: {said(session, candidate, last)}"
             + ("" if goes_on else ", left behind")
         )
         forget(session.run.path / "distill" / (candidate.id + SHORT))
     for candidate in others:
         found[candidate.id] = train(candidate.id, tokens)
-        note(f"finalist {candidate.id}: KL {found[candidate.id].kl:.4f}")
+        note(f"finalist {candidate.id}: {said(session, candidate, found[candidate.id])}")
     return found, [*survivors, *(candidate.id for candidate in others)]
+
+
+def said(session: Session, candidate: Candidate, last: Trained) -> str:
+    """The figures of a finalist, in words."""
+    if last.tokens:
+        return f"KL {last.kl:.4f} after {last.tokens} tokens"
+    why = "training made it worse" if is_cut(session, candidate) else "nothing to train"
+    return f"KL {last.kl:.4f} as it was cut ({why})"
 
 
 def rung(session: Session, candidate: Candidate, end: int, fresh: Reference) -> Trained:
@@ -117,33 +131,40 @@ def rung(session: Session, candidate: Candidate, end: int, fresh: Reference) -> 
     What was measured before a kill is read from ``rungs.json``; a rung that is trained anew takes
     back what later ones said.
     """
+    cut = pruned(session, candidate)
     if not is_cut(session, candidate):
         # In BF16 it is the teacher: there is nothing to train, its KL is that of its formats.
-        whole = in_formats(session, candidate, pruned(session, candidate))
-        return Trained(kl_of(whole, fresh), 0)
+        return Trained(kl_of(in_formats(session, candidate, cut), fresh), 0)
     name = candidate.id + SHORT
     directory = session.run.path / "distill" / name
     tokens = session.recipe.short_distill_tokens
     inputs = fingerprint(
         train_inputs(session, candidate, tokens) | {"select": session.recipe.select_tokens}
     )
-    said = [row for row in read_rungs(directory / RUNGS) if row["inputs"] == inputs]
-    known = next((row for row in said if row["tokens"] == end), None)
-    if known is None or not (directory / STUDENT).is_dir():
-        earlier = [row for row in said if row["tokens"] < end]
-        write_json(directory / RUNGS, earlier)
+    known = read_rungs(directory / RUNGS, inputs)
+    if 0 not in known:
+        known = {0: kl_of(in_formats(session, candidate, cut), fresh)}
+    if end not in known or not (directory / STUDENT).is_dir():
+        known = {seen: kl for seen, kl in known.items() if seen < end}
+        write_rungs(directory / RUNGS, inputs, known)
         student = train_until(session, candidate, tokens, name, end)
-        kl = kl_of(in_formats(session, candidate, student), fresh)
-        known = {"tokens": end, "inputs": inputs, "kl": kl}
-        write_json(directory / RUNGS, [*earlier, known])
-    return Trained(known["kl"], end)
+        known[end] = kl_of(in_formats(session, candidate, student), fresh)
+        write_rungs(directory / RUNGS, inputs, known)
+    result = {"before": known[0], "after": known[end], "tokens": end}
+    write_json(directory / RESULT, result)
+    return min(Trained(known[end], end), Trained(known[0], 0), key=lambda reached: reached.kl)
 
 
-def read_rungs(file: Path) -> list[Mapping[str, Any]]:
-    """What the rungs of a candidate came to, none if there is no such file."""
-    rows = read_json(file) if file.is_file() else []
-    if not (
-        isinstance(rows, list) and all({"tokens", "inputs", "kl"} <= row.keys() for row in rows)
-    ):
+def write_rungs(file: Path, inputs: str, known: Mapping[int, float]) -> None:
+    """Write the KL by tokens of a candidate."""
+    write_json(file, {"inputs": inputs, "kl": {str(seen): kl for seen, kl in known.items()}})
+
+
+def read_rungs(file: Path, inputs: str) -> dict[int, float]:
+    """KL by tokens of a candidate, none if there is no such file or it is of other inputs."""
+    found = read_json(file) if file.is_file() else {"inputs": None, "kl": {}}
+    if not isinstance(found, dict) or {"inputs", "kl"} > found.keys():
         raise InputError(f"{file} does not list rungs; delete it to train this finalist again")
-    return rows
+    if found["inputs"] != inputs:
+        return {}
+    return {int(seen): float(kl) for seen, kl in found["kl"].items()}

@@ -33,6 +33,8 @@ CANDIDATES = "candidates.json"
 PER_CANDIDATE = ("candidates", "distill", "export")
 SHORT = ".short"
 STUDENT = "student"
+# Of a training: KL before and after it on the same text, and its tokens.
+RESULT = "result.json"
 
 
 def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mapping[str, Any]]:
@@ -110,12 +112,21 @@ def pruned(session: Session, candidate: Candidate) -> Path:
 
 
 def latest(session: Session, candidate: Candidate) -> Path:
-    """The most trained BF16 student there is: distilled, shortly distilled, or only cut."""
+    """The BF16 student of the longest training that made it better, else as it was cut."""
     for name in (candidate.id, candidate.id + SHORT):
-        directory = session.run.path / "distill" / name / STUDENT
-        if directory.is_dir():
-            return directory
+        directory = session.run.path / "distill" / name
+        if (directory / STUDENT).is_dir() and helped(directory):
+            return directory / STUDENT
     return pruned(session, candidate)
+
+
+def helped(directory: Path) -> bool:
+    """Whether the training of a directory is done and left the student closer to its teacher."""
+    file = directory / RESULT
+    if not file.is_file():
+        return False
+    result = read_json(file)
+    return bool(result["after"] < result["before"])
 
 
 def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[str, Any]:
@@ -168,6 +179,7 @@ def distilled(session: Session, candidate: Candidate, tokens: int) -> Path:
     directory = session.run.path / "distill" / candidate.id
     stage, inputs = f"distill:{candidate.id}", train_inputs(session, candidate, tokens)
     if not (session.run.stage_done(stage, inputs) and (directory / STUDENT).is_dir()):
+        (directory / RESULT).unlink(missing_ok=True)
         train_until(session, candidate, tokens, candidate.id)
         session.run.sign(stage, inputs)
         forget(directory)
@@ -199,14 +211,17 @@ def distill(session: Session, name: str | None) -> None:
         return
     directory = distilled(session, candidate, recipe.distill_tokens)
     after = kl_of(in_formats(session, candidate, directory), text)
-    write_json(
-        directory.parent / "result.json",
-        {"before": before, "after": after, "tokens": recipe.distill_tokens},
-    )
+    result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
+    write_json(directory.parent / RESULT, result)
     note(
         f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {recipe.distill_tokens} tokens "
-        f"(select text, in its formats); student in {directory}"
+        f"(select text, in its formats); student in {latest(session, candidate)}"
     )
+    if not helped(directory.parent):
+        note(
+            f"training made {candidate.id} worse, so that student is not of it; a lower "
+            f"learning_rate than {recipe.learning_rate:g} or more distill_tokens may help"
+        )
 
 
 def quantize(session: Session, name: str | None) -> None:

@@ -23,6 +23,7 @@ from compress.halving import Trained, halve, rungs
 from compress.model import load_model
 from compress.recipe import read_recipe
 from compress.runs import Run, read_json
+from compress.searching import selection_text
 from compress.session import Session
 
 TOKENS = 1024
@@ -118,6 +119,12 @@ def halved(arguments: list[str], tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
+def tokens_trained(run: Path, name: str) -> int:
+    """Tokens that what is on disk has trained for; a step has 128."""
+    curve = run / "distill" / f"{name}.short" / "curve.jsonl"
+    return 128 * len(curve.read_text().splitlines()) if curve.is_file() else 0
+
+
 def at(arguments: list[str], run: Path) -> list[str]:
     return [str(run) if part == "RUN" else part for part in arguments]
 
@@ -127,19 +134,16 @@ def test_the_chosen_and_the_best_of_every_kind_trained_for_the_whole_distance(
 ) -> None:
     finalists = [row for row in rows_of(halved) if row["finalist"]]
     assert all(row["distilled_tokens"] is None for row in rows_of(halved) if not row["finalist"])
-    searched = [row for row in finalists if row["kind"] == "joint"]
-    assert sorted(row["distilled_tokens"] for row in searched) == [TOKENS // 2, TOKENS, TOKENS]
+    seen = {row["id"]: tokens_trained(halved, row["id"]) for row in finalists}
+    searched = [row["id"] for row in finalists if row["kind"] == "joint"]
+    assert sorted(seen[name] for name in searched) == [TOKENS // 2, TOKENS, TOKENS]
     for row in finalists:
-        uncut = row["kind"] == "formats"
         if row["kind"] != "joint":
-            assert row["distilled_tokens"] == (0 if uncut else TOKENS)
-        if row["distilled_tokens"] == TOKENS // 2:
+            assert seen[row["id"]] == (0 if row["kind"] == "formats" else TOKENS)
+        if seen[row["id"]] == TOKENS // 2:
             assert row is finalists[-1]
             assert not row["selected"]
-        # What is on disk has trained for what the row says.
-        if not uncut:
-            curve = (halved / "distill" / f"{row['id']}.short" / "curve.jsonl").read_text()
-            assert len(curve.splitlines()) * 128 == row["distilled_tokens"]
+        assert row["distilled_tokens"] in (0, seen[row["id"]])
     assert not list(halved.glob("distill/*/training*"))
 
 
@@ -166,16 +170,39 @@ def test_the_winner_is_what_training_it_alone_gives(halved: Path) -> None:
 
 def test_other_finalists_or_tokens_leave_nothing_behind(run_copy: Path) -> None:
     before = rows_of(run_copy)
+    tokens = max(tokens_trained(run_copy, row["id"]) for row in before)
     again(run_copy, finalists=3, short_distill_tokens=TOKENS)
-    assert {row["distilled_tokens"] for row in rows_of(run_copy) if row["kind"] == "joint"} == {
-        None, TOKENS // 2, TOKENS,
-    }  # fmt: skip
-    again(run_copy, finalists=1, short_distill_tokens=before[0]["distilled_tokens"] or 256)
+    names = [row["id"] for row in rows_of(run_copy) if row["kind"] == "joint"]
+    assert {tokens_trained(run_copy, name) for name in names} == {0, TOKENS // 2, TOKENS}
+    again(run_copy, finalists=1, short_distill_tokens=tokens)
     assert same(rows_of(run_copy), before)
 
 
+def test_whom_training_makes_worse_stays_as_it_was_cut(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again(run_copy, learning_rate=0.3, distill_tokens=256)
+    assert "as it was cut (training made it worse)" in capsys.readouterr().err
+    session = Session(Run(run_copy), read_recipe(run_copy / "recipe.yaml"))
+    _, fresh = selection_text(session)
+    finalists = [row for row in rows_of(run_copy) if row["finalist"]]
+    assert [row["distilled_tokens"] for row in finalists] == [0] * len(finalists)
+    for row in finalists:
+        candidate, _ = students.find_candidate(session, row["id"])
+        cut = students.pruned(session, candidate)
+        assert students.latest(session, candidate) == cut
+        kl = students.kl_of(students.in_formats(session, candidate, cut), fresh)
+        assert row["distilled_kl"] == pytest.approx(kl, rel=1e-4)
+    # Nor does the whole distance replace it.
+    students.distill(session, finalists[0]["id"])
+    assert f"training made {finalists[0]['id']} worse" in capsys.readouterr().err
+    candidate, _ = students.find_candidate(session, finalists[0]["id"])
+    assert students.latest(session, candidate) == students.pruned(session, candidate)
+
+
 def rungs_done(run: Path) -> int:
-    return sum(len(read_json(file)) for file in run.glob("distill/*.short/rungs.json"))
+    found = [read_json(file)["kl"] for file in run.glob("distill/*.short/rungs.json")]
+    return sum(seen != "0" for known in found for seen in known)
 
 
 def test_killed_in_any_rung_a_search_ends_as_if_it_had_not_been(
