@@ -68,8 +68,8 @@ FINALISTS = 3
 COLUMNS = ["deployment", "kind", "MiB"]
 COLUMNS += [key for stage in STAGES for key in (stage, f"{stage} se")]
 COLUMNS += [key for stage in STAGES for key in (f"diff {stage}", f"diff {stage} se")]
-CHOICES = ("deployment", "kind", "parameters", "blocks", "hidden", "KV cache", "formats")
-CHOICES += ("trained on", "trials")
+CHOICES = ["deployment", "kind", "parameters", "blocks", "hidden", "KV cache", "formats"]
+CHOICES += ["trained on", "trials"]
 # Keys of the recipe that are flags, with the benchmark's default where it is not the recipe's.
 RECIPE: Mapping[str, int | None] = {
     "score_tokens": None, "draws": None, "replay_tokens": None, "repair_tokens": None,
@@ -110,7 +110,7 @@ def main() -> None:
         for stage in STAGES:
             facts |= {f"{name} {stage}, {key}": v for key, v in verdict(entries, stage).items()}
     choices = [[shown(row.get(key)) for key in CHOICES] for row in rows]
-    table("What was chosen", list(CHOICES), choices, left=2)
+    table("What was chosen", CHOICES, choices, left=2)
     report(settings.name, settings, facts, COLUMNS, rows)
 
 
