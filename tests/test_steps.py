@@ -160,10 +160,18 @@ def test_the_path_of_one_format_has_those_trials_alone(hybrid: Teacher) -> None:
     params, mixed = seeds(problem)[len(problem.space.formats)]
     alone = single_formats(problem, params, mixed)
     assert not of_one_format(mixed.groups, mixed.choice)
-    done = [trial(n, "seed", list(p.choice), 1.0 + n) for n, p in enumerate([mixed, *alone])]
+    values = [1.0 + n / 10 for n in range(1 + len(alone))]
+    done = [
+        trial(n, "seed", list(p.choice), value)
+        for n, (p, value) in enumerate(zip([mixed, *alone], values, strict=True))
+    ]
     for made in done:
         made.params = dict(params)
     assert same_format(problem, done) == done[1:]
+    # Nor where the best of them is far behind.
+    better = trial(len(done), "step", list(mixed.choice), 0.5)
+    better.params = dict(params)
+    assert same_format(problem, [*done, better]) == [*done, better]
     # Where none of them was measured to the end there is nowhere to start.
     stopped = trial(1, "seed", list(alone[0].choice), None)
     stopped.params = dict(params)

@@ -2,8 +2,9 @@
 
 A ``seed`` is one of the knapsack's diverse solutions, a ``sample`` what TPE asks for (KV format,
 hidden size, global widths and score multipliers), a ``step`` a few changes to the incumbent. Every
-other step is from the best candidate of one format and keeps to it: prune, then quantize, which
-is where a search of cuts and formats that are priced unequally well may end as well.
+other step is from the best candidate of one format and keeps to it, where that is not far behind:
+prune, then quantize, which is where a search of cuts and formats that are priced unequally well may
+end as well.
 """
 
 from collections.abc import Sequence
@@ -13,13 +14,16 @@ from typing import Any
 import optuna
 from optuna.trial import FrozenTrial
 
-from compress.searches.prices import STEP, Pricing, complete, of_trial, outer
+from compress.searches.prices import STEP, Pricing, complete, kl_of_trial, of_trial, outer
 from compress.searches.problem import Choice, Problem
 from compress.searches.proposals import Proposal, decode, distributions, key_of
 from compress.searches.steps import of_one_format, stepped
 
 # Every so many trials one is a sample; the others are steps, which find more.
 SAMPLE_EVERY = 8
+# The best candidate of one format is left alone where its KL is so many times that of the best: a
+# few steps do not make up for it.
+FAR = 2.0
 
 
 @dataclass(frozen=True)
@@ -77,7 +81,7 @@ def incumbent(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
 
 
 def same_format(problem: Problem, done: Sequence[FrozenTrial]) -> Sequence[FrozenTrial]:
-    """The trials of one format; all if there is but one, or none of them was measured to the end.
+    """The trials of one format; all if there is but one, or no good one was measured to the end.
 
     They are of whichever format: the incumbent's decides what steps keep.
     """
@@ -92,7 +96,10 @@ def same_format(problem: Problem, done: Sequence[FrozenTrial]) -> Sequence[Froze
             groups[key] = of_trial(problem, trial)[1]
         if of_one_format(groups[key], trial.user_attrs["choice"]):
             found.append(trial)
-    return found if incumbent(found) else done
+    best, alone = incumbent(done), incumbent(found)
+    if best is None or alone is None or kl_of_trial(alone) > FAR * kl_of_trial(best):
+        return done
+    return found
 
 
 def sampled(
