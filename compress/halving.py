@@ -119,10 +119,11 @@ def finals(
 
 def said(session: Session, candidate: Candidate, last: Trained) -> str:
     """The figures of a finalist, in words."""
-    if last.tokens:
-        return f"KL {last.kl:.4f} after {last.tokens} tokens"
-    why = "training made it worse" if is_cut(session, candidate) else "nothing to train"
-    return f"KL {last.kl:.4f} as it was cut ({why})"
+    if not is_cut(session, candidate):
+        return f"KL {last.kl:.4f}, nothing is cut and nothing to train"
+    if not last.tokens:
+        return f"KL {last.kl:.4f} as it was cut, which training made worse"
+    return f"KL {last.kl:.4f} after {last.tokens} tokens"
 
 
 def rung(session: Session, candidate: Candidate, end: int, fresh: Reference) -> Trained:

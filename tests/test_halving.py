@@ -182,7 +182,7 @@ def test_whom_training_makes_worse_stays_as_it_was_cut(
     run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again(run_copy, learning_rate=0.3, distill_tokens=256)
-    assert "as it was cut (training made it worse)" in capsys.readouterr().err
+    assert "as it was cut, which training made worse" in capsys.readouterr().err
     session = Session(Run(run_copy), read_recipe(run_copy / "recipe.yaml"))
     _, fresh = selection_text(session)
     finalists = [row for row in rows_of(run_copy) if row["finalist"]]
