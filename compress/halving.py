@@ -34,7 +34,7 @@ from compress.students import (
 )
 from compress.train import forget
 
-RUNGS = "rungs.json"
+RUNGS = "halving.json"
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ def said(session: Session, candidate: Candidate, last: Trained) -> str:
 def rung(session: Session, candidate: Candidate, end: int, fresh: Reference) -> Trained:
     """The candidate trained up to ``end`` tokens of the short distillation, and its KL after.
 
-    What was measured before a kill is read from ``rungs.json``; a rung that is trained anew takes
+    What was measured before a kill is read from ``halving.json``; a rung that is trained anew takes
     back what later ones said.
     """
     cut = pruned(session, candidate)

@@ -76,6 +76,8 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": session.active,
         "deployment": asdict(session.deployment),
+        # Searches before this rule have nothing that says whether training helped.
+        "students": "as cut or as trained, whichever is better",
         **{key: getattr(recipe, key) for key in keys},
     }
 

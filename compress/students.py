@@ -121,10 +121,18 @@ def latest(session: Session, candidate: Candidate) -> Path:
 
 
 def helped(directory: Path) -> bool:
-    """Whether the training of a directory is done and left the student closer to its teacher."""
+    """Whether the training of a directory left the student closer to its teacher.
+
+    Raises:
+        InputError: nothing says so: the training was killed, or is of an earlier version.
+    """
     file = directory / RESULT
     if not file.is_file():
-        return False
+        again = "search" if directory.name.endswith(SHORT) else "distill"
+        raise InputError(
+            f"{directory} has a student but no {RESULT}, which says whether training made it "
+            f"better; run compress {again} again"
+        )
     result = read_json(file)
     return bool(result["after"] < result["before"])
 

@@ -18,6 +18,7 @@ from test_pipeline import again, rows_of, same
 from compress import students
 from compress.checkpoint import open_checkpoint
 from compress.distill import DistillSettings, distill
+from compress.errors import InputError
 from compress.families import parameters
 from compress.halving import Trained, halve, rungs
 from compress.model import load_model
@@ -200,8 +201,18 @@ def test_whom_training_makes_worse_stays_as_it_was_cut(
     assert students.latest(session, candidate) == students.pruned(session, candidate)
 
 
+def test_a_student_of_which_nothing_says_whether_training_helped_is_refused(run_copy: Path) -> None:
+    session = Session(Run(run_copy), read_recipe(run_copy / "recipe.yaml"))
+    trained = next(run_copy.glob("distill/*.short/result.json"))
+    name = trained.parent.name.removesuffix(".short")
+    candidate, _ = students.find_candidate(session, name)
+    trained.unlink()
+    with pytest.raises(InputError, match=r"no result\.json.*run compress search again"):
+        students.latest(session, candidate)
+
+
 def rungs_done(run: Path) -> int:
-    found = [read_json(file)["kl"] for file in run.glob("distill/*.short/rungs.json")]
+    found = [read_json(file)["kl"] for file in run.glob("distill/*.short/halving.json")]
     return sum(seen != "0" for known in found for seen in known)
 
 
