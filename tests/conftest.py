@@ -11,6 +11,8 @@ from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
+# Tests run in two processes (pyproject.toml): a thread each is what two cores have.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest
 import torch
