@@ -15,9 +15,10 @@ import torch
 from benchmarks.common import Clock, Subject, arguments, report, subject
 from compress.architecture import Architecture, block_name, sizes
 from compress.candidate import AXES, Candidate, Ranking, student_architecture
+from compress.contributions import contributions
 from compress.estimate import Estimate, difference, mean_of
 from compress.rankings import activation_scores
-from compress.scores import Scores, choose, contributions, priority, top
+from compress.scores import Scores, choose, priority, top
 from compress.searches.measure import Reference, measure, reference
 
 # What is kept of an axis.

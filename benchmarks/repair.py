@@ -18,11 +18,12 @@ from torch import Tensor
 
 from benchmarks.common import Clock, arguments, report, subject
 from compress.architecture import Ffn, sizes
+from compress.contributions import contributions
 from compress.estimate import mean_of
 from compress.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.memory import Deployment
 from compress.repair import repair_ratio
-from compress.scores import Scores, contributions
+from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.problem import Choice, Globals, Problem
 from compress.space import Option, load_space

@@ -17,10 +17,10 @@ import torch
 
 from benchmarks.common import Clock, Cost, arguments, metered, report
 from compress.checkpoint import open_checkpoint, write_checkpoint
+from compress.contributions import contributions
 from compress.families import parameters, read_architecture
 from compress.model import load_model
 from compress.recipe import check
-from compress.scores import contributions
 from compress.scoring import scores_of
 from compress.searches.knapsack import Knapsack, Limit, Solution, solve
 

@@ -25,6 +25,7 @@ import torch
 from benchmarks.common import Clock, Cost, Subject, arguments, metered, report, subject
 from benchmarks.search_methods import METHODS, Trials
 from benchmarks.search_ours import ours
+from compress.contributions import contributions
 from compress.estimate import mean_of
 from compress.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.memory import Deployment, outside_bytes
@@ -33,7 +34,7 @@ from compress.rankings import activation_scores
 from compress.repair import repair_ratio
 from compress.replay import removal_costs
 from compress.runs import read_json, write_json
-from compress.scores import Scores, contributions
+from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.problem import Problem
 from compress.space import load_space

@@ -26,13 +26,14 @@ from torch import Tensor, nn
 from benchmarks.common import Clock, Subject, arguments, report, shown, subject
 from compress.architecture import Architecture, Ffn, block_name
 from compress.candidate import Candidate, student_architecture
+from compress.contributions import contributions
 from compress.data import load_tokenizer
 from compress.estimate import difference, exponential
 from compress.evaluation import Metrics, final_hidden, on_text, row_bytes
 from compress.memory import Deployment, block_bytes, footprint
 from compress.prune import student_tensors
 from compress.replay import removal_costs
-from compress.scores import Scores, choose, contributions
+from compress.scores import Scores, choose
 from compress.searches.measure import student_model
 from compress.searches.problem import Problem
 from compress.searches.proposals import decode, named, neutral

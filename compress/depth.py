@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from compress.architecture import Architecture, Attention
+from compress.contributions import Progress
 from compress.errors import InputError
 from compress.losses import kl_from_hidden
 from compress.replay import Text, entering, run_layers
 from compress.runs import read_json, write_json
-from compress.scores import Progress
 
 # Hardly a budget takes more of a model's layers; those beyond keep the cost of when last scored.
 MOST = 0.5

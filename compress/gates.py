@@ -29,6 +29,11 @@ UNITS: Mapping[str, tuple[tuple[str, ...], ...]] = {
     "mamba": (("group", "head", "channel"),),
     "moe": (("expert", "expert_ffn"), ("shared_ffn",)),
 }
+# Last axes of unit arrays whose units are one number per token each; a query head is many.
+SCALARS = ("ffn", "shared_ffn", "expert_ffn", "channel")
+# What is kept of those besides contributions: sums over tokens of the squares of activations and of
+# gradients, and how many tokens there were.
+SQUARES = ("/activation", "/slope", "/tokens")
 Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [rows, features]
 WHOLE: Mapping[str, Tensor] = MappingProxyType({})  # what a teacher keeps: everything
 
@@ -43,7 +48,10 @@ class Taps:
 
     After a forward inside ``attached()`` and a backward, ``rows`` maps every key to [sequences,
     *unit shape]: ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
-    whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``.
+    whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``. With
+    ``squares`` also, for units that are one number z per token, ``<block>/<units>/activation`` and
+    ``.../slope``, the sums over tokens of the squares of z and of dL/dz, with ``.../tokens``; for
+    the hidden channels at every norm, ``hidden@<number>/...``.
 
     With ``keep`` and ``current`` (teacher block numbers to formats, of those in ``formats``) the
     teacher computes that student: contributions are the derivatives there, of units that are gone
@@ -57,8 +65,9 @@ class Taps:
         formats: Sequence[Format],
         keep: Mapping[str, Tensor] = WHOLE,
         current: Mapping[int, Format] = MappingProxyType({}),
+        squares: bool = False,
     ) -> None:
-        self.model, self.architecture = model, architecture
+        self.model, self.architecture, self.squares = model, architecture, squares
         self.keep, self.current = keep, current
         self.rows: dict[str, Tensor] = {}
         self.errors = {
@@ -82,13 +91,13 @@ class Taps:
         handles = [
             embedding.register_forward_hook(lambda m, a, output: output.requires_grad_(True))
         ]
-        handles.append(final.register_forward_hook(self.tap_norm))
+        handles.append(final.register_forward_hook(self.tap_norm(len(self.architecture.blocks))))
         patched: list[Any] = []
         masks = ExitStack()
         self.unmasked = masks.enter_context(masked(self.model, self.architecture, self.keep))
         for number, block in enumerate(self.architecture.blocks):
             layer, site = self.model.model.layers[block.layer], family.sites[block.kind]
-            handles.append(getattr(layer, site.norm).register_forward_hook(self.tap_norm))
+            handles.append(getattr(layer, site.norm).register_forward_hook(self.tap_norm(number)))
             for name, slot in slots_of(self.architecture, block, experts=False).items():
                 hook = self.tap_linear(number, name, slot)
                 handles.append(layer.get_submodule(name).register_forward_hook(hook))
@@ -121,10 +130,22 @@ class Taps:
         """Add rows; several norms share the hidden channels, several matrices a unit's rounding."""
         self.rows[key] = self.rows[key] + value if key in self.rows else value
 
-    def tap_norm(self, module: nn.Module, args: Any, output: Tensor) -> None:
-        """Tap a residual norm's output: the hidden channels."""
-        value = output.detach()
-        on_gradient(output, lambda grad: self.add("hidden", (value * grad).sum(1)))
+    def tap_norm(self, number: int) -> Callable[..., None]:
+        """Hook for a residual norm's output: the hidden channels."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            value = output.detach()
+
+            def rows(grad: Tensor) -> None:
+                self.add("hidden", (value * grad).sum(1))
+                if self.squares:
+                    parts = value.square(), grad.square(), torch.ones_like(value[..., :1])
+                    for suffix, part in zip(SQUARES, parts, strict=True):
+                        self.add(f"hidden@{number}{suffix}", part.sum(1))
+
+            on_gradient(output, rows)
+
+        return hook
 
     def tap_gated_norm(self, number: int) -> Callable[..., None]:
         """Hook for a Mamba block's dead units: out_proj never sees them, the norm's input does."""
@@ -172,9 +193,19 @@ class Taps:
         }
         if (current := self.current.get(number, "bf16")) != "bf16":
             y = y + x @ found[current].float().T
-        reads_units = units_of(parse(slot.shape)[1][0], block) is not None
+        axes = units_of(parse(slot.shape)[1][0], block)
+        reads_units = axes is not None
+
+        def units(grad: Tensor) -> None:
+            self.add_units(block, slot, 1, gather(value * grad), "")
+            if self.squares and axes and axes[-1] in SCALARS:
+                self.add_units(block, slot, 1, gather(value.square()), SQUARES[0])
+                self.add_units(block, slot, 1, gather(grad.square()), SQUARES[1])
+                ones = torch.ones_like(value[..., :1])
+                self.add(unit_key(block, axes) + SQUARES[2], gather(ones))
+
         if reads_units and x.requires_grad:
-            on_gradient(x, lambda grad: self.add_units(block, slot, 1, gather(value * grad), ""))
+            on_gradient(x, units)
         if not found or not y.requires_grad:
             return y
         # The side that is made of units keeps its index; there are no units on the other one.

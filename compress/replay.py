@@ -17,12 +17,13 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress.architecture import Architecture, Block, Mamba, Moe, block_name
+from compress.contributions import Progress
 from compress.families import family_of
 from compress.gates import slots_of, units_of
 from compress.layout import parse
 from compress.losses import log_probabilities
 from compress.masks import alive
-from compress.scores import REMOVAL, Progress
+from compress.scores import REMOVAL
 from compress.tensor_files import save_tensors
 
 # What an option keeps of its block by axis; None when the block goes.

@@ -7,27 +7,23 @@ scored exactly by ``replay`` and the estimates of its thinner cuts are anchored 
 """
 
 import math
-import zlib
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.architecture import Architecture, Block, Format, block_name, sizes
+from compress.architecture import Block, Format, block_name, sizes
 from compress.candidate import AXES, Ranking
-from compress.gates import UNITS, Taps, unit_key
+from compress.contributions import Contributions
+from compress.gates import SQUARES, UNITS, unit_key
 from compress.masks import alive
 from compress.rankings import activation_importance
 from compress.tensor_files import save_tensors
 
-Contributions = Mapping[str, Tensor]
-Progress = Callable[[int, int], None]
 REMOVAL = "removed"
 
 
@@ -36,9 +32,8 @@ class Scores:
     """Contributions [rows, *units] of sequences of ``length`` tokens, and costs that were replayed.
 
     ``exact`` maps block names and option keys to the KL of that option alone, nats per token, as
-    replays have settled it (``scoring.settled``);
-    ``kv`` is that of storing every KV cache in FP8. ``rankings`` is what ``activation_scores``
-    gives: the other rankings need it.
+    replays have settled it (``scoring.settled``); ``kv`` is that of storing every KV cache in FP8.
+    ``rankings`` is what ``activation_scores`` gives: the other rankings need it.
     """
 
     contributions: Contributions
@@ -78,86 +73,6 @@ def load_scores(file: Path) -> Scores:
     return Scores(contributions, exact, kv, length, rankings)
 
 
-def contributions(
-    model: Any,
-    architecture: Architecture,
-    tokens: Tensor,
-    draws: int,
-    formats: Sequence[Format],
-    seed: int = 0,
-    batch: int = 8,
-    progress: Progress = lambda done, total: None,
-    directory: Path | None = None,
-) -> dict[str, Tensor]:
-    """The contribution matrix [sequences * draws, *units] of every gate, fp32.
-
-    Args:
-        model: the teacher in fp32, frozen, in eval mode.
-        architecture: the teacher's.
-        tokens: [sequences, T] token ids.
-        draws: label draws per sequence; labels depend on the seed and the sequence's own tokens, so
-            neither batches nor their order matter.
-        formats: formats to score besides the units.
-        seed: of the labels.
-        batch: sequences per forward pass.
-        progress: called with backward passes done and in total.
-        directory: keeps every finished batch, so that a killed scoring continues there.
-    """
-    taps = Taps(model, architecture, formats)
-    batches = torch.split(tokens, batch)
-    collected: dict[str, list[Tensor]] = {}
-    for number, rows in enumerate(batches):
-        part = directory / f"{number:04}.safetensors" if directory else None
-        if part is None or not part.is_file():
-            # Filled in place: small tensors kept from every draw would pin the large freed ones
-            # between them, and memory would grow with the draws.
-            found: dict[str, Tensor] = {}
-            for draw, drawn in enumerate(draw_rows(taps, rows, draws, seed)):
-                for key, value in drawn.items():
-                    if key not in found:
-                        found[key] = value.new_zeros(draws, *value.shape)
-                    found[key][draw] = value
-                progress(number * draws + draw + 1, len(batches) * draws)
-            whole_batch = {key: value.flatten(0, 1) for key, value in found.items()}
-            if part:
-                save_tensors(whole_batch, part)
-        else:
-            whole_batch = load_file(part)
-            progress((number + 1) * draws, len(batches) * draws)
-        for key, value in whole_batch.items():
-            collected.setdefault(key, []).append(value)
-    return {key: torch.cat(values) for key, values in collected.items()}
-
-
-def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Contributions of one batch, a dictionary per draw of the labels."""
-    head = taps.model.lm_head.weight
-    with taps.attached(len(rows)), torch.enable_grad():
-        hidden = taps.model.model(input_ids=rows, use_cache=False).last_hidden_state
-        for draw, gradient in enumerate(label_gradients(hidden.detach(), head, rows, draws, seed)):
-            yield taps.backward(hidden, gradient, again=draw < draws - 1)
-
-
-@torch.no_grad()
-def label_gradients(
-    hidden_BTD: Tensor, head_VD: Tensor, rows_BT: Tensor, draws: int, seed: int
-) -> Iterator[Tensor]:
-    """Gradients [B, T, D] of the log-likelihood of drawn labels at the final hidden states.
-
-    No graph over the vocabulary is needed. The labels of a sequence depend on the seed and on its
-    own tokens only.
-    """
-    labels = torch.empty(draws, *rows_BT.shape, dtype=torch.long)
-    expected = torch.empty_like(hidden_BTD)
-    for row, sequence in enumerate(rows_BT):
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
-        probability = (hidden_BTD[row] @ head_VD.T).float().softmax(-1)
-        labels[:, row] = torch.multinomial(probability, draws, True, generator=generator).T
-        expected[row] = probability @ head_VD
-    for drawn in labels:
-        yield head_VD[drawn] - expected
-
-
 def kl_of(rows: Tensor, length: int) -> float:
     """Predicted KL in nats per token of a change whose summed contributions are ``rows``."""
     return float(rows.square().mean() / (2 * length))
@@ -174,6 +89,33 @@ def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
     else:
         rows = axis_rows(scores.contributions, block, axis)
     return rows.square().mean(0) / (2 * scores.length)
+
+
+def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:
+    """What orders units: ``importance`` with far less noise, where a unit is numbers of its own.
+
+    Activations and gradients are taken as independent: tokens times the mean square of the one
+    times the mean square of the other (the diagonal of K-FAC's Fisher; Martens and Grosse 2015),
+    summed over the numbers that a unit consists of. ``importance`` has one number per sequence and
+    draw instead. Query heads and KV groups keep that one.
+    """
+    found = scores.contributions
+    rows = 2 * len(found["hidden"]) * scores.length
+    if block is None:
+        norms = [key.partition("/")[0] for key in found if key.startswith("hidden@")]
+        return (
+            torch.stack([independent(found, norm)[0] for norm in sorted(set(norms))]).sum(0) / rows
+        )
+    key = unit_key(block, next(axes for axes in UNITS[block.kind] if axis in axes))
+    if key + SQUARES[0] not in found:
+        return importance(scores, block, axis)
+    return axis_rows({key: independent(found, key)}, block, axis)[0] / rows
+
+
+def independent(found: Contributions, key: str) -> Tensor:
+    """Expected sum over tokens of a squared product of independent factors, [1, *units]."""
+    activation, slope, tokens = (found[key + suffix] for suffix in SQUARES)
+    return activation * slope / tokens.clamp(min=1)
 
 
 def axis_rows(found: Contributions, block: Block, axis: str) -> Tensor:
@@ -202,7 +144,7 @@ def priority(
     on axes that are decided already.
     """
     if ranking == "contribution" or (ranking == "router" and axis != "expert"):
-        return importance(scores, block, axis)
+        return saliency(scores, block, axis)
     if ranking == "router":
         assert block is not None
         return scores.rankings[f"{block_name(block)}/router"]

@@ -18,6 +18,7 @@ from torch import Tensor
 from compress.architecture import FORMATS, Architecture, Block, block_name, sizes
 from compress.candidate import AXES, Ranking
 from compress.checkpoint import Checkpoint
+from compress.contributions import Progress, contributions
 from compress.depth import Depth, layer_costs, load_depth, path_forwards, path_steps
 from compress.gates import UNITS, unit_key
 from compress.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
@@ -28,11 +29,9 @@ from compress.replay import Keep, Stop, option_costs, replayable
 from compress.runs import Run, fingerprint
 from compress.scores import (
     REMOVAL,
-    Progress,
     Scores,
     change,
     choose,
-    contributions,
     importance,
     kl_of,
     load_scores,
@@ -64,6 +63,8 @@ def score_inputs(session: Session) -> dict[str, object]:
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
         "replay": [recipe.replay_tokens, recipe.replay_share],
         "rankings": list(get_args(Ranking)),
+        # Scores before this rule have no squares.
+        "neurons": "mean squares of activation and gradient",
     }
 
 

@@ -15,12 +15,12 @@ from torch import Tensor
 from compress.architecture import Format
 from compress.candidate import Candidate, block_keep
 from compress.checkpoint import Checkpoint
+from compress.contributions import Contributions
 from compress.gates import Taps, weights_of
 from compress.grams import Grams, projections
 from compress.kv import set_kv_format
 from compress.losses import kl_from_hidden
 from compress.repair import expert_keep, kept_columns, repaired
-from compress.scores import Contributions
 from compress.searches.measure import BATCH, Reference
 
 

@@ -13,6 +13,7 @@ from compress import scoring
 from compress.architecture import Attention
 from compress.candidate import Candidate, student_architecture
 from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.contributions import contributions
 from compress.depth import (
     Depth,
     Shortened,
@@ -28,7 +29,7 @@ from compress.model import load_model
 from compress.recipe import Recipe
 from compress.replay import removal_costs
 from compress.runs import Run
-from compress.scores import Scores, contributions
+from compress.scores import Scores
 from compress.scoring import affordable_rows, depth_file, score
 from compress.searches.baselines import predicted
 from compress.searches.bench import Bench

@@ -10,6 +10,7 @@ from conftest import TINY, write_tiny
 from compress.architecture import Architecture
 from compress.candidate import Ranking
 from compress.checkpoint import open_checkpoint
+from compress.contributions import contributions
 from compress.errors import InputError
 from compress.memory import Deployment
 from compress.model import load_model
@@ -18,7 +19,6 @@ from compress.replay import removal_costs
 from compress.scores import (
     Scores,
     choose,
-    contributions,
     load_scores,
     option_cost,
     priority,

@@ -13,6 +13,7 @@ from torch import Tensor
 from compress.architecture import Block, block_name
 from compress.candidate import Candidate, student_architecture
 from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.contributions import contributions
 from compress.families import family_of, parameters
 from compress.grams import Grams, Projection, gram_matrices, projections, save_grams
 from compress.memory import Deployment
@@ -30,7 +31,7 @@ from compress.repair import (
 )
 from compress.replay import removal_costs
 from compress.runs import Run
-from compress.scores import Scores, contributions
+from compress.scores import Scores
 from compress.searches.bench import Bench
 from compress.searches.measure import measure, reference, sequence_kl, student_model
 from compress.searches.problem import Globals, Problem

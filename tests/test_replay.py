@@ -13,9 +13,10 @@ from compress import replay
 from compress.architecture import Architecture, Block, block_name
 from compress.candidate import Candidate, student_architecture
 from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.contributions import contributions
 from compress.model import load_model
 from compress.replay import NEVER, Keep, Stop, Text, option_costs
-from compress.scores import REMOVAL, Scores, contributions, option_cost
+from compress.scores import REMOVAL, Scores, option_cost
 from compress.scoring import REPLAY_FORWARDS, replay_rows, settled
 from compress.searches.measure import measure, reference
 

@@ -8,11 +8,13 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, write_tiny
+from scipy.stats import spearmanr
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from compress.architecture import block_name
+from compress.architecture import Architecture, Block, block_name, sizes
 from compress.checkpoint import open_checkpoint
+from compress.contributions import contributions
 from compress.gates import UNITS, unit_key, weights_of
 from compress.losses import kl_from_hidden
 from compress.model import load_model
@@ -21,12 +23,12 @@ from compress.scores import (
     Scores,
     change,
     choose,
-    contributions,
     importance,
     kl_of,
     load_scores,
     option_cost,
     removed,
+    saliency,
     whole,
 )
 
@@ -103,6 +105,55 @@ def test_batches_and_their_order_do_not_matter(scored) -> None:
     for key, rows in first.items():
         squares = rows.square().mean(0)
         torch.testing.assert_close(second[key].square().mean(0), squares, rtol=1e-3, atol=1e-5)
+
+
+def neurons(architecture: Architecture) -> list[tuple[Block, str]]:
+    """Blocks with an axis whose units are one number per token."""
+    axes = ("ffn", "shared_ffn", "expert_ffn")
+    return [(block, axis) for block in architecture.blocks for axis in axes if axis in sizes(block)]
+
+
+def test_neurons_are_ranked_with_less_noise(scored) -> None:
+    model, architecture, _ = scored
+    halves = [
+        Scores(contributions(model, architecture, rows, 2, []), {}, 0.0, LENGTH)
+        for rows in TOKENS.chunk(2)
+    ]
+    for block, axis in neurons(architecture):
+        noise = {
+            ranked: spearmanr(*(ranked(half, block, axis).flatten() for half in halves)).statistic
+            for ranked in (importance, saliency)
+        }
+        assert noise[saliency] > noise[importance] + 0.1, axis
+    hidden = {
+        ranked: spearmanr(*(ranked(half, None, "hidden") for half in halves)).statistic
+        for ranked in (importance, saliency)
+    }
+    assert hidden[saliency] > hidden[importance]
+
+
+def test_neurons_cost_what_their_contributions_say_on_average(scored) -> None:
+    _, architecture, scores = scored
+    for block, axis in neurons(architecture):
+        estimate = saliency(scores, block, axis).mean()
+        assert 0.5 < estimate / importance(scores, block, axis).mean() < 2, axis
+
+
+def test_squares_of_neurons_are_those_of_the_activations(scored) -> None:
+    model, architecture, scores = scored
+    for block, axis in neurons(architecture):
+        if axis != "ffn":
+            continue
+        layer = model.model.layers[block.layer]
+        module = (layer.mlp if hasattr(layer, "mlp") else layer.mixer).down_proj
+        seen: list[Tensor] = []
+        handle = module.register_forward_pre_hook(lambda _, args, seen=seen: seen.append(args[0]))
+        with torch.no_grad():
+            model(TOKENS)
+        handle.remove()
+        found = scores.contributions[f"{block_name(block)}/ffn/activation"]
+        # 24 draws see the same activations.
+        torch.testing.assert_close(found[0], 24 * seen[0].square().sum((0, 1)), rtol=1e-4, atol=0)
 
 
 def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:

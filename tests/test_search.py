@@ -10,6 +10,7 @@ from torch import Tensor
 from compress.architecture import Attention, Format, Moe
 from compress.candidate import Candidate
 from compress.checkpoint import Checkpoint, open_checkpoint
+from compress.contributions import contributions
 from compress.errors import Infeasible, InputError
 from compress.families import count_parameters, parameters
 from compress.memory import Deployment, footprint
@@ -17,7 +18,7 @@ from compress.model import is_plain, load_model
 from compress.planning import teacher_bytes
 from compress.prune import prune
 from compress.replay import removal_costs
-from compress.scores import Scores, contributions
+from compress.scores import Scores
 from compress.searches.baselines import main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
 from compress.searches.measure import Reference, measure, reference, sequence_kl, student_model
