@@ -315,7 +315,7 @@ def problem(teachers: Teachers) -> Problem:
     scores = Scores(found, removal_costs(teacher.model, architecture, TOKENS[:4]), 1e-3, 48)
     return Problem(
         architecture, scores, load_space("joint"), DEPLOYMENT,
-        teacher_bytes(architecture, DEPLOYMENT) // 2,
+        teacher_bytes(architecture, DEPLOYMENT) * 3 // 5,
         repair_ratio=partial(repair_ratio, teacher.checkpoint, teacher.grams),
     )  # fmt: skip
 
