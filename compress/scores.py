@@ -19,7 +19,7 @@ from torch import Tensor
 from compress.architecture import Block, Format, block_name, sizes
 from compress.candidate import AXES, Ranking
 from compress.contributions import Contributions
-from compress.gates import SQUARES, UNITS, unit_key
+from compress.gates import SCALARS, SQUARES, UNITS, unit_key
 from compress.masks import alive
 from compress.rankings import activation_importance
 from compress.tensor_files import save_tensors
@@ -102,13 +102,12 @@ def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:
     found = scores.contributions
     rows = 2 * len(found["hidden"]) * scores.length
     if block is None:
-        norms = [key.partition("/")[0] for key in found if key.startswith("hidden@")]
-        return (
-            torch.stack([independent(found, norm)[0] for norm in sorted(set(norms))]).sum(0) / rows
-        )
-    key = unit_key(block, next(axes for axes in UNITS[block.kind] if axis in axes))
-    if key + SQUARES[0] not in found:
+        norms = sorted({key.partition("/")[0] for key in found if key.startswith("hidden@")})
+        return torch.stack([independent(found, norm)[0] for norm in norms]).sum(0) / rows
+    axes = next(axes for axes in UNITS[block.kind] if axis in axes)
+    if axes[-1] not in SCALARS:
         return importance(scores, block, axis)
+    key = unit_key(block, axes)
     return axis_rows({key: independent(found, key)}, block, axis)[0] / rows
 
 

@@ -64,7 +64,7 @@ def score_inputs(session: Session) -> dict[str, object]:
         "replay": [recipe.replay_tokens, recipe.replay_share],
         "rankings": list(get_args(Ranking)),
         # Scores before this rule have no squares.
-        "neurons": "mean squares of activation and gradient",
+        "saliency": "mean squares of activation and gradient",
     }
 
 
