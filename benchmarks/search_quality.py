@@ -9,22 +9,27 @@ same ranking of units, under the same budget (a share of the bytes of the blocks
 forwards. It selects on the select split; figures are on the final split. The contributions that
 rank the units, and removals replayed with ``--replay-tokens``, cost ours, which uses them as
 scores; the others get the ranking for nothing.
-With ``+ repair`` every cut may be repaired, for everybody. Finished methods are kept: the same
-command continues.
+With ``+ repair`` every cut may be repaired, for everybody. With ``+ reselect`` a method keeps back
+what choosing the units of its student again costs (``compress.reselect``), within the same limit.
+Finished methods are kept: the same command continues.
 """
 
+import itertools
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.common import Clock, Cost, Subject, arguments, metered, report, subject
+from benchmarks.common import BACKWARD, Clock, Cost, Subject, arguments, metered, report, subject
 from benchmarks.search_methods import METHODS, Trials
 from benchmarks.search_ours import ours
+from compress.candidate import Candidate
 from compress.contributions import contributions
 from compress.estimate import mean_of
 from compress.grams import HALVES, Grams, gram_matrices, save_grams
@@ -33,15 +38,20 @@ from compress.planning import teacher_bytes
 from compress.rankings import activation_scores
 from compress.repair import repair_ratio
 from compress.replay import removal_costs
+from compress.reselect import reselect
 from compress.runs import read_json, write_json
 from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.problem import Problem
 from compress.space import load_space
+from compress.tangent import Tangent, tangent
 
 SPACE = Path(__file__).parent / "thin.yaml"
-OURS, REPAIR = "ours", " + repair"
+OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
 BASELINE = "additive knapsack"
+# Rounds of choosing units again, and how many candidates of a round are kept the cost of; those
+# that are given up early cost less.
+ROUNDS, TRIED = 3, 3
 DEPLOYMENT = Deployment(context=1)
 SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
         "score_tokens", "score_length", "draws", "replay_tokens", "repair_tokens",
@@ -51,6 +61,7 @@ SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_to
 def main() -> None:
     """Run what is missing and report."""
     methods = [*METHODS, OURS, *(m + REPAIR for m in ("uniform width", BASELINE, OURS))]
+    methods += [m + RESELECT for m in (BASELINE, OURS, BASELINE + REPAIR, OURS + REPAIR)]
     settings = arguments(
         __doc__ or "",
         "smollm2-135m",
@@ -73,7 +84,7 @@ def main() -> None:
         final = text_of(found, "final", settings.final_tokens)
         for share in map(float, settings.shares.split(",")):
             for method in settings.methods.split(","):
-                trials = trials_of(found, share, scores, grams if method.endswith(REPAIR) else None)
+                trials = trials_of(found, share, scores, grams if REPAIR in method else None)
                 trials.cost.add(spent if method.startswith(OURS) else 0)
                 rows.append(row(trials, method, share, settings, final))
     baseline = {r["share"]: r["kl"] for r in rows if r["method"] == BASELINE}
@@ -147,8 +158,9 @@ def row(
     file = settings.out / settings.name / f"{method.replace(' ', '-')}-{share}.json"
     if file.is_file() and read_json(file)["settings"] == same:
         return dict(read_json(file)["row"])
-    clock, search = Clock(), {**METHODS, OURS: ours}[method.removesuffix(REPAIR)]
-    candidate = search(trials)
+    clock = Clock()
+    search = {**METHODS, OURS: ours}[method.replace(REPAIR, "").replace(RESELECT, "")]
+    candidate = with_reselection(trials, search) if RESELECT in method else search(trials)
     seconds = clock.seconds
     kl = mean_of(torch.cat(list(measure(candidate, final, trials.grams))).tolist())
     made = {
@@ -158,6 +170,35 @@ def row(
     }  # fmt: skip
     file.parent.mkdir(parents=True, exist_ok=True)
     write_json(file, {"settings": same, "row": made})
+    return made
+
+
+def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> Candidate:
+    """What a method finds with its units chosen again, in rounds that its limit pays for."""
+    problem, text, whole = trials.problem, trials.more(), trials.whole
+    # Tangents of half that text each, in turn, and the teacher on all of it.
+    half = len(text.tokens) // 2
+    parts = itertools.cycle([text.part(0, half), text.part(half, 2 * half)])
+    slopes = text.tokens.numel() + ROUNDS * (1 + BACKWARD) * text.tokens.numel() / 2
+    kept = slopes + (1 + ROUNDS * TRIED) * whole
+    found = search(replace(trials, limit=trials.limit - kept))
+    trials.cost.add(slopes)
+
+    def measured(candidate: Candidate) -> Iterator[Tensor]:
+        if trials.left < whole:
+            # Not paid for, so no better than anything.
+            yield torch.tensor([torch.inf])
+            return
+        for batch in measure(candidate, trials.text, trials.grams):
+            trials.cost.add(len(batch) * trials.text.tokens.shape[1])
+            yield batch
+
+    def at(candidate: Candidate) -> Tangent:
+        return tangent(trials.model, candidate, next(parts), [], trials.grams)
+
+    before = torch.cat(list(measured(found)))
+    made, values = reselect(found, before, ROUNDS, measured, at, problem.known, problem.teacher)
+    trials.best = (float(values.mean()), made)
     return made
 
 

@@ -76,6 +76,12 @@ class Recipe(BaseModel):
         description="What decides which units stay: ours; activation (Minitron and Minitron-SSM); "
         "or router (experts by router-weighted saliency, the rest as ours).",
     )
+    reselect_rounds: int = Field(
+        2,
+        ge=0,
+        description="Rounds in which a finalist's units are chosen again, given what else it lost; "
+        "0 keeps those of the ranking, as other rankings than ours always do.",
+    )
     trials: int = Field(100, ge=1, description="Candidates to measure.")
     workers: int = Field(
         1, ge=1, description="Processes that measure candidates; each holds its own models."

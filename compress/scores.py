@@ -78,6 +78,11 @@ def kl_of(rows: Tensor, length: int) -> float:
     return float(rows.square().mean() / (2 * length))
 
 
+def kl_of_each(rows: Tensor, length: int) -> Tensor:
+    """Predicted KL of each unit's change alone, from its rows [rows, *units]."""
+    return rows.square().mean(0) / (2 * length)
+
+
 def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
     """Predicted KL of losing each unit of an axis alone; None and "hidden" for the channels.
 
@@ -88,7 +93,7 @@ def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
         rows = scores.contributions["hidden"]
     else:
         rows = axis_rows(scores.contributions, block, axis)
-    return rows.square().mean(0) / (2 * scores.length)
+    return kl_of_each(rows, scores.length)
 
 
 def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:
@@ -99,22 +104,32 @@ def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:
     summed over the numbers that a unit consists of. ``importance`` has one number per sequence and
     draw instead. Query heads and KV groups keep that one.
     """
-    found = scores.contributions
-    rows = 2 * len(found["hidden"]) * scores.length
     if block is None:
+        found = scores.contributions
         norms = sorted({key.partition("/")[0] for key in found if key.startswith("hidden@")})
-        return torch.stack([independent(found, norm)[0] for norm in norms]).sum(0) / rows
+        return torch.stack([independent(scores, norm) for norm in norms]).sum(0)
     axes = next(axes for axes in UNITS[block.kind] if axis in axes)
     if axes[-1] not in SCALARS:
         return importance(scores, block, axis)
     key = unit_key(block, axes)
-    return axis_rows({key: independent(found, key)}, block, axis)[0] / rows
+    return axis_rows({key: independent(scores, key)[None]}, block, axis)[0]
 
 
-def independent(found: Contributions, key: str) -> Tensor:
-    """Expected sum over tokens of a squared product of independent factors, [1, *units]."""
-    activation, slope, tokens = (found[key + suffix] for suffix in SQUARES)
-    return activation * slope / tokens.clamp(min=1)
+def unit_saliency(scores: Scores, block: Block, axes: tuple[str, ...]) -> Tensor:
+    """The same of a block's finest units, [*axes]."""
+    key = unit_key(block, axes)
+    return (
+        independent(scores, key)
+        if axes[-1] in SCALARS
+        else kl_of_each(scores.contributions[key], scores.length)
+    )
+
+
+def independent(scores: Scores, key: str) -> Tensor:
+    """Predicted KL of losing each unit [*units] from squares of its independent factors."""
+    activation, slope, tokens = (scores.contributions[key + suffix][0] for suffix in SQUARES)
+    rows = len(scores.contributions["hidden"])
+    return activation * slope / tokens.clamp(min=1) / (2 * rows * scores.length)
 
 
 def axis_rows(found: Contributions, block: Block, axis: str) -> Tensor:

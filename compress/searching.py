@@ -66,8 +66,8 @@ def chosen_space(session: Session) -> Space | None:
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     """What decides the candidates."""
     recipe = session.recipe
-    keys = ("target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens",
-            "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
+    keys = ("target", "ranking", "trials", "reselect_rounds", "finalists", "short_distill_tokens",
+            "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
     return {
         "score": session.run.fingerprint(SCORE),
         "repair": session.run.fingerprint(REPAIR) if space.repair else None,
@@ -185,6 +185,8 @@ def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, An
             rows += bench.explored(problem, name, trials)
         except Infeasible as error:
             missing.append({"kind": kind, "fits": False, "reason": str(error)})
+    again = {row.trial.candidate.id for row in best_of(rows, main, recipe.finalists)}
+    rows = [bench.reselected(row) if row.trial.candidate.id in again else row for row in rows]
     # What people do without a search, they do without repair.
     plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
     blind = {"uniform": uniform(plain), "random": randomly(plain, BASELINE_TRIALS, recipe.seed)}
@@ -215,9 +217,7 @@ def with_finalists(
     """
     main = main_kind(space)
     ordered = sorted(rows, key=rank)
-    final = [row for row in ordered if row.kind == main][: session.recipe.finalists]
-    kinds = {row.kind for row in ordered} - {main}
-    final += [next(row for row in ordered if row.kind == kind) for kind in sorted(kinds)]
+    final = best_of(rows, main, session.recipe.finalists)
     for row in final:
         pruned(session, row.trial.candidate)
     done, whole = [replace(row, finalist=True) for row in final], set[str]()
@@ -238,6 +238,14 @@ def with_finalists(
     marked = [replace(row, selected=row is best) for row in done]
     ids = {row.trial.candidate.id for row in final}
     return [*marked, *(row for row in ordered if row.trial.candidate.id not in ids)]
+
+
+def best_of(rows: Sequence[Row], main: str, count: int) -> list[Row]:
+    """The best rows of the searched kind, so many, and the best of every other."""
+    ordered = sorted(rows, key=rank)
+    found = [row for row in ordered if row.kind == main][:count]
+    kinds = {row.kind for row in ordered} - {main}
+    return found + [next(row for row in ordered if row.kind == kind) for kind in sorted(kinds)]
 
 
 def rank(row: Row) -> tuple[bool, float]:

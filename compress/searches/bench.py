@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,8 +17,10 @@ from compress.depth import Depth
 from compress.families import count_active, count_parameters
 from compress.grams import Grams
 from compress.model import is_plain
+from compress.prune import load_candidate, save_candidate
 from compress.repair import repair_ratio
-from compress.runs import fingerprint
+from compress.reselect import moved, reselect
+from compress.runs import fingerprint, read_json, write_json
 from compress.scores import Scores
 from compress.scoring import DEPTH, REPAIR, depth_file, gram_file
 from compress.scoring import STAGE as SCORE
@@ -28,20 +30,25 @@ from compress.searches.problem import Problem, total_bytes
 from compress.searches.study import StudySettings, Trial, explore
 from compress.searches.workers import Crew, crew
 from compress.session import Session
-from compress.show import progress
+from compress.show import note, progress
 from compress.space import Space
+from compress.students import is_cut, train_inputs
 from compress.tangent import Tangent, tangent, turn
+
+# Of units chosen again: the KL of every sequence.
+VALUES = "values.json"
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One measured candidate of a run."""
+    """One measured candidate of a run; ``reselected`` of its units are not its ranking's."""
 
     trial: Trial
     kind: str
     budget: int
     finalist: bool = False
     selected: bool = False
+    reselected: int = 0
     distilled_kl: float | None = None
     distilled_tokens: int | None = None
 
@@ -66,6 +73,7 @@ class Row:
             "finalist": self.finalist,
             "selected": self.selected,
             "repaired": sorted(trial.candidate.repaired),
+            "reselected": self.reselected,
             "stock": is_plain(architecture) and architecture.formats == {"bf16"},
             "architecture": json.loads(to_json(architecture)),
         }
@@ -174,6 +182,45 @@ class Bench:
             )
 
         return at
+
+    def reselected(self, row: Row) -> Row:
+        """The row with its units chosen again (``reselect``), as the recipe asks for.
+
+        What was chosen is kept in the run, and read from there after a kill.
+        """
+        session, recipe, trial = self.session, self.session.recipe, row.trial
+        rounds = recipe.reselect_rounds if recipe.ranking == "contribution" else 0
+        if not (rounds and trial.complete and is_cut(session, trial.candidate)):
+            return row
+        candidate = trial.candidate
+        inputs = fingerprint(
+            train_inputs(session, candidate, 0)
+            | {"score": session.run.fingerprint(SCORE), "rounds": rounds}
+            | {"select_tokens": recipe.select_tokens, "values": trial.values}
+        )
+        directory = session.run.path / "study" / "reselected" / inputs[:16]
+        if not (directory / VALUES).is_file():
+            made, values = reselect(
+                candidate, torch.tensor(trial.values), rounds, self.measure, self.tangent_at,
+                self.scores, session.architecture,
+            )  # fmt: skip
+            save_candidate(made, directory)
+            write_json(directory / VALUES, values.tolist())
+        made = replace(load_candidate(directory, candidate.kind), id=candidate.id)
+        units = moved(candidate, made, session.architecture)
+        found = replace(trial, candidate=made, values=tuple(read_json(directory / VALUES)))
+        if units:
+            note(
+                f"{candidate.id}: {units} units chosen again, KL {trial.kl:.4f} before, "
+                f"{found.kl:.4f} after"
+            )
+        return replace(row, trial=found, reselected=units)
+
+    def tangent_at(self, candidate: Candidate) -> Tangent:
+        """The tangent at a candidate, on all of the text for them."""
+        grams = self.grams if candidate.repaired else None
+        formats = sorted(candidate.architecture.formats - {"bf16"})
+        return tangent(self.session.model, candidate, self.slopes_text, formats, grams)
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""

@@ -1,0 +1,143 @@
+"""Units chosen again at a student: sizes stay, the KL never rises, and what matters comes back."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import TINY, write_tiny
+from test_prune import CASES, candidate
+from torch import Tensor
+
+from compress.candidate import Candidate
+from compress.checkpoint import open_checkpoint
+from compress.contributions import contributions
+from compress.model import load_model
+from compress.prune import student_tensors
+from compress.reselect import better, moved, reselect, reselected
+from compress.scores import Scores, importance
+from compress.searches.measure import Reference, measure, reference
+from compress.tangent import Tangent, tangent
+
+LENGTH = 16
+TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(2))
+CUTS = [case for case, (_, keep, _) in CASES.items() if keep.keys() - {"blocks"}]
+
+
+def prepared(path: Path) -> tuple[Any, Reference, Scores]:
+    """The teacher's model, its text and its scores."""
+    model, teacher = load_model(path), open_checkpoint(path)
+    made = contributions(model, teacher.architecture, TOKENS, 2, [], 0)
+    return model, reference(teacher, model, TOKENS), Scores(made, {}, 0.0, LENGTH)
+
+
+@pytest.mark.parametrize("trust", [1.0, 1e-9])
+@pytest.mark.parametrize("case", CUTS)
+def test_sizes_stay_and_no_trust_changes_nothing(case: str, trust: float, tmp_path: Path) -> None:
+    name, keep, _ = CASES[case]
+    model, text, scores = prepared(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    teacher = text.teacher.architecture
+    student = candidate(teacher, keep)
+    found = reselected(student, tangent(model, student, text, []), scores, teacher, trust)
+    assert found.architecture == student.architecture
+    assert found.keep.keys() == student.keep.keys()
+    for key, index in found.keep.items():
+        assert index.shape == student.keep[key].shape
+        assert (index.diff(dim=-1) > 0).all(), "kept indices ascend and differ"
+    for parameter, tensor in student_tensors(text.teacher, found):
+        assert tensor.isfinite().all(), parameter
+    if trust < 1:
+        assert moved(student, found, teacher) == 0
+        assert all(torch.equal(found.keep[key], index) for key, index in student.keep.items())
+
+
+def test_a_unit_that_matters_comes_back_for_one_that_is_dead(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    model = load_model(path)
+    down = model.model.layers[1].mlp.down_proj.weight
+    with torch.no_grad():
+        down[:, 3] = 0
+        down[:, 80] *= 4
+    model.save_pretrained(path)
+    model, text, scores = prepared(path)
+    teacher = text.teacher.architecture
+    student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
+    found = reselected(student, tangent(model, student, text, []), scores, teacher, 1.0)
+    kept = found.keep["layers.1.ffn/ffn"].tolist()
+    assert 80 in kept
+    assert 3 not in kept
+    assert moved(student, found, teacher) == 64 - len(set(kept) & set(range(64)))
+
+
+def test_rounds_lower_the_kl_of_the_worst_units_and_never_raise_it(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    model, text, scores = prepared(path)
+    teacher = text.teacher.architecture
+    worst = {
+        f"layers.{block.layer}.ffn/ffn": importance(scores, block, "ffn").argsort()[:72].sort()[0]
+        for block in teacher.blocks
+        if block.kind == "ffn"
+    }
+    student = candidate(teacher, worst)
+    before = torch.cat(list(measure(student, text)))
+    kls = [float(before.mean())]
+    for rounds in range(1, 4):
+        found, values = reselect(
+            student, before, rounds, lambda other: measure(other, text),
+            lambda other: tangent(model, other, text, []), scores, teacher,
+        )  # fmt: skip
+        assert torch.equal(values, torch.cat(list(measure(found, text))))
+        kls.append(float(values.mean()))
+    assert kls[1] < 0.9 * kls[0]
+    assert kls == sorted(kls, reverse=True)
+
+
+def test_a_round_that_finds_nothing_better_is_the_last(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    model, text, scores = prepared(path)
+    teacher = text.teacher.architecture
+    student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
+    tangents: list[Candidate] = []
+
+    def at(other: Candidate) -> Tangent:
+        tangents.append(other)
+        return tangent(model, other, text, [])
+
+    before = torch.zeros(12)
+    found, values = reselect(
+        student, before, 5, lambda other: iter([torch.ones(12)]), at, scores, teacher
+    )
+    assert found is student
+    assert values is before
+    assert len(tangents) == 1
+
+
+def test_a_hopeless_measurement_stops_and_a_close_one_does_not() -> None:
+    values, seen = torch.tensor([1.0, 2.0, 3.0, 4.0, 5.0, 6.0]), []
+
+    def batches(excess: list[float]) -> Iterator[Tensor]:
+        seen.clear()
+        for start in range(0, 6, 2):
+            seen.append(start)
+            yield values[start : start + 2] + torch.tensor(excess[start : start + 2])
+
+    assert better(batches([0.5, 0.6, -9.0, -9.0, -9.0, -9.0]), values) is None
+    assert len(seen) == 1
+    close = better(batches([0.5, -0.4, -0.2, -0.2, 0.1, 0.0]), values)
+    assert close is not None
+    assert len(close) == 6
+    assert better(batches([0.5, -0.4, 0.2, -0.2, 0.1, 0.0]), values) is None
+    assert len(seen) == 3
+
+
+def test_moved_counts_units_of_heads_and_channels(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "h", TINY["hybrid"])
+    teacher = open_checkpoint(path).architecture
+    student = candidate(teacher, {"hidden": torch.arange(48)})
+    other = replace(student, keep=student.keep | {"hidden": torch.arange(2, 50)})
+    assert moved(student, other, teacher) == 2
+    heads = candidate(teacher, {"layers.2.attention/query": torch.tensor([[0], [0]])})
+    fewer = candidate(teacher, {"layers.2.attention/query": torch.tensor([[0], [1]])})
+    assert moved(heads, fewer, teacher) == 1
