@@ -12,11 +12,11 @@ A deployment is a context, a batch and a budget of total bytes (weights, KV cach
 
 Searched kinds share the structure of ``--space``, the scores and the number of trials, which the
 formats of ``prune then`` divide. Of the best three on select text the one that is best on that and
-on fresh select text together is the kind's student. It is measured on final text in its formats,
-distilled shortly from its BF16 weights where anything is cut, and measured again; where training
-made it worse on fresh text, it stays as it was cut. KL to the teacher in nats per token; ``diff``
-is joint minus that kind, paired over sequences, so negative where joint is better. Finished rows
-are kept: the same command continues.
+on fresh select text together is the kind's student, its units chosen again. It is measured on final
+text in its formats, distilled shortly from its BF16 weights where anything is cut, and measured
+again; where training made it worse on fresh text, it stays as it was cut. KL to the teacher in nats
+per token; ``diff`` is joint minus that kind, paired over sequences, so negative where joint is
+better. Finished rows are kept: the same command continues.
 """
 
 import argparse
@@ -73,7 +73,8 @@ CHOICES += ["trained on", "trials"]
 # Keys of the recipe that are flags, with the benchmark's default where it is not the recipe's.
 RECIPE: Mapping[str, int | None] = {
     "score_tokens": None, "draws": None, "replay_tokens": None, "repair_tokens": None,
-    "select_tokens": None, "final_tokens": None, "trials": 24, "distill_tokens": 16384,
+    "select_tokens": None, "final_tokens": None, "trials": 24, "reselect_rounds": None,
+    "distill_tokens": 16384,
 }  # fmt: skip
 
 
@@ -165,6 +166,8 @@ def entry_of(
         entry: dict[str, Any] = {"fits": False, "reason": str(error)}
     else:
         row = chosen(bench, rows, fresh)
+        # What people do without a search keeps the units that it has.
+        row = bench.reselected(row) if kind in SEARCHED else row
         entry = {"fits": True, "trials": len(rows), "select kl": row.trial.kl}
         entry |= measured(session, row, stem, fresh, final)
         means = (f"{sum(entry[stage]) / len(entry[stage]):.4f} {stage}" for stage in STAGES)

@@ -14,7 +14,6 @@ what choosing the units of its student again costs (``compress.reselect``), with
 Finished methods are kept: the same command continues.
 """
 
-import itertools
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.problem import Problem
 from compress.space import load_space
-from compress.tangent import Tangent, tangent
+from compress.tangent import Tangent, tangent, turn
 
 SPACE = Path(__file__).parent / "thin.yaml"
 OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
@@ -177,8 +176,6 @@ def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> C
     """What a method finds with its units chosen again, in rounds that its limit pays for."""
     problem, text, whole = trials.problem, trials.more(), trials.whole
     # Tangents of half that text each, in turn, and the teacher on all of it.
-    half = len(text.tokens) // 2
-    parts = itertools.cycle([text.part(0, half), text.part(half, 2 * half)])
     slopes = text.tokens.numel() + ROUNDS * (1 + BACKWARD) * text.tokens.numel() / 2
     kept = slopes + (1 + ROUNDS * TRIED) * whole
     found = search(replace(trials, limit=trials.limit - kept))
@@ -193,8 +190,8 @@ def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> C
             trials.cost.add(len(batch) * trials.text.tokens.shape[1])
             yield batch
 
-    def at(candidate: Candidate) -> Tangent:
-        return tangent(trials.model, candidate, next(parts), [], trials.grams)
+    def at(candidate: Candidate, number: int) -> Tangent:
+        return tangent(trials.model, candidate, turn(text, number, 2), [], trials.grams)
 
     before = torch.cat(list(measured(found)))
     made, values = reselect(found, before, ROUNDS, measured, at, problem.known, problem.teacher)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
 
 import torch
+from scipy.stats import wilcoxon
 from torch import Tensor
 
 from compress.architecture import Architecture, Block, Mamba, block_name
@@ -20,6 +21,8 @@ from compress.tangent import Tangent
 
 # How little slopes are trusted at last; few units make most of the difference even then.
 LEAST_TRUST = 1 / 64
+# Chance of taking other units for better that are not; lower ones take more text.
+CERTAIN = 0.01
 
 
 def reselect(
@@ -27,20 +30,21 @@ def reselect(
     values: Tensor,
     rounds: int,
     measure: Callable[[Candidate], Iterator[Tensor]],
-    linearize: Callable[[Candidate], Tangent],
+    linearize: Callable[[Candidate, int], Tangent],
     scores: Scores,
     teacher: Architecture,
 ) -> tuple[Candidate, Tensor]:
     """The best candidate of so many rounds of ``reselected``, and its KL of every sequence.
 
-    ``values`` is what ``measure`` gives for the candidate, a batch of sequences at a time. A round
+    ``values`` is what ``measure`` gives for the candidate, a batch of sequences at a time;
+    ``linearize`` gives a round's tangent, which had better be of other text every time. A round
     takes a tangent and searches along it: all that slopes promise is too much where many units
-    change together, so trust is halved until the KL falls, and on while it falls further. A round
-    that finds nothing better is the last.
+    change together, so trust is halved until the KL falls beyond doubt, and on while it falls
+    further. A round that finds nothing better is the last.
     """
     trust = 1.0
-    for _ in range(rounds):
-        at, best, reached = linearize(candidate), candidate, trust
+    for number in range(rounds):
+        at, best, reached = linearize(candidate, number), candidate, trust
         while trust >= LEAST_TRUST:
             other = reselected(candidate, at, scores, teacher, trust)
             if not moved(candidate, other, teacher):
@@ -58,9 +62,11 @@ def reselect(
 
 
 def better(batches: Iterator[Tensor], values: Tensor) -> Tensor | None:
-    """The KL of every sequence if its mean is below that of ``values``, else None.
+    """The KL of every sequence if it is below ``values`` beyond doubt, else None.
 
-    Stops as soon as the sequences so far are worse by two standard errors of the paired difference.
+    Many units go for a few sequences' sake, which a mean is easily misled by: so the signed ranks
+    of the differences have to agree (Wilcoxon, one-sided). Stops as soon as the sequences so far
+    are worse by two standard errors of the paired difference.
     """
     found = values[:0]
     for batch in batches:
@@ -68,7 +74,9 @@ def better(batches: Iterator[Tensor], values: Tensor) -> Tensor | None:
         excess = found - values[: len(found)]
         if len(found) > 1 and excess.mean() > 2 * excess.std() / len(found) ** 0.5:
             return None
-    return found if found.mean() < values.mean() else None
+    if not found.mean() < values.mean():
+        return None
+    return found if wilcoxon(excess.numpy(), alternative="less").pvalue < CERTAIN else None
 
 
 def moved(before: Candidate, after: Candidate, teacher: Architecture) -> int:

@@ -136,6 +136,21 @@ def test_a_changed_setting_redoes_what_it_decides_and_nothing_before(run_copy: P
     assert stamps(run_copy, "scores/*") != scores
 
 
+def test_units_chosen_again_lower_the_kl_at_the_same_sizes(run_copy: Path) -> None:
+    with_them = {row["id"]: row for row in rows_of(run_copy)}
+    again(run_copy, reselect_rounds=0)
+    without = {row["id"]: row for row in rows_of(run_copy)}
+    assert with_them.keys() == without.keys()
+    assert not any(row["reselected"] for row in without.values())
+    for name, row in with_them.items():
+        assert row["architecture"] == without[name]["architecture"]
+        if row["reselected"]:
+            assert row["measured_kl"] < without[name]["measured_kl"]
+        else:
+            assert row["measured_kl"] == without[name]["measured_kl"]
+    assert any(row["reselected"] for row in with_them.values())
+
+
 def test_other_selection_text_is_another_study(run_copy: Path) -> None:
     again(run_copy, select_tokens=256, short_distill_tokens=0)
     sequences = {row["measured_sequences"] for row in rows_of(run_copy)}
@@ -161,7 +176,7 @@ def test_an_unknown_candidate_lists_known_ones(run_copy: Path) -> None:
 
 def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     """Whether candidates are the same, in the same order, and measured the same."""
-    exact = ("id", "kind", "bytes", "architecture", "finalist", "selected")
+    exact = ("id", "kind", "bytes", "architecture", "reselected", "finalist", "selected")
     close = ("measured_kl", "measured_se", "predicted_kl", "distilled_kl")
     return len(found) == len(expected) and all(
         [one[key] for key in exact] == [two[key] for key in exact]
@@ -170,10 +185,12 @@ def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
     )
 
 
-# When to kill: a part of the scores, a trial under way, candidates, a finalist, its training.
+# When to kill: a part of the scores, a trial under way, units chosen again, candidates, a finalist,
+# its training.
 MOMENTS = (
     "scores/parts-*/0000.safetensors",
     "study/journal.log",
+    "study/reselected/*/values.json",
     "candidates/*",
     "candidates/*/config.json",
     "distill/*.short/curve.jsonl",

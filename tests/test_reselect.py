@@ -86,7 +86,7 @@ def test_rounds_lower_the_kl_of_the_worst_units_and_never_raise_it(tmp_path: Pat
     for rounds in range(1, 4):
         found, values = reselect(
             student, before, rounds, lambda other: measure(other, text),
-            lambda other: tangent(model, other, text, []), scores, teacher,
+            lambda other, number: tangent(model, other, text, []), scores, teacher,
         )  # fmt: skip
         assert torch.equal(values, torch.cat(list(measure(found, text))))
         kls.append(float(values.mean()))
@@ -101,7 +101,7 @@ def test_a_round_that_finds_nothing_better_is_the_last(tmp_path: Path) -> None:
     student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
     tangents: list[Candidate] = []
 
-    def at(other: Candidate) -> Tangent:
+    def at(other: Candidate, number: int) -> Tangent:
         tangents.append(other)
         return tangent(model, other, text, [])
 
@@ -125,11 +125,19 @@ def test_a_hopeless_measurement_stops_and_a_close_one_does_not() -> None:
 
     assert better(batches([0.5, 0.6, -9.0, -9.0, -9.0, -9.0]), values) is None
     assert len(seen) == 1
-    close = better(batches([0.5, -0.4, -0.2, -0.2, 0.1, 0.0]), values)
-    assert close is not None
-    assert len(close) == 6
     assert better(batches([0.5, -0.4, 0.2, -0.2, 0.1, 0.0]), values) is None
     assert len(seen) == 3
+
+
+def test_a_few_sequences_do_not_decide() -> None:
+    values = torch.linspace(1, 2, 16)
+    few, many = torch.full((16,), 0.01), torch.full((16,), -0.05)
+    few[:2] = -0.5
+    assert few.mean() < many.mean()
+    assert better(iter([values + few]), values) is None
+    found = better(iter([values + many]), values)
+    assert found is not None
+    assert torch.equal(found, values + many)
 
 
 def test_moved_counts_units_of_heads_and_channels(tmp_path: Path) -> None:

@@ -201,7 +201,8 @@ class Bench:
         directory = session.run.path / "study" / "reselected" / inputs[:16]
         if not (directory / VALUES).is_file():
             made, values = reselect(
-                candidate, torch.tensor(trial.values), rounds, self.measure, self.tangent_at,
+                candidate, torch.tensor(trial.values), rounds, self.measure,
+                lambda other, _: self.tangent_at(other),
                 self.scores, session.architecture,
             )  # fmt: skip
             save_candidate(made, directory)
@@ -217,7 +218,7 @@ class Bench:
         return replace(row, trial=found, reselected=units)
 
     def tangent_at(self, candidate: Candidate) -> Tangent:
-        """The tangent at a candidate, on all of the text for them."""
+        """The tangent of units at a candidate, on all of the text for tangents."""
         grams = self.grams if candidate.repaired else None
         formats = sorted(candidate.architecture.formats - {"bf16"})
         return tangent(self.session.model, candidate, self.slopes_text, formats, grams)
