@@ -43,14 +43,14 @@ from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.problem import Problem
 from compress.space import load_space
-from compress.tangent import Tangent, tangent, turn
+from compress.tangent import Tangent, tangent
 
 SPACE = Path(__file__).parent / "thin.yaml"
 OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
 BASELINE = "additive knapsack"
 # Rounds of choosing units again, and how many candidates of a round are kept the cost of; those
 # that are given up early cost less.
-ROUNDS, TRIED = 3, 3
+ROUNDS, TRIED = 3, 4
 DEPLOYMENT = Deployment(context=1)
 SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
         "score_tokens", "score_length", "draws", "replay_tokens", "repair_tokens",
@@ -175,26 +175,33 @@ def row(
 def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> Candidate:
     """What a method finds with its units chosen again, in rounds that its limit pays for."""
     problem, text, whole = trials.problem, trials.more(), trials.whole
-    # Tangents of half that text each, in turn, and the teacher on all of it.
+    half = len(text.tokens) // 2
+    parts = [text.part(0, half), text.part(half, 2 * half)]
     slopes = text.tokens.numel() + ROUNDS * (1 + BACKWARD) * text.tokens.numel() / 2
-    kept = slopes + (1 + ROUNDS * TRIED) * whole
-    found = search(replace(trials, limit=trials.limit - kept))
-    trials.cost.add(slopes)
+    # Beside tangents, a round measures its student once, and so many others on two texts.
+    bases = ROUNDS * whole
+    found = current = search(
+        replace(trials, limit=trials.limit - slopes - bases - (1 + ROUNDS * TRIED) * whole)
+    )
+    trials.cost.add(slopes + whole)
 
-    def measured(candidate: Candidate) -> Iterator[Tensor]:
-        if trials.left < whole:
+    def measured(candidate: Candidate, on: Reference) -> Iterator[Tensor]:
+        if candidate is not current and trials.left < whole + bases:
             # Not paid for, so no better than anything.
             yield torch.tensor([torch.inf])
             return
-        for batch in measure(candidate, trials.text, trials.grams):
-            trials.cost.add(len(batch) * trials.text.tokens.shape[1])
+        for batch in measure(candidate, on, trials.grams):
+            trials.cost.add(len(batch) * on.tokens.shape[1])
             yield batch
 
-    def at(candidate: Candidate, number: int) -> Tangent:
-        return tangent(trials.model, candidate, turn(text, number, 2), [], trials.grams)
+    def at(candidate: Candidate, on: Reference) -> Tangent:
+        nonlocal current
+        current = candidate
+        return tangent(trials.model, candidate, on, [], trials.grams)
 
-    before = torch.cat(list(measured(found)))
-    made, values = reselect(found, before, ROUNDS, measured, at, problem.known, problem.teacher)
+    before = torch.cat(list(measure(found, trials.text, trials.grams)))
+    rounds = [parts[number % 2] for number in range(ROUNDS)]
+    made, values = reselect(found, before, trials.text, rounds, measured, at, problem.known)
     trials.best = (float(values.mean()), made)
     return made
 

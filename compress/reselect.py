@@ -5,7 +5,7 @@ of its teacher other units matter, and the KL has a slope there, for units that 
 (``tangent``): what a change costs is no longer its curvature alone. Sizes, formats and bytes stay.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -17,56 +17,61 @@ from compress.candidate import Candidate, block_keep
 from compress.gates import UNITS, unit_key
 from compress.masks import unit_mask
 from compress.scores import Scores, saliency, top, unit_saliency
+from compress.searches.measure import Reference
 from compress.tangent import Tangent
 
-# How little slopes are trusted at last; few units make most of the difference even then.
-LEAST_TRUST = 1 / 64
+# How far slopes are trusted at first and at last. Trusted whole, they prefer units that are better
+# for one kind of text and worse for another (measured: runs/README.md).
+MOST_TRUST, LEAST_TRUST = 1 / 2, 1 / 64
 # Chance of taking other units for better that are not; lower ones take more text.
-CERTAIN = 0.01
+CERTAIN = 0.05
+Measure = Callable[[Candidate, Reference], Iterator[Tensor]]
 
 
 def reselect(
     candidate: Candidate,
     values: Tensor,
-    rounds: int,
-    measure: Callable[[Candidate], Iterator[Tensor]],
-    linearize: Callable[[Candidate, int], Tangent],
+    text: Reference,
+    slopes: Sequence[Reference],
+    measure: Measure,
+    linearize: Callable[[Candidate, Reference], Tangent],
     scores: Scores,
-    teacher: Architecture,
 ) -> tuple[Candidate, Tensor]:
-    """The best candidate of so many rounds of ``reselected``, and its KL of every sequence.
+    """The best candidate of some rounds of ``reselected``, and its KL of every sequence.
 
-    ``values`` is what ``measure`` gives for the candidate, a batch of sequences at a time;
-    ``linearize`` gives a round's tangent, which had better be of other text every time. A round
-    takes a tangent and searches along it: all that slopes promise is too much where many units
-    change together, so trust is halved until the KL falls beyond doubt, and on while it falls
-    further. A round that finds nothing better is the last.
+    ``values`` is what ``measure`` gives for the candidate on ``text``, a batch of sequences at a
+    time. A round takes a tangent on its own text of ``slopes`` and searches along it: all that
+    slopes promise is too much where many units change together, so trust is halved until the KL
+    falls there and, beyond doubt, on ``text``; and on while it falls further. A round that finds
+    nothing better is the last.
     """
-    trust = 1.0
-    for number in range(rounds):
-        at, best, reached = linearize(candidate, number), candidate, trust
+    trust, teacher = MOST_TRUST, text.teacher.architecture
+    for there in slopes:
+        at, best, reached = linearize(candidate, there), candidate, trust
+        before = torch.cat(list(measure(candidate, there)))
         while trust >= LEAST_TRUST:
             other = reselected(candidate, at, scores, teacher, trust)
             if not moved(candidate, other, teacher):
                 break
-            found = better(measure(other), values)
+            # Slopes are of this text: where it gets worse, the step was too long.
+            found = lower(measure(other, there), before)
             if found is not None:
+                found = lower(measure(other, text), values)
+            if found is not None and (best is not candidate or certainly_lower(found, values)):
                 best, values, reached = other, found, trust
             elif best is not candidate:
                 break
             trust /= 2
         if best is candidate:
             break
-        candidate, trust = best, min(1.0, 2 * reached)
+        candidate, trust = best, min(MOST_TRUST, 2 * reached)
     return candidate, values
 
 
-def better(batches: Iterator[Tensor], values: Tensor) -> Tensor | None:
-    """The KL of every sequence if it is below ``values`` beyond doubt, else None.
+def lower(batches: Iterator[Tensor], values: Tensor) -> Tensor | None:
+    """The KL of every sequence if its mean is below that of ``values``, else None.
 
-    Many units go for a few sequences' sake, which a mean is easily misled by: so the signed ranks
-    of the differences have to agree (Wilcoxon, one-sided). Stops as soon as the sequences so far
-    are worse by two standard errors of the paired difference.
+    Stops as soon as the sequences so far are worse by two standard errors of the paired difference.
     """
     found = values[:0]
     for batch in batches:
@@ -74,9 +79,16 @@ def better(batches: Iterator[Tensor], values: Tensor) -> Tensor | None:
         excess = found - values[: len(found)]
         if len(found) > 1 and excess.mean() > 2 * excess.std() / len(found) ** 0.5:
             return None
-    if not found.mean() < values.mean():
-        return None
-    return found if wilcoxon(excess.numpy(), alternative="less").pvalue < CERTAIN else None
+    return found if found.mean() < values.mean() else None
+
+
+def certainly_lower(found: Tensor, values: Tensor) -> bool:
+    """Whether signed ranks of the differences say so too (Wilcoxon, one-sided).
+
+    A mean is easily misled by a few sequences, for whose sake many units go.
+    """
+    excess = (found - values).numpy()
+    return bool(wilcoxon(excess, alternative="less").pvalue < CERTAIN)
 
 
 def moved(before: Candidate, after: Candidate, teacher: Architecture) -> int:
@@ -123,8 +135,13 @@ def reselected(
 
 
 def worth(slope: Tensor, half: Tensor, kept: Tensor, length: int) -> Tensor:
-    """What the KL would lose if a unit were not there, or gain if it were, nats per token."""
-    return half * (2 * kept - 1) - slope.mean(0) / length
+    """What the KL would lose if a unit were not there, or gain if it were, nats per token.
+
+    Of a slope counts what exceeds its standard error over the sequences.
+    """
+    mean, error = slope.mean(0), slope.std(0) / len(slope) ** 0.5
+    known: Tensor = mean.sign() * (mean.abs() - error).clamp(min=0) / length
+    return half * (2 * kept - 1) - known
 
 
 def best_units(

@@ -110,7 +110,11 @@ class Bench:
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         """Per-sequence KL of a candidate, a batch at a time."""
-        return measure(candidate, self.text, self.grams if candidate.repaired else None)
+        return self.measure_on(candidate, self.text)
+
+    def measure_on(self, candidate: Candidate, text: Reference) -> Iterator[Tensor]:
+        """The same on another text."""
+        return measure(candidate, text, self.grams if candidate.repaired else None)
 
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
@@ -201,9 +205,8 @@ class Bench:
         directory = session.run.path / "study" / "reselected" / inputs[:16]
         if not (directory / VALUES).is_file():
             made, values = reselect(
-                candidate, torch.tensor(trial.values), rounds, self.measure,
-                lambda other, _: self.tangent_at(other),
-                self.scores, session.architecture,
+                candidate, torch.tensor(trial.values), self.text, [self.slopes_text] * rounds,
+                self.measure_on, self.tangent_at, self.scores,
             )  # fmt: skip
             save_candidate(made, directory)
             write_json(directory / VALUES, values.tolist())
@@ -217,11 +220,11 @@ class Bench:
             )
         return replace(row, trial=found, reselected=units)
 
-    def tangent_at(self, candidate: Candidate) -> Tangent:
-        """The tangent of units at a candidate, on all of the text for tangents."""
+    def tangent_at(self, candidate: Candidate, text: Reference) -> Tangent:
+        """The tangent of units at a candidate."""
         grams = self.grams if candidate.repaired else None
         formats = sorted(candidate.architecture.formats - {"bf16"})
-        return tangent(self.session.model, candidate, self.slopes_text, formats, grams)
+        return tangent(self.session.model, candidate, text, formats, grams)
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""
