@@ -50,7 +50,7 @@ OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
 BASELINE = "additive knapsack"
 # Rounds of choosing units again, and how many candidates of a round are kept the cost of; those
 # that are given up early cost less.
-ROUNDS, TRIED = 3, 4
+ROUNDS, TRIED = 2, 3
 DEPLOYMENT = Deployment(context=1)
 SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
         "score_tokens", "score_length", "draws", "replay_tokens", "repair_tokens",
