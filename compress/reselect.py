@@ -5,6 +5,7 @@ of its teacher other units matter, and the KL has a slope there, for units that 
 (``tangent``): what a change costs is no longer its curvature alone. Sizes, formats and bytes stay.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -25,6 +26,8 @@ from compress.tangent import Tangent
 MOST_TRUST, LEAST_TRUST = 1 / 2, 1 / 64
 # Chance of taking other units for better that are not; lower ones take more text.
 CERTAIN = 0.05
+# Fewer sequences cannot be that certain: signed ranks are at best, where all agree, at 2^-n.
+FEWEST = math.ceil(-math.log2(CERTAIN))
 Measure = Callable[[Candidate, Reference], Iterator[Tensor]]
 
 
@@ -43,9 +46,11 @@ def reselect(
     time. A round takes a tangent on its own text of ``slopes`` and searches along it: all that
     slopes promise is too much where many units change together, so trust is halved until the KL
     falls there and, beyond doubt, on ``text``; and on while it falls further. A round that finds
-    nothing better is the last.
+    nothing better is the last. Nor is anything better on fewer sequences than ``FEWEST``.
     """
     trust, teacher = MOST_TRUST, text.teacher.architecture
+    if len(values) < FEWEST:
+        return candidate, values
     for there in slopes:
         at, best, reached = linearize(candidate, there), candidate, trust
         before = torch.cat(list(measure(candidate, there)))
@@ -137,8 +142,10 @@ def reselected(
 def worth(slope: Tensor, half: Tensor, kept: Tensor, length: int) -> Tensor:
     """What the KL would lose if a unit were not there, or gain if it were, nats per token.
 
-    Of a slope counts what exceeds its standard error over the sequences.
+    Of a slope counts what exceeds its standard error over the sequences; of one sequence nothing.
     """
+    if len(slope) < 2:
+        return half * (2 * kept - 1)
     mean, error = slope.mean(0), slope.std(0) / len(slope) ** 0.5
     known: Tensor = mean.sign() * (mean.abs() - error).clamp(min=0) / length
     return half * (2 * kept - 1) - known

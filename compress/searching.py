@@ -11,6 +11,7 @@ from compress.halving import finals
 from compress.memory import footprint
 from compress.planning import in_format
 from compress.rankings import require_ranked
+from compress.reselect import FEWEST
 from compress.runs import Run, write_json
 from compress.scoring import DEPTH, REPAIR, depth_file, gram_file, repair_tokens, score
 from compress.scoring import STAGE as SCORE
@@ -117,6 +118,12 @@ def search(session: Session) -> None:
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)
         text, fresh = selection_text(session)
+        sequences, length = text.tokens.shape
+        if session.recipe.reselect_rounds and sequences < FEWEST:
+            note(
+                f"units are not chosen again: {sequences} sequences of select text prove nothing "
+                f"better; --select-tokens {FEWEST * length} would"
+            )
         found: list[tuple[Session, list[Row]]] = []
         unfit: list[dict[str, Any]] = []
         for one in session.at_each_budget():

@@ -157,6 +157,17 @@ def test_units_chosen_again_lower_the_kl_at_the_same_sizes(
     assert any(row["reselected"] for row in with_them.values())
 
 
+def test_too_little_selection_text_to_choose_units_again_is_said(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again(run_copy, select_tokens=4 * 32, short_distill_tokens=0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"4 sequences of select text prove nothing better; --select-tokens {5 * 32}" in said
+    assert not any(row["reselected"] for row in rows_of(run_copy))
+    again(run_copy, reselect_rounds=0, select_tokens=4 * 32, short_distill_tokens=0)
+    assert "prove nothing" not in capsys.readouterr().err
+
+
 def test_other_selection_text_is_another_study(run_copy: Path) -> None:
     again(run_copy, select_tokens=256, short_distill_tokens=0)
     sequences = {row["measured_sequences"] for row in rows_of(run_copy)}

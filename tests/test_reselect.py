@@ -16,7 +16,7 @@ from compress.checkpoint import open_checkpoint
 from compress.contributions import contributions
 from compress.model import load_model
 from compress.prune import student_tensors
-from compress.reselect import certainly_lower, lower, moved, reselect, reselected
+from compress.reselect import FEWEST, certainly_lower, lower, moved, reselect, reselected
 from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.tangent import Tangent, tangent
@@ -118,6 +118,23 @@ def test_a_round_that_helps_on_one_text_alone_changes_nothing_and_is_the_last(
     assert found is student
     assert values is before
     assert len(tangents) == 1
+    # What cannot be proven is not tried.
+    few = before[: FEWEST - 1]
+    found, values = reselect(student, few, text, [slopes] * 5, measured, at, scores)
+    assert found is student
+    assert values is few
+    assert len(tangents) == 1
+
+
+def test_one_sequence_says_nothing_of_slopes(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    model, text, scores = prepared(path)
+    teacher = text.teacher.architecture
+    student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
+    one = tangent(model, student, text.part(0, 1), [])
+    assert moved(student, reselected(student, one, scores, teacher, 1.0), teacher) == 0
+    some = tangent(model, student, text, [])
+    assert moved(student, reselected(student, some, scores, teacher, 1.0), teacher) > 0
 
 
 def test_a_hopeless_measurement_stops_and_a_close_one_does_not() -> None:
