@@ -51,6 +51,7 @@ class Trials:
     grams: Grams | None = None
     cost: Cost = field(default_factory=Cost)
     best: tuple[float, Candidate] | None = None
+    slopes: Reference | None = None
 
     @property
     def left(self) -> float:
@@ -61,6 +62,13 @@ class Trials:
     def whole(self) -> int:
         """Tokens of the selection text."""
         return self.text.tokens.numel()
+
+    def slopes_text(self) -> Reference:
+        """Training text for tangents; the teacher runs on it, and is paid for, once."""
+        if self.slopes is None:
+            self.slopes = self.more()
+            self.cost.add(self.slopes.tokens.numel())
+        return self.slopes
 
     def kl(self, picked: Sequence[Choice], sequences: int | None = None) -> float:
         """Mean KL of a choice on the first sequences; on all of them it may become the best."""

@@ -44,8 +44,7 @@ def ours(trials: Trials) -> Candidate:
         found.append((float(torch.cat(values).mean()), candidate))
 
     # Tangents are of other text than the trials.
-    slopes_text = trials.more()
-    trials.cost.add(slopes_text.tokens.numel())
+    slopes_text = trials.slopes_text()
 
     def linearize(candidate: Candidate, number: int) -> Tangent:
         text = turn(slopes_text, number)

@@ -48,9 +48,9 @@ from compress.tangent import Tangent, tangent
 SPACE = Path(__file__).parent / "thin.yaml"
 OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
 BASELINE = "additive knapsack"
-# Rounds of choosing units again, and how many candidates of a round are kept the cost of; those
+# Rounds of choosing units again, and how many measurements of a round are kept the cost of; those
 # that are given up early cost less.
-ROUNDS, TRIED = 2, 3
+ROUNDS, TRIED = 2, 4
 DEPLOYMENT = Deployment(context=1)
 SAME = ("model", "data", "eval_data", "seed", "cost", "select_tokens", "final_tokens",
         "score_tokens", "score_length", "draws", "replay_tokens", "repair_tokens",
@@ -174,19 +174,16 @@ def row(
 
 def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> Candidate:
     """What a method finds with its units chosen again, in rounds that its limit pays for."""
-    problem, text, whole = trials.problem, trials.more(), trials.whole
+    problem, text, whole = trials.problem, trials.slopes_text(), trials.whole
     half = len(text.tokens) // 2
     parts = [text.part(0, half), text.part(half, 2 * half)]
-    slopes = text.tokens.numel() + ROUNDS * (1 + BACKWARD) * text.tokens.numel() / 2
-    # Beside tangents, a round measures its student once, and so many others on two texts.
-    bases = ROUNDS * whole
-    found = current = search(
-        replace(trials, limit=trials.limit - slopes - bases - (1 + ROUNDS * TRIED) * whole)
-    )
-    trials.cost.add(slopes + whole)
+    tangents = ROUNDS * (1 + BACKWARD) * text.tokens.numel() / 2
+    others = ROUNDS * TRIED * whole
+    found = search(replace(trials, limit=trials.limit - tangents - others))
+    trials.cost.add(tangents)
 
     def measured(candidate: Candidate, on: Reference) -> Iterator[Tensor]:
-        if candidate is not current and trials.left < whole + bases:
+        if trials.left < whole:
             # Not paid for, so no better than anything.
             yield torch.tensor([torch.inf])
             return
@@ -195,10 +192,9 @@ def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> C
             yield batch
 
     def at(candidate: Candidate, on: Reference) -> Tangent:
-        nonlocal current
-        current = candidate
         return tangent(trials.model, candidate, on, [], trials.grams)
 
+    # The search has measured it, as the others that it chose from.
     before = torch.cat(list(measure(found, trials.text, trials.grams)))
     rounds = [parts[number % 2] for number in range(ROUNDS)]
     made, values = reselect(found, before, trials.text, rounds, measured, at, problem.known)

@@ -53,7 +53,9 @@ def reselect(
         return candidate, values
     for there in slopes:
         at, best, reached = linearize(candidate, there), candidate, trust
-        before = torch.cat(list(measure(candidate, there)))
+        # Masks compute a student exactly, but for the scales of what is rounded.
+        exact = candidate.architecture.formats == {"bf16"}
+        before = at.kl if exact else torch.cat(list(measure(candidate, there)))
         while trust >= LEAST_TRUST:
             other = reselected(candidate, at, scores, teacher, trust)
             if not moved(candidate, other, teacher):

@@ -107,7 +107,7 @@ def test_a_round_that_helps_on_one_text_alone_changes_nothing_and_is_the_last(
 
     def at(other: Candidate, there: Reference) -> Tangent:
         tangents.append(other)
-        return tangent(model, other, there, [])
+        return replace(tangent(model, other, there, []), kl=torch.ones(12))
 
     def measured(other: Candidate, on: Reference) -> Iterator[Tensor]:
         worse = (on is slopes) == (worse_on == "slopes")
