@@ -204,10 +204,21 @@ class Bench:
         )
         directory = session.run.path / "study" / "reselected" / inputs[:16]
         if not (directory / VALUES).is_file():
-            made, values = reselect(
-                candidate, torch.tensor(trial.values), self.text, [self.slopes_text] * rounds,
-                self.measure_on, self.tangent_at, self.scores,
-            )  # fmt: skip
+            with progress(f"units of {candidate.id} chosen again, rounds", rounds) as advance:
+
+                def linearize(at: Candidate, text: Reference) -> Tangent:
+                    advance(1, "")
+                    return self.tangent_at(at, text)
+
+                def measured(other: Candidate, text: Reference) -> Iterator[Tensor]:
+                    for batch in self.measure_on(other, text):
+                        advance(0, "")
+                        yield batch
+
+                made, values = reselect(
+                    candidate, torch.tensor(trial.values), self.text, [self.slopes_text] * rounds,
+                    measured, linearize, self.scores,
+                )  # fmt: skip
             save_candidate(made, directory)
             write_json(directory / VALUES, values.tolist())
         made = replace(load_candidate(directory, candidate.kind), id=candidate.id)
