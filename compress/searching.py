@@ -118,8 +118,9 @@ def search(session: Session) -> None:
     if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
         forget_results(run)
         text, fresh = selection_text(session)
-        sequences, length = text.tokens.shape
-        if session.recipe.reselect_rounds and sequences < FEWEST:
+        recipe, (sequences, length) = session.recipe, text.tokens.shape
+        again = recipe.reselect_rounds and recipe.ranking == "contribution"
+        if again and sequences < FEWEST:
             note(
                 f"units are not chosen again: {sequences} sequences of select text prove nothing "
                 f"better; --select-tokens {FEWEST * length} would"

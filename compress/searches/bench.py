@@ -205,9 +205,12 @@ class Bench:
         directory = session.run.path / "study" / "reselected" / inputs[:16]
         if not (directory / VALUES).is_file():
             with progress(f"units of {candidate.id} chosen again, rounds", rounds) as advance:
+                begun: list[Candidate] = []
 
                 def linearize(at: Candidate, text: Reference) -> Tangent:
-                    advance(1, "")
+                    # A round is over when the next begins.
+                    advance(min(1, len(begun)), "")
+                    begun.append(at)
                     return self.tangent_at(at, text)
 
                 def measured(other: Candidate, text: Reference) -> Iterator[Tensor]:
@@ -219,6 +222,7 @@ class Bench:
                     candidate, torch.tensor(trial.values), self.text, [self.slopes_text] * rounds,
                     measured, linearize, self.scores,
                 )  # fmt: skip
+                advance(rounds - max(0, len(begun) - 1), "")
             save_candidate(made, directory)
             write_json(directory / VALUES, values.tolist())
         made = replace(load_candidate(directory, candidate.kind), id=candidate.id)
