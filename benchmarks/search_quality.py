@@ -43,7 +43,7 @@ from compress.scores import Scores
 from compress.searches.measure import Reference, measure, reference
 from compress.searches.problem import Problem
 from compress.space import load_space
-from compress.tangent import Tangent, tangent
+from compress.tangent import Tangent, tangent, turn
 
 SPACE = Path(__file__).parent / "thin.yaml"
 OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
@@ -175,8 +175,6 @@ def row(
 def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> Candidate:
     """What a method finds with its units chosen again, in rounds that its limit pays for."""
     problem, text, whole = trials.problem, trials.slopes_text(), trials.whole
-    half = len(text.tokens) // 2
-    parts = [text.part(0, half), text.part(half, 2 * half)]
     tangents = ROUNDS * (1 + BACKWARD) * text.tokens.numel() / 2
     others = ROUNDS * TRIED * whole
     found = search(replace(trials, limit=trials.limit - tangents - others))
@@ -196,7 +194,7 @@ def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> C
 
     # The search has measured it, as the others that it chose from.
     before = torch.cat(list(measure(found, trials.text, trials.grams)))
-    rounds = [parts[number % 2] for number in range(ROUNDS)]
+    rounds = [turn(text, number, 2) for number in range(ROUNDS)]
     made, values = reselect(found, before, trials.text, rounds, measured, at, problem.known)
     trials.best = (float(values.mean()), made)
     return made

@@ -68,13 +68,13 @@ def tangent(
     return Tangent(joined(slope), torch.cat(kl), text.tokens.shape[1])
 
 
-def turn(text: Reference, number: int) -> Reference:
-    """The quarter of a text that the tangent of this number is taken on.
+def turn(text: Reference, number: int, parts: int = 4) -> Reference:
+    """The part of a text that the tangent of this number is taken on, one part after another.
 
     Cheap tangents here and there say more than few on all of the text.
     """
     count = len(text.tokens)
-    parts = min(4, count)
+    parts = min(parts, count)
     start = number % parts
     return text.part(start * count // parts, (start + 1) * count // parts)
 

@@ -14,10 +14,11 @@ from compress.candidate import Candidate
 from compress.model import load_model
 from compress.scores import kl_of, whole
 from compress.searches.belief import belief, flat, improvement
-from compress.searches.knapsack import Overlap, solve
-from compress.searches.moves import same_format
+from compress.searches.knapsack import Overlap, solve, value
+from compress.searches.moves import propose
 from compress.searches.prices import (
     STALE_FAILURES,
+    STEP,
     Prices,
     Pricing,
     against,
@@ -26,8 +27,8 @@ from compress.searches.prices import (
     bounded,
     slope_of,
 )
-from compress.searches.proposals import decode, neutral, seeds, single_formats
-from compress.searches.steps import formats_kept, of_one_format, stepped
+from compress.searches.proposals import decode, distributions, key_of, neutral, seeds
+from compress.searches.steps import REACH, belief_of, formats_kept, stepped
 from compress.searches.study import explore
 from compress.space import REMOVED, Option
 from compress.tangent import Tangent, tangent, turn
@@ -139,43 +140,42 @@ def test_a_step_that_keeps_formats_changes_none_of_a_block_that_stays(hybrid: Te
     assert len(back) > 1
 
 
-def test_a_choice_of_one_format_keeps_to_it(hybrid: Teacher) -> None:
+def test_every_other_step_changes_cuts_alone(hybrid: Teacher) -> None:
     problem = hybrid.problem("joint", 0.5)
-    [alone, *_] = single_formats(problem, neutral(problem), seeds(problem)[0][1])
-    groups, choice = alone.groups, alone.choice
-    assert of_one_format(groups, choice)
-    knapsack = problem.knapsack(groups, alone.chosen)
-    kept = replace(knapsack, limits=[formats_kept(groups, choice)])
-    for number in range(20):
-        random = np.random.default_rng(number)
-        costs = [random.random(len(options)) for options in groups]
-        for rules, same in ((kept, True), (knapsack, False)):
-            solution = solve(replace(rules, costs=costs), [Overlap(choice, len(groups) - 1)])
-            assert solution is not None
-            assert of_one_format(groups, solution.choice) is same
+    params, proposal = seeds(problem)[0]
+    done: list[FrozenTrial] = []
+    rounded = []
+    # Few enough that there are new cuts of these formats.
+    for number in range(8):
+        made = trial(number, "step", list(proposal.choice), None if done else 1.0)
+        made.params, made.distributions = dict(params), distributions(problem)
+        made.set_user_attr("key", key_of(problem, proposal))
+        done.append(made)
+        move = propose(Pricing(problem), done, [], [], seed=0)
+        assert move is not None
+        assert move.proposal is not None
+        params, proposal = move.params, move.proposal
+        if move.name == STEP:
+            kept = formats_kept(proposal.groups, done[0].user_attrs["choice"])
+            changed = value(kept.amounts, proposal.choice)
+            rounded += [changed] if len(done) % 2 == 0 else []
+            assert changed == 0 or len(done) % 2 == 0
+    assert any(rounded)
 
 
-def test_the_path_of_one_format_has_those_trials_alone(hybrid: Teacher) -> None:
-    problem = hybrid.problem("joint", 0.5)
-    params, mixed = seeds(problem)[len(problem.space.formats)]
-    alone = single_formats(problem, params, mixed)
-    assert not of_one_format(mixed.groups, mixed.choice)
-    values = [1.0 + n / 10 for n in range(1 + len(alone))]
-    done = [
-        trial(n, "seed", list(p.choice), value)
-        for n, (p, value) in enumerate(zip([mixed, *alone], values, strict=True))
-    ]
-    for made in done:
-        made.params = dict(params)
-    assert same_format(problem, done) == done[1:]
-    # Nor where the best of them is far behind.
-    better = trial(len(done), "step", list(mixed.choice), 0.5)
-    better.params = dict(params)
-    assert same_format(problem, [*done, better]) == [*done, better]
-    # Where none of them was measured to the end there is nowhere to start.
-    stopped = trial(1, "seed", list(alone[0].choice), None)
-    stopped.params = dict(params)
-    assert same_format(problem, [done[0], stopped]) == [done[0], stopped]
+def test_trials_within_reach_correct_prices_and_others_do_not() -> None:
+    groups = REACH + 4
+    offsets = [2 * number for number in range(groups + 1)]
+    cost = np.tile([0.0, 0.1], groups)
+    prices = Prices(cost, 0.04 * np.ones(2 * groups), 0.4 * cost[:, None])
+    best = trial(0, "seed", [0] * groups, 1.0)
+    near = trial(1, "step", [1] * 4 + [0] * (groups - 4), 2.0)
+    far = trial(2, "seed", [1] * (REACH + 1) + [0] * 3, 2.0)
+    assert np.array_equal(belief_of(prices, [best, far], best, offsets).mean, cost)
+    corrected = belief_of(prices, [best, near], best, offsets).mean
+    assert corrected[1] > 2 * cost[1]
+    both = belief_of(prices, [best, near, far], best, offsets).mean
+    assert np.array_equal(both, corrected)
 
 
 def test_an_option_of_large_cost_is_never_a_step(hybrid: Teacher) -> None:

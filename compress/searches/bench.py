@@ -218,8 +218,9 @@ class Bench:
                         advance(0, "")
                         yield batch
 
+                texts = [turn(self.slopes_text, number, 2) for number in range(rounds)]
                 made, values = reselect(
-                    candidate, torch.tensor(trial.values), self.text, [self.slopes_text] * rounds,
+                    candidate, torch.tensor(trial.values), self.text, texts,
                     measured, linearize, self.scores,
                 )  # fmt: skip
                 advance(rounds - max(0, len(begun) - 1), "")

@@ -10,10 +10,9 @@ from dataclasses import replace
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from compress.architecture import Format
 from compress.searches.belief import Belief, belief, flat, improvement
 from compress.searches.knapsack import Limit, Overlap, solve
-from compress.searches.prices import Prices, complete, of_trial, outer
+from compress.searches.prices import Prices, apart, complete, of_trial
 from compress.searches.problem import Choice, Problem
 from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, as_proposal
@@ -22,6 +21,9 @@ from compress.space import Option
 # A measured step differs from the sum of its options by about so much, and so much per option; more
 # where it was stopped early.
 NOISE, NOISE_PER_CHANGE, NOISE_STOPPED = 0.008, 0.01, 0.02
+# A trial further away, in groups, says nothing of the costs here: slopes do not reach so far, and
+# all of what they miss there would be taken for what options of a kind have in common.
+REACH = 16
 # Groups that a step may change.
 RADII = (2, 3, 4)
 # Solutions that a step is chosen from: at every radius with what costs are expected to be, then
@@ -98,19 +100,6 @@ def formats_kept(groups: Sequence[Sequence[Choice]], incumbent: Sequence[int]) -
     return Limit(amounts, 0)
 
 
-def of_one_format(groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> bool:
-    """Whether all blocks that stay have the same format, but for those that are offered only one.
-
-    Cuts and rounding are not equally mispriced: choices of one format differ in cuts alone.
-    """
-    offered: dict[int, set[Format]] = {}
-    for number, option in (block for options in groups for group in options for block in group):
-        if not option.removed:
-            offered.setdefault(number, set()).add(option.format)
-    free = (option.format for number, option in stays(groups, choice) if len(offered[number]) > 1)
-    return len(set(free)) <= 1
-
-
 def stays(
     groups: Sequence[Sequence[Choice]], choice: Sequence[int]
 ) -> Iterator[tuple[int, Option]]:
@@ -127,13 +116,13 @@ def noise_of(move: Floats) -> float:
 def belief_of(
     prices: Prices, done: Sequence[FrozenTrial], best: FrozenTrial, offsets: Sequence[int]
 ) -> Belief:
-    """The prices, corrected by every trial of the same global choices."""
+    """The prices, corrected by every trial within reach, of the same global choices."""
     size = offsets[-1]
     reference = best.user_attrs["values"]
     here = flat(best.user_attrs["choice"], offsets[:-1], size)
     moves, seen, noise = [], [], []
     for trial in done:
-        if trial is best or outer(trial) != outer(best):
+        if trial is best or apart(trial, best) > REACH:
             continue
         move = flat(trial.user_attrs["choice"], offsets[:-1], size) - here
         values = trial.user_attrs["values"]

@@ -156,7 +156,7 @@ def claim(
                 return None
             now, open_trials = (len(done), len(running)), settings.trials - len(done)
             # The same trials would give the same proposal.
-            unpriced: Sequence[FrozenTrial] = ()
+            unpriced = False
             if now != seen and len(running) < open_trials:
                 move = propose(pricing, done, running, first, settings.seed)
                 if move is not None and move.proposal is not None:
@@ -173,11 +173,11 @@ def claim(
                     return trial, named(problem, settings.kind, sum(now), move.proposal)
                 if move is None and not running:
                     return None
-                unpriced = () if move is None else move.path
+                unpriced = move is not None
             seen = None if unpriced else now
         if unpriced:
             # Beside the lock: other workers go on meanwhile.
-            pricing.fill(unpriced)
+            pricing.fill(done)
         else:
             time.sleep(LOOK_SECONDS)
 
