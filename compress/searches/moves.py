@@ -62,7 +62,8 @@ def propose(
         return None
     if pricing.missing(done):
         return Move(STEP)
-    keeping = bool(number % 2) and len(problem.space.formats) > 1
+    both = problem.space.prunes and len(problem.space.formats) > 1
+    keeping = both and number % 2 == 1
     proposal = stepped(
         problem, done, best, pricing.at(done, best), new, seed * 1000003 + number, keeping
     )
