@@ -164,13 +164,14 @@ def test_every_other_step_changes_cuts_alone(hybrid: Teacher) -> None:
 
 
 def test_trials_within_reach_correct_prices_and_others_do_not() -> None:
-    groups = REACH + 4
+    groups = 20
     offsets = [2 * number for number in range(groups + 1)]
     cost = np.tile([0.0, 0.1], groups)
     prices = Prices(cost, 0.04 * np.ones(2 * groups), 0.4 * cost[:, None])
     best = trial(0, "seed", [0] * groups, 1.0)
     near = trial(1, "step", [1] * 4 + [0] * (groups - 4), 2.0)
-    far = trial(2, "seed", [1] * (REACH + 1) + [0] * 3, 2.0)
+    most = int(REACH * groups)
+    far = trial(2, "seed", [1] * (most + 1) + [0] * (groups - most - 1), 2.0)
     assert np.array_equal(belief_of(prices, [best, far], best, offsets).mean, cost)
     corrected = belief_of(prices, [best, near], best, offsets).mean
     assert corrected[1] > 2 * cost[1]

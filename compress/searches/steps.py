@@ -21,9 +21,9 @@ from compress.space import Option
 # A measured step differs from the sum of its options by about so much, and so much per option; more
 # where it was stopped early.
 NOISE, NOISE_PER_CHANGE, NOISE_STOPPED = 0.008, 0.01, 0.02
-# A trial further away, in groups, says nothing of the costs here: slopes do not reach so far, and
-# all of what they miss there would be taken for what options of a kind have in common.
-REACH = 16
+# A trial that differs in more than this share of the groups says nothing of the costs here: slopes
+# do not reach so far, and what they miss would be taken for what options of a kind have in common.
+REACH = 1 / 2
 # Groups that a step may change.
 RADII = (2, 3, 4)
 # Solutions that a step is chosen from: at every radius with what costs are expected to be, then
@@ -122,7 +122,7 @@ def belief_of(
     here = flat(best.user_attrs["choice"], offsets[:-1], size)
     moves, seen, noise = [], [], []
     for trial in done:
-        if trial is best or apart(trial, best) > REACH:
+        if trial is best or apart(trial, best) > REACH * (len(offsets) - 1):
             continue
         move = flat(trial.user_attrs["choice"], offsets[:-1], size) - here
         values = trial.user_attrs["values"]
