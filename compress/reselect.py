@@ -43,35 +43,34 @@ def reselect(
     """The best candidate of some rounds of ``reselected``, and its KL of every sequence.
 
     ``values`` is what ``measure`` gives for the candidate on ``text``, a batch of sequences at a
-    time. A round takes a tangent on its own text of ``slopes`` and searches along it: all that
-    slopes promise is too much where many units change together, so trust is halved until the KL
-    falls there and, beyond doubt, on ``text``; and on while it falls further. A round that finds
-    nothing better is the last. Nor is anything better on fewer sequences than ``FEWEST``.
+    time. A round takes a tangent on its own text of ``slopes`` and one step along it: all that
+    slopes promise is too much where many units change together, so trust is halved, from round to
+    round too, until the KL falls beyond doubt on ``text``, and on the tangent's text as well. A
+    round that finds nothing better is the last. Nor is anything better on fewer sequences than
+    ``FEWEST``.
     """
     trust, teacher = MOST_TRUST, text.teacher.architecture
     if len(values) < FEWEST:
         return candidate, values
     for there in slopes:
-        at, best, reached = linearize(candidate, there), candidate, trust
+        at = linearize(candidate, there)
         # Masks compute a student exactly, but for the scales of what is rounded.
         exact = candidate.architecture.formats == {"bf16"}
         before = at.kl if exact else torch.cat(list(measure(candidate, there)))
-        while trust >= LEAST_TRUST:
+        while True:
             other = reselected(candidate, at, scores, teacher, trust)
-            if not moved(candidate, other, teacher):
-                break
-            # Slopes are of this text: where it gets worse, the step was too long.
-            found = lower(measure(other, there), before)
-            if found is not None:
-                found = lower(measure(other, text), values)
-            if found is not None and (best is not candidate or certainly_lower(found, values)):
-                best, values, reached = other, found, trust
-            elif best is not candidate:
+            if trust < LEAST_TRUST or not moved(candidate, other, teacher):
+                return candidate, values
+            found = lower(measure(other, text), values)
+            # Slopes are of the other text: where it gets worse, the step was too long.
+            if (
+                found is not None
+                and certainly_lower(found, values)
+                and lower(measure(other, there), before) is not None
+            ):
                 break
             trust /= 2
-        if best is candidate:
-            break
-        candidate, trust = best, min(MOST_TRUST, 2 * reached)
+        candidate, values = other, found
     return candidate, values
 
 
