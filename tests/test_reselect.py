@@ -71,17 +71,21 @@ def test_a_unit_that_matters_comes_back_for_one_that_is_dead(tmp_path: Path) -> 
     assert moved(student, found, teacher) == 64 - len(set(kept) & set(range(64)))
 
 
-def test_rounds_bring_back_units_that_are_missed_together(tmp_path: Path) -> None:
-    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+def copied(path: Path) -> Path:
+    """A model with sixteen copies of one neuron: each matters little alone, all of them a lot."""
+    write_tiny(path, TINY["llama"], dtype=torch.float32)
     model = load_model(path)
     with torch.no_grad():
-        # Sixteen copies of one neuron: each matters little alone, all of them a lot.
         mlp = model.model.layers[1].mlp
         mlp.gate_proj.weight[80:] = mlp.gate_proj.weight[79]
         mlp.up_proj.weight[80:] = mlp.up_proj.weight[79]
         mlp.down_proj.weight[:, 80:] = mlp.down_proj.weight[:, 79:80]
     model.save_pretrained(path)
-    model, text, scores = prepared(path)
+    return path
+
+
+def test_rounds_bring_back_units_that_are_missed_together(tmp_path: Path) -> None:
+    model, text, scores = prepared(copied(tmp_path / "m"))
     student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(80)})
     before = torch.cat(list(measure(student, text)))
     kls = [float(before.mean())]
@@ -100,16 +104,16 @@ def test_rounds_bring_back_units_that_are_missed_together(tmp_path: Path) -> Non
 def test_a_round_that_helps_on_one_text_alone_changes_nothing_and_is_the_last(
     worse_on: str, tmp_path: Path
 ) -> None:
-    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
-    model, text, scores = prepared(path)
-    student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(64)})
-    slopes, tangents = text.part(0, 12), list[Candidate]()
+    model, text, scores = prepared(copied(tmp_path / "m"))
+    student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(80)})
+    slopes, tangents, seen = text.part(0, 12), list[Candidate](), list[Reference]()
 
     def at(other: Candidate, there: Reference) -> Tangent:
         tangents.append(other)
         return replace(tangent(model, other, there, []), kl=torch.ones(12))
 
     def measured(other: Candidate, on: Reference) -> Iterator[Tensor]:
+        seen.append(on)
         worse = (on is slopes) == (worse_on == "slopes")
         yield torch.ones(12) * (1 if other is student else 2 if worse else 0.5)
 
@@ -118,12 +122,34 @@ def test_a_round_that_helps_on_one_text_alone_changes_nothing_and_is_the_last(
     assert found is student
     assert values is before
     assert len(tangents) == 1
+    assert any(on is (slopes if worse_on == "slopes" else text) for on in seen)
     # What cannot be proven is not tried.
     few = before[: FEWEST - 1]
     found, values = reselect(student, few, text, [slopes] * 5, measured, at, scores)
     assert found is student
     assert values is few
     assert len(tangents) == 1
+
+
+def test_a_round_ends_with_the_first_step_that_helps_and_looks_at_the_slopes_text_last(
+    tmp_path: Path,
+) -> None:
+    model, text, scores = prepared(copied(tmp_path / "m"))
+    student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(80)})
+    slopes, seen = text.part(0, 12), list[str]()
+
+    def at(other: Candidate, there: Reference) -> Tangent:
+        return replace(tangent(model, other, there, []), kl=torch.ones(12))
+
+    def measured(other: Candidate, on: Reference) -> Iterator[Tensor]:
+        seen.append("slopes" if on is slopes else "select")
+        # The first step is too long for select text.
+        yield torch.ones(12) * (2.0 if len(seen) == 1 else 0.5)
+
+    found, values = reselect(student, torch.ones(12), text, [slopes], measured, at, scores)
+    assert seen == ["select", "select", "slopes"]
+    assert found is not student
+    assert torch.equal(values, torch.full((12,), 0.5))
 
 
 def test_one_sequence_says_nothing_of_slopes(tmp_path: Path) -> None:
