@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from compress.checkpoint import Checkpoint, open_checkpoint
-from compress.data import load_tokenizer, pack, read_documents, split_documents
-from compress.fetch import note_of, resolve_model
-from compress.model import load_model
-from compress.runs import write_json
-from compress.show import note, table
+from compress.core.files import write_json
+from compress.core.terminal import note, table
+from compress.model.build import load_model
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.find import note_of, resolve_model
+from compress.text.documents import read_documents
+from compress.text.packing import pack
+from compress.text.splits import split_documents
+from compress.text.tokenizer import load_tokenizer
 
 # A backward pass costs about two forward ones: gradients of inputs and of the graph's other side.
 BACKWARD = 2.0

@@ -26,17 +26,26 @@ from scipy.stats import spearmanr
 from torch import Tensor
 
 from benchmarks.common import Clock, Cost, Subject, arguments, metered, report, subject
-from compress.architecture import Architecture, Block, Format, block_name, sizes
-from compress.candidate import AXES
-from compress.errors import InputError
-from compress.gates import weights_of
-from compress.precision.fake import fake_quantize_block
-from compress.recipe import Recipe, check
-from compress.replay import NEVER, Keep, Text, block_costs, replayable
-from compress.runs import read_json, write_json
-from compress.scores import REMOVAL, Scores, choose, importance, option_cost, option_key, removed
-from compress.scores import load_scores as load
-from compress.scoring import scores_of
+from compress.core.errors import InputError
+from compress.core.files import read_json, write_json
+from compress.formats.fake import fake_quantize_block
+from compress.formats.table import Format
+from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.modules import weights_of
+from compress.run.recipe import Recipe, check
+from compress.run.score import scores_of
+from compress.scores.costs import (
+    REMOVAL,
+    Scores,
+    choose,
+    importance,
+    option_cost,
+    option_key,
+    removed,
+)
+from compress.scores.costs import load_scores as load
+from compress.scores.replay import NEVER, Keep, Text, block_costs, replayable
+from compress.student.units import AXES
 
 WIDTHS = 16  # FFN widths in sixteenths of the whole
 COLUMNS = (

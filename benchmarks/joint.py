@@ -35,23 +35,24 @@ import torch
 
 from benchmarks.common import arguments, report, shown
 from benchmarks.joint_verdict import STAGES, compared, verdict
-from compress.architecture import FORMATS, KV_FORMATS, Format
-from compress.candidate import Candidate
-from compress.data import Split
-from compress.errors import Infeasible, InputError
-from compress.families import count_parameters
-from compress.recipe import Recipe, check
-from compress.runs import Run, fingerprint, read_json, write_json
-from compress.scoring import score
+from compress.core.errors import Infeasible, InputError
+from compress.core.files import fingerprint, read_json, write_json
+from compress.core.quantities import format_bytes
+from compress.core.terminal import note, table
+from compress.formats.table import FORMATS, KV_FORMATS, Format
+from compress.measure.kl import Reference, measure, reference, sequence_kl
+from compress.model.families import count_parameters
+from compress.run.bench import Bench, Row, open_bench
+from compress.run.directory import Run
+from compress.run.recipe import Recipe, check
+from compress.run.score import score
+from compress.run.search import selection_text
+from compress.run.session import Session
+from compress.run.students import in_formats, is_cut, kl_of, pruned, train_inputs, train_until
 from compress.searches.baselines import uniform, variants
-from compress.searches.bench import Bench, Row, open_bench
-from compress.searches.measure import Reference, measure, reference, sequence_kl
-from compress.searching import selection_text
-from compress.session import Session
-from compress.show import note, table
-from compress.space import Space, load_space
-from compress.students import in_formats, is_cut, kl_of, pruned, train_inputs, train_until
-from compress.units import format_bytes
+from compress.searches.space import Space, load_space
+from compress.student.candidate import Candidate
+from compress.text.splits import Split
 
 # Study by kind, as ``variants`` names its space.
 SEARCHED = {

@@ -3,7 +3,7 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from compress.estimate import Estimate, difference, mean_of
+from compress.measure.estimates import Estimate, difference, mean_of
 
 # What choosing both at once has to leave of the KL of what people do.
 ASKED = 0.9

@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from benchmarks.common import Clock, Subject, arguments, report, subject
-from compress.architecture import Architecture, block_name, sizes
-from compress.candidate import AXES, Candidate, Ranking, student_architecture
-from compress.contributions import contributions
-from compress.estimate import Estimate, difference, mean_of
-from compress.rankings import activation_scores
-from compress.scores import Scores, choose, priority, top
-from compress.searches.measure import Reference, measure, reference
+from compress.measure.estimates import Estimate, difference, mean_of
+from compress.measure.kl import Reference, measure, reference
+from compress.model.architecture import Architecture, block_name, sizes
+from compress.scores.contributions import contributions
+from compress.scores.costs import Scores, choose, priority, top
+from compress.scores.ranking import activation_scores
+from compress.student.candidate import Candidate, Ranking, student_architecture
+from compress.student.units import AXES
 
 # What is kept of an axis.
 CUTS = {

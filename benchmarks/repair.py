@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import Clock, arguments, report, subject
-from compress.architecture import Ffn, sizes
-from compress.contributions import contributions
-from compress.estimate import mean_of
-from compress.grams import HALVES, Grams, gram_matrices, save_grams
-from compress.memory import Deployment
-from compress.repair import repair_ratio
-from compress.scores import Scores
-from compress.searches.measure import Reference, measure, reference
+from compress.measure.estimates import mean_of
+from compress.measure.kl import Reference, measure, reference
+from compress.memory.footprint import Deployment
+from compress.model.architecture import Ffn, sizes
+from compress.scores.contributions import contributions
+from compress.scores.costs import Scores
 from compress.searches.problem import Choice, Globals, Problem
-from compress.space import Option, load_space
+from compress.searches.space import Option, load_space
+from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.repair import repair_ratio
 
 SHARES = (0.75, 0.5, 0.25)
 RIDGES = (0.001, 0.01, 0.1, 1.0)

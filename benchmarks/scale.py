@@ -16,12 +16,12 @@ import numpy as np
 import torch
 
 from benchmarks.common import Clock, Cost, arguments, metered, report
-from compress.checkpoint import open_checkpoint, write_checkpoint
-from compress.contributions import contributions
-from compress.families import parameters, read_architecture
-from compress.model import load_model
-from compress.recipe import check
-from compress.scoring import scores_of
+from compress.model.build import load_model
+from compress.model.checkpoint import open_checkpoint, write_checkpoint
+from compress.model.families import parameters, read_architecture
+from compress.run.recipe import check
+from compress.run.score import scores_of
+from compress.scores.contributions import contributions
 from compress.searches.knapsack import Knapsack, Limit, Solution, solve
 
 BLOCKS, OPTIONS = 200, 80

@@ -15,15 +15,15 @@ from optuna.distributions import CategoricalDistribution
 from torch import Tensor
 
 from benchmarks.common import Cost
-from compress.architecture import block_name
-from compress.candidate import Candidate, block_keep
-from compress.grams import Grams
-from compress.replay import Keep, option_costs, replayable
+from compress.measure.kl import Reference, measure
+from compress.model.architecture import block_name
+from compress.scores.replay import Keep, option_costs, replayable
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import Knapsack, diverse, value
-from compress.searches.measure import Reference, measure
 from compress.searches.problem import Choice, Globals, Problem
-from compress.space import Option
+from compress.searches.space import Option
+from compress.student.candidate import Candidate, block_keep
+from compress.student.grams import Grams
 
 # EvoPress (Sieberling et al. 2024, algorithm 1): offspring of a generation, and how many of them
 # survive on how many sequences; the last rung is all of the selection text.

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.common import BACKWARD
 from benchmarks.search_methods import Trials
-from compress.candidate import Candidate
-from compress.searches.measure import measure
+from compress.measure.kl import measure
+from compress.scores.tangent import Tangent, tangent, turn
 from compress.searches.study import StudySettings, explore
-from compress.tangent import Tangent, tangent, turn
+from compress.student.candidate import Candidate
 
 # More than any limit pays for.
 MANY = 10_000

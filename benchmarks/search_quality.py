@@ -10,7 +10,7 @@ forwards. It selects on the select split; figures are on the final split. The co
 rank the units, and removals replayed with ``--replay-tokens``, cost ours, which uses them as
 scores; the others get the ranking for nothing.
 With ``+ repair`` every cut may be repaired, for everybody. With ``+ reselect`` a method keeps back
-what choosing the units of its student again costs (``compress.reselect``), within the same limit.
+what choosing the units of its student again costs, within the same limit.
 Finished methods are kept: the same command continues.
 """
 
@@ -28,22 +28,22 @@ from torch import Tensor
 from benchmarks.common import BACKWARD, Clock, Cost, Subject, arguments, metered, report, subject
 from benchmarks.search_methods import METHODS, Trials
 from benchmarks.search_ours import ours
-from compress.candidate import Candidate
-from compress.contributions import contributions
-from compress.estimate import mean_of
-from compress.grams import HALVES, Grams, gram_matrices, save_grams
-from compress.memory import Deployment, outside_bytes
-from compress.planning import teacher_bytes
-from compress.rankings import activation_scores
-from compress.repair import repair_ratio
-from compress.replay import removal_costs
-from compress.reselect import reselect
-from compress.runs import read_json, write_json
-from compress.scores import Scores
-from compress.searches.measure import Reference, measure, reference
+from compress.core.files import read_json, write_json
+from compress.measure.estimates import mean_of
+from compress.measure.kl import Reference, measure, reference
+from compress.memory.budget import teacher_bytes
+from compress.memory.footprint import Deployment, outside_bytes
+from compress.scores.contributions import contributions
+from compress.scores.costs import Scores
+from compress.scores.ranking import activation_scores
+from compress.scores.replay import removal_costs
+from compress.scores.reselect import reselect
+from compress.scores.tangent import Tangent, tangent, turn
 from compress.searches.problem import Problem
-from compress.space import load_space
-from compress.tangent import Tangent, tangent, turn
+from compress.searches.space import load_space
+from compress.student.candidate import Candidate
+from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.repair import repair_ratio
 
 SPACE = Path(__file__).parent / "thin.yaml"
 OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"

@@ -24,21 +24,21 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.common import Clock, Subject, arguments, report, shown, subject
-from compress.architecture import Architecture, Ffn, block_name
-from compress.candidate import Candidate, student_architecture
-from compress.contributions import contributions
-from compress.data import load_tokenizer
-from compress.estimate import difference, exponential
-from compress.evaluation import Metrics, final_hidden, on_text, row_bytes
-from compress.memory import Deployment, block_bytes, footprint
-from compress.prune import student_tensors
-from compress.replay import removal_costs
-from compress.scores import Scores, choose
-from compress.searches.measure import student_model
+from compress.core.terminal import note
+from compress.measure.estimates import difference, exponential
+from compress.measure.evaluation import Metrics, final_hidden, on_text, row_bytes
+from compress.memory.footprint import Deployment, block_bytes, footprint
+from compress.model.architecture import Architecture, Ffn, block_name
+from compress.scores.contributions import contributions
+from compress.scores.costs import Scores, choose
+from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.proposals import decode, named, neutral
-from compress.show import note
-from compress.space import load_space
+from compress.searches.space import load_space
+from compress.student.assemble import student_model
+from compress.student.candidate import Candidate, student_architecture
+from compress.student.surgery import student_tensors
+from compress.text.tokenizer import load_tokenizer
 
 # A key-value cache of one token: the budget is one of weights.
 DEPLOYMENT = Deployment(context=1)

@@ -1,18 +1,16 @@
 """The Python interface: the commands as functions from values to values."""
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from compress.fetch import resolve_model
-from compress.planning import make_plan
-from compress.recipe import check
-from compress.runs import read_json, run_at
+from compress.core.files import read_json
+from compress.memory.plan import make_plan
+from compress.model.find import resolve_model
+from compress.run.directory import run_at
+from compress.run.recipe import check
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from compress.scores import Scores
+    from compress.scores.costs import Scores
 
 
 def plan(model: str, **settings: Any) -> dict[str, Any]:
@@ -30,16 +28,16 @@ def plan(model: str, **settings: Any) -> dict[str, Any]:
 
 def score(model: str = "embedded", *, run: str, **settings: Any) -> "Scores":
     """Scores of a model's units, blocks and formats, kept in a run directory."""
-    from compress.scoring import score as compute
-    from compress.session import Session
+    from compress.run.score import score as compute
+    from compress.run.session import Session
 
     return compute(Session(run_at(run), recipe_of(model, run, settings)))
 
 
 def search(model: str = "embedded", *, run: str, **settings: Any) -> list[dict[str, Any]]:
     """The rows of ``candidates.json``, best first; empty where the teacher fits as it is."""
-    from compress.searching import search as find
-    from compress.session import Session
+    from compress.run.search import search as find
+    from compress.run.session import Session
 
     chosen = run_at(run)
     find(Session(chosen, recipe_of(model, run, settings)))
@@ -48,33 +46,17 @@ def search(model: str = "embedded", *, run: str, **settings: Any) -> list[dict[s
     return rows
 
 
-def load(path: str | Path) -> "PreTrainedModel":
-    """A torch model with transformers' ``forward`` and ``generate``, fp32, from any directory.
-
-    Plain Hugging Face checkpoints, heterogeneous students, and quantized exports (dequantized, and
-    reading an FP8 KV cache where that was decided).
-    """
-    from compress.config import architecture_of, read_config
-    from compress.kv import set_kv_format
-    from compress.model import load_model
-
-    directory = Path(path)
-    model = load_model(directory)
-    set_kv_format(model, architecture_of(directory, read_config(directory)).kv_format)
-    return model
-
-
 def evaluate(models: Sequence[str], tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
     """Models and runs against the first, as ``compress eval --json`` prints it."""
-    from compress.evaluating import evaluate as measure
-    from compress.evaluating import recipe_for
+    from compress.run.evaluate import evaluate as measure
+    from compress.run.evaluate import recipe_for
 
     return measure(models, tasks, recipe_for(models, settings))
 
 
 def recipe_of(model: str, run: str, settings: dict[str, Any]) -> Any:
     """The checked recipe of a call, written into its run."""
-    from compress.recipe import write_recipe
+    from compress.run.recipe import write_recipe
 
     recipe = check({"model": model} | settings, "settings")
     write_recipe(recipe, run_at(run).path / "recipe.yaml")

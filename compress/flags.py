@@ -10,12 +10,12 @@ from typing import Annotated, Any
 
 import typer
 
-from compress.config import architecture_of, read_config
-from compress.errors import InputError
-from compress.fetch import resolve_model
-from compress.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
-from compress.runs import RUNS, Run, find_run, is_run, run_at
-from compress.show import note
+from compress.core.errors import InputError
+from compress.core.terminal import note
+from compress.model.config import architecture_of, read_config
+from compress.model.find import resolve_model
+from compress.run.directory import Run, find_run, is_run, run_at
+from compress.run.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
 
 Command = Callable[..., None]
 
@@ -183,8 +183,3 @@ def slug(name: str) -> str:
     """A model's or a space's name as part of a directory name."""
     last = Path(name).resolve().name if name in (".", "..") else Path(name).name
     return re.sub(r"[^a-z0-9.]+", "-", last.removesuffix(".yaml").lower()).strip("-.") or "model"
-
-
-def shown(run: Run) -> str:
-    """How to name the run in the next command."""
-    return run.name if run.path.parent == RUNS else str(run.path)

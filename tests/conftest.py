@@ -19,10 +19,10 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
-from compress.checkpoint import write_checkpoint
-from compress.families import parameters, read_architecture
-from compress.layout import Parameter
-from compress.recipe import read_recipe, write_recipe
+from compress.model.checkpoint import write_checkpoint
+from compress.model.families import parameters, read_architecture
+from compress.model.layout import Parameter
+from compress.run.recipe import read_recipe, write_recipe
 
 VOCAB = 128
 LLAMA = {

@@ -10,7 +10,8 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
-from compress.architecture import (
+from compress.memory.footprint import Deployment, footprint
+from compress.model.architecture import (
     Architecture,
     Attention,
     Block,
@@ -20,9 +21,8 @@ from compress.architecture import (
     block_name,
     to_json,
 )
-from compress.candidate import AXES
-from compress.families import count_parameters
-from compress.memory import Deployment, footprint
+from compress.model.families import count_parameters
+from compress.student.units import AXES
 
 CONTEXT = 2048
 LLAMA = Architecture(

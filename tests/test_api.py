@@ -6,12 +6,12 @@ import torch
 from conftest import QUICK
 
 import compress
-from compress.architecture import block_name
-from compress.checkpoint import open_checkpoint
-from compress.errors import InputError
-from compress.memory import Deployment
-from compress.planning import teacher_bytes
-from compress.runs import read_json
+from compress.core.errors import InputError
+from compress.core.files import read_json
+from compress.memory.budget import teacher_bytes
+from compress.memory.footprint import Deployment
+from compress.model.architecture import block_name
+from compress.model.checkpoint import open_checkpoint
 
 IDS = torch.arange(2, 26)[None]
 

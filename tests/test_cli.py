@@ -12,9 +12,9 @@ from published import HYBRID_9B
 
 import compress
 from compress.cli import app, main
-from compress.errors import Infeasible, VerificationFailed
-from compress.recipe import Recipe, write_recipe
-from compress.runs import write_json
+from compress.core.errors import Infeasible, VerificationFailed
+from compress.core.files import write_json
+from compress.run.recipe import Recipe, write_recipe
 
 COMMANDS = [
     *("plan", "score", "search", "prune", "distill", "quantize", "export", "eval"),

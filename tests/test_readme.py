@@ -1,7 +1,7 @@
 import re
 from pathlib import Path
 
-from compress.recipe import Recipe
+from compress.run.recipe import Recipe
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

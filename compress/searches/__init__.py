@@ -1,1 +1,1 @@
-"""See the modules."""
+"""Choosing under bytes: spaces, the knapsack, the study around it, baselines."""

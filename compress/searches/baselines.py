@@ -5,14 +5,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from compress.architecture import Format, KvFormat, sizes
-from compress.candidate import AXES, Candidate
-from compress.families import count_active
-from compress.memory import NVFP4_GROUP, block_takes
+from compress.formats.table import Format, KvFormat
+from compress.memory.footprint import NVFP4_GROUP, block_takes
+from compress.model.architecture import sizes
+from compress.model.families import count_active
 from compress.searches.knapsack import Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.searches.program import Floats
-from compress.space import Option, Space, admissible, resized
+from compress.searches.space import Option, Space, admissible, resized
+from compress.student.candidate import Candidate
+from compress.student.units import AXES
 
 FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")
 # Shares of the uniform cut, in steps of 1/256 of a width.

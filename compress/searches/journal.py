@@ -11,7 +11,7 @@ import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
 from optuna.trial import TrialState
 
-from compress.show import note
+from compress.core.terminal import note
 
 # A trial is stopped once the chance of values as bad as its own is under this, if it were as good
 # as the best one. Most steps fail: half of their text is better spent on the next one.

@@ -16,13 +16,13 @@ import torch
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from compress.candidate import Candidate
-from compress.scores import Scores, change, whole
+from compress.scores.costs import Scores, change, whole
+from compress.scores.tangent import Tangent
 from compress.searches.problem import Choice, Globals, Problem
 from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, globals_of, named
-from compress.space import Option
-from compress.tangent import Tangent
+from compress.searches.space import Option
+from compress.student.candidate import Candidate
 
 # The tangent at a candidate, on the part of the text of this number.
 Linearize = Callable[[Candidate, int], Tangent]

@@ -8,10 +8,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.architecture import Architecture, Format, KvFormat, block_name
-from compress.candidate import Candidate, Ranking, student_architecture
-from compress.families import block_active, outside_active
-from compress.memory import (
+from compress.formats.table import Format, KvFormat
+from compress.memory.footprint import (
     Deployment,
     block_bytes,
     conv_state_bytes,
@@ -20,10 +18,12 @@ from compress.memory import (
     outside_bytes,
     ssm_state_bytes,
 )
-from compress.scores import Scores, choose, kl_of, option_cost, priority, removed, top
+from compress.model.architecture import Architecture, block_name
+from compress.model.families import block_active, outside_active
+from compress.scores.costs import Scores, choose, kl_of, option_cost, priority, removed, top
 from compress.searches.knapsack import Knapsack, Limit
 from compress.searches.program import Floats
-from compress.space import (
+from compress.searches.space import (
     REMOVED,
     Option,
     Space,
@@ -32,6 +32,7 @@ from compress.space import (
     last_attention_must_stay,
     resized,
 )
+from compress.student.candidate import Candidate, Ranking, student_architecture
 
 # One option of a group: what each of its blocks does.
 Choice = tuple[tuple[int, Option], ...]

@@ -7,11 +7,11 @@ from typing import Any
 
 from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
 
-from compress.candidate import Candidate
-from compress.errors import Infeasible
+from compress.core.errors import Infeasible
+from compress.core.quantities import format_bytes, format_count
 from compress.searches.knapsack import Overlap, Solution, diverse, smallest, solve
 from compress.searches.problem import Choice, Globals, Problem
-from compress.units import format_bytes, format_count
+from compress.student.candidate import Candidate
 
 SEEDS = 4
 # Log of a multiplier's range: scores of a kind of block may be off by a factor of two.

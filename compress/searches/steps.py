@@ -16,7 +16,7 @@ from compress.searches.prices import Prices, apart, complete, of_trial
 from compress.searches.problem import Choice, Problem
 from compress.searches.program import Floats
 from compress.searches.proposals import Proposal, as_proposal
-from compress.space import Option
+from compress.searches.space import Option
 
 # A measured step differs from the sum of its options by about so much, and so much per option; more
 # where it was stopped early.

@@ -16,7 +16,6 @@ import optuna
 from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
-from compress.candidate import Candidate
 from compress.searches.journal import (
     alone,
     claiming,
@@ -35,6 +34,7 @@ from compress.searches.proposals import (
     named,
     seeds,
 )
+from compress.student.candidate import Candidate
 
 # A trial is stopped early only after so many tokens.
 EARLIEST_STOP_TOKENS = 512

@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-from compress.errors import CompressError
+from compress.core.errors import CompressError
+from compress.core.terminal import note
 from compress.searches.journal import (
     alone,
     claiming,
@@ -28,9 +29,8 @@ from compress.searches.journal import (
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
 from compress.searches.study import StudySettings, Trial, finished, results
-from compress.show import note
 
-WORKER = (sys.executable, "-m", "compress.searches.worker")
+WORKER = (sys.executable, "-m", "compress.run.worker")
 # So many deaths in one study, and it is not chance.
 DEATHS = 3
 

@@ -1,0 +1,1 @@
+"""Directories that stock servers load, verified."""

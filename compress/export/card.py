@@ -1,0 +1,72 @@
+"""The README.md of an export: where it comes from, what was measured, how to load it."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from compress.model.architecture import Architecture, block_name, sizes
+from compress.model.families import count_parameters
+
+LOADING = {
+    "transformers": "`AutoModelForCausalLM.from_pretrained(DIRECTORY)`, or `compress.load`.",
+    "vllm": (
+        "vLLM (`vllm serve DIRECTORY`), or `compress.load` for a dequantized torch model. "
+        "transformers cannot read the layout and does not find the weights."
+    ),
+    "compress": "`compress.load(DIRECTORY)`. Stock loaders refuse it: they cannot express it.",
+}
+ACTIVATIONS = (
+    "Formats were searched and measured weight-only. A server that also quantizes activations "
+    "computes something else; the `input_scale` tensors are there for it."
+)
+KV = "The plan assumes an FP8 KV cache: serve it with one (vLLM: `--kv-cache-dtype fp8`)."
+
+
+def model_card(
+    name: str, architecture: Architecture, facts: Mapping[str, Any], card: Mapping[str, Any]
+) -> str:
+    """The card as Markdown; values of ``card`` that are mappings become tables of their own."""
+    stock = facts["reader"] != "compress.load"
+    summary = {
+        "family": architecture.family,
+        "parameters": count_parameters(architecture),
+        "bytes of weights": facts["bytes"],
+        "formats": ", ".join(facts["formats"]),
+        "KV cache": architecture.kv_format,
+        **{key: value for key, value in card.items() if not isinstance(value, Mapping)},
+    }
+    lines = [f"# {name}", "", "A smaller language model made by `compress`.", ""]
+    lines += [*table("", "value", summary), ""]
+    for key, value in card.items():
+        if isinstance(value, Mapping):
+            lines += [
+                f"## {key.replace('_', ' ').capitalize()}",
+                "",
+                *table("", "value", value),
+                "",
+            ]
+    lines += ["## Loading", "", LOADING["transformers" if stock else facts["target"]], ""]
+    lines += [
+        f"Verified after writing with {facts['reader']}: logits on random token rows differ by "
+        f"{facts['logit_difference']:.1e} of their range; bytes are as planned.",
+        "",
+    ]
+    if set(facts["formats"]) != {"bf16"}:
+        lines += [ACTIVATIONS, ""]
+    if architecture.kv_format != "bf16":
+        lines += [KV, ""]
+    blocks = {
+        block_name(block): f"{block.format}; "
+        + ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
+        for block in architecture.blocks
+    }
+    lines += ["## Blocks", "", *table("block", "format and sizes", blocks), ""]
+    return "\n".join(lines)
+
+
+def table(left: str, right: str, rows: Mapping[str, Any]) -> Iterator[str]:
+    """A Markdown table of two columns."""
+    yield f"| {left} | {right} |"
+    yield "|---|---|"
+    for key, value in rows.items():
+        cell = str(value).replace("|", "\\|").replace("\n", " ")
+        yield f"| {key} | {cell} |"

@@ -1,0 +1,238 @@
+"""Exports: a Hugging Face directory that was read back and computes what it should.
+
+BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout: ModelOpt packs a model
+in FP32 (in BF16 it would round FP8 weights twice), we write its tensors under the family's names,
+the unquantized ones in BF16 as they were. ``target`` decides who may read the result:
+
+- ``transformers``: plain BF16, nothing else.
+- ``vllm``: the stock ``model_type`` with ModelOpt's quantization config. Stock transformers would
+  load FP8 codes without their scales, so these exports have no file it looks for: shards without an
+  index, which servers find by pattern.
+- ``compress``: anything; what is not plain BF16 says ``model_type: "compress"``, so that stock
+  loaders refuse it.
+"""
+
+import dataclasses
+import json
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from compress.core.errors import InputError, VerificationFailed
+from compress.core.files import atomic_directory
+from compress.export.card import model_card
+from compress.export.modelopt import open_files, repaired, stored_names
+from compress.export.quantize import modelopt, quantize, quietly, token_rows
+from compress.memory.footprint import Deployment, footprint
+from compress.model.architecture import Architecture, to_json
+from compress.model.build import build_model, is_plain, load_model
+from compress.model.checkpoint import INDEX, Checkpoint, open_checkpoint, write_checkpoint
+from compress.model.families import parameters
+
+TARGETS = ("compress", "transformers", "vllm")
+QUANT_CONFIG = "hf_quant_config.json"
+# Written and read models run the same arithmetic; a wrong scale or a lost tensor is far above this.
+TOLERANCE = 1e-3
+
+
+def export_student(
+    student: Path,
+    out: Path,
+    architecture: Architecture,
+    target: str,
+    card: Mapping[str, Any],
+    calibration: Tensor | None = None,
+) -> dict[str, Any]:
+    """Write the BF16 student at ``student`` to ``out`` in the formats of ``architecture``.
+
+    ``card`` is what the model card tells: command, budget, measurements. ``calibration`` are the
+    token rows that input scales are taken from. Returns what was verified. ``out`` appears whole
+    and verified, or not at all.
+
+    Raises:
+        InputError: the target cannot express this student, or the checkpoint is not its own.
+        VerificationFailed: what was read back differs in bytes or in logits.
+    """
+    check_target(architecture, target)
+    checkpoint = open_checkpoint(student)
+    if without_formats(checkpoint.architecture) != without_formats(architecture):
+        raise InputError(f"the checkpoint at {student} does not have the architecture to export")
+    rows = token_rows(architecture, seed=1)
+    with atomic_directory(out) as partial:
+        directory = partial / "checkpoint"
+        if architecture.formats == {"bf16"}:
+            expected = write_plain(checkpoint, architecture, directory, rows)
+        else:
+            expected = write_quantized(
+                checkpoint, architecture, directory, target, rows, calibration
+            )
+        facts = verify(directory, architecture, expected, rows)
+        facts = {"target": target, "formats": sorted(architecture.formats), **facts}
+        (directory / "README.md").write_text(model_card(out.name, architecture, facts, card))
+        for file in directory.iterdir():
+            file.rename(partial / file.name)
+        directory.rmdir()
+    return {"path": str(out), **facts}
+
+
+def check_target(architecture: Architecture, target: str) -> None:
+    """InputError when no reader of ``target`` could load this student."""
+    if target not in TARGETS:
+        raise InputError(f"target {target!r} is not among {', '.join(TARGETS)}")
+    if target != "compress" and not is_plain(architecture):
+        raise InputError(
+            f"target {target!r} takes students whose blocks all have the same sizes; "
+            "export this one with --target compress"
+        )
+    if target == "transformers" and (architecture.formats, architecture.kv_format) != (
+        {"bf16"},
+        "bf16",
+    ):
+        formats = ", ".join(sorted(architecture.formats))
+        raise InputError(
+            f"target 'transformers' takes bf16 only, this student has {formats} weights and "
+            f"{architecture.kv_format} KV; use --target vllm or compress"
+        )
+
+
+def without_formats(architecture: Architecture) -> Architecture:
+    """The architecture with every number format set to BF16."""
+    blocks = tuple(dataclasses.replace(block, format="bf16") for block in architecture.blocks)
+    return dataclasses.replace(architecture, blocks=blocks, kv_format="bf16")
+
+
+def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
+    """The checkpoint's tensors as an export stores them: BF16 but for the FP32 slots."""
+    for parameter in parameters(checkpoint.architecture):
+        dtype = torch.float32 if parameter.slot.float32 else torch.bfloat16
+        yield parameter.name, checkpoint[parameter.name].to(dtype)
+
+
+def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A family's config that says BF16."""
+    return {key: config[key] for key in config if key != "torch_dtype"} | {"dtype": "bfloat16"}
+
+
+def logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
+    """Logits of token rows, fp32."""
+    with torch.no_grad():
+        found: Tensor = model(input_ids=rows, use_cache=False).logits.float()
+    return found
+
+
+def write_plain(
+    checkpoint: Checkpoint, architecture: Architecture, directory: Path, rows: Tensor
+) -> Tensor:
+    """Write a BF16 student; returns the logits that reading it back has to give."""
+    expected = logits(build_model(checkpoint.config, architecture, stored(checkpoint)), rows)
+    config = dict(checkpoint.config)
+    if "base_config" in config:
+        config["base_config"] = bf16_config(config["base_config"])
+    else:
+        config = bf16_config(config)
+    write_checkpoint(directory, stored(checkpoint), config, checkpoint.path, to_json(architecture))
+    return expected
+
+
+def write_quantized(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    directory: Path,
+    target: str,
+    rows: Tensor,
+    calibration: Tensor | None,
+) -> Tensor:
+    """Write a student in its formats; returns the logits of the fake-quantized model."""
+    base = bf16_config(checkpoint.config.get("base_config", checkpoint.config))
+    model = build_model(checkpoint.config, architecture, stored(checkpoint))
+    model = quantize(model, architecture, calibration)
+    expected = logits(model, rows)
+    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, ExitStack() as stack:
+        with quietly():
+            modelopt("export").export_hf_checkpoint(model, dtype=torch.float32, export_dir=scratch)
+        files = open_files(Path(scratch), stack)
+        details = repaired(json.loads((Path(scratch) / QUANT_CONFIG).read_text()))
+        exported = json.loads((Path(scratch) / "config.json").read_text())
+        quantization = repaired(exported["quantization_config"])
+        if architecture.kv_format == "fp8":
+            # Without calibrated scales: servers then use 1.
+            details["quantization"]["kv_cache_quant_algo"] = "FP8"
+            quantization["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
+        if target == "vllm":
+            config = {**base, "quantization_config": quantization}
+        else:
+            config = {
+                "model_type": "compress",
+                "architectures": base.get("architectures"),
+                "base_config": base,
+                "quantization": quantization,
+            }
+        tensors = packed(files, architecture)
+        write_checkpoint(directory, tensors, config, checkpoint.path, to_json(architecture))
+    (directory / QUANT_CONFIG).write_text(json.dumps(details, indent=2))
+    if target == "vllm":
+        hide_from_stock_loaders(directory)
+    return expected
+
+
+def packed(files: Mapping[str, Any], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
+    """ModelOpt's tensors in the order of the tables, unquantized ones as an export stores them."""
+    left = dict(files)
+    for parameter in parameters(architecture):
+        block = None if parameter.block is None else architecture.blocks[parameter.block]
+        for name in stored_names(parameter, "bf16" if block is None else block.format):
+            if name not in left:
+                raise VerificationFailed(f"ModelOpt wrote no tensor {name}")
+            tensor: Tensor = left.pop(name).get_tensor(name)
+            if name == parameter.name and tensor.dtype == torch.float32:
+                tensor = tensor if parameter.slot.float32 else tensor.bfloat16()
+            yield name, tensor
+    if left:
+        raise VerificationFailed(f"ModelOpt wrote tensor {min(left)}, which no table knows")
+
+
+def hide_from_stock_loaders(directory: Path) -> None:
+    """Give a single file a shard's name and take the index away."""
+    (directory / INDEX).unlink(missing_ok=True)
+    if (whole := directory / "model.safetensors").is_file():
+        whole.rename(directory / "model-00001-of-00001.safetensors")
+
+
+def verify(
+    directory: Path, architecture: Architecture, expected: Tensor, rows: Tensor
+) -> dict[str, Any]:
+    """Read an export back and compare its bytes with the plan and its logits with ``expected``."""
+    planned = footprint(architecture, Deployment(context=0)).weights
+    if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
+        raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
+    stock = architecture.formats == {"bf16"} and is_plain(architecture)
+    model: Any = (
+        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        if stock
+        else load_model(directory)
+    )
+    difference = float((logits(model, rows) - expected).abs().max() / expected.abs().max())
+    # Written so that NaN fails.
+    if not difference <= TOLERANCE:
+        raise VerificationFailed(
+            f"logits of the export differ by {difference:.2e} of their range, "
+            f"more than {TOLERANCE:.0e}"
+        )
+    reader = "transformers AutoModelForCausalLM" if stock else "compress.load"
+    return {"bytes": found, "logit_difference": difference, "reader": reader}
+
+
+def tensor_bytes(files: Iterable[Path]) -> int:
+    """Bytes of the tensors in safetensors files, their headers not counted."""
+    total = 0
+    for file in files:
+        with file.open("rb") as stream:
+            header = int.from_bytes(stream.read(8), "little")
+        total += file.stat().st_size - 8 - header
+    return total

@@ -1,0 +1,1 @@
+"""Number formats: one file and one row of a table each."""

@@ -1,0 +1,50 @@
+"""KV-cache formats: attention that reads its keys and values as an FP8 cache would give them.
+
+E4M3 with scale 1, which is what servers use for a checkpoint without KV scales; values beyond 448
+saturate. Keys are rounded after RoPE, as they are stored.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from compress.formats.table import KvFormat
+
+FP8_ATTENTION = "compress_kv_fp8"
+FP8_MAX = 448.0
+
+
+def stored(x: Tensor) -> Tensor:
+    """A key or value after a round trip through the FP8 cache; the gradient passes straight on."""
+    rounded = x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+    return x + (rounded - x).detach()
+
+
+def fp8_attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """Scaled dot-product attention over FP8 keys and values."""
+    output, _ = sdpa_attention_forward(
+        module, query, stored(key), stored(value), attention_mask, **options
+    )
+    return output, None
+
+
+def set_kv_format(model: Any, kv_format: KvFormat) -> None:
+    """Make every attention layer of the model read its cache in a format."""
+    # The mask has to be registered under the same name, or padding is ignored without a word.
+    AttentionInterface.register(FP8_ATTENTION, fp8_attention)
+    AttentionMaskInterface.register(FP8_ATTENTION, sdpa_mask)
+    name = FP8_ATTENTION if kv_format == "fp8" else "sdpa"
+    for module in model.modules():
+        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
+            module.config._attn_implementation = name

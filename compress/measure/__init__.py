@@ -1,0 +1,1 @@
+"""Distance to the teacher: losses, measured KL, evaluation, tasks."""

@@ -1,0 +1,61 @@
+"""Measured KL: the student that surgery would write, built in memory, against the teacher."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from compress.measure.losses import kl_from_hidden
+from compress.model.checkpoint import Checkpoint
+from compress.student.assemble import student_model
+from compress.student.candidate import Candidate
+from compress.student.grams import Grams
+from compress.student.surgery import student_tensors
+
+# Sequences of a forward pass; between passes a hopeless trial may stop.
+BATCH = 4
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A teacher's predictions on fixed text: tokens [S, T], final hidden states [S, T, D], head."""
+
+    teacher: Checkpoint
+    tokens: Tensor
+    hidden: Tensor
+    head: Tensor
+
+    def part(self, start: int, end: int) -> "Reference":
+        """The same on a range of the sequences."""
+        rows = slice(start, end)
+        return Reference(self.teacher, self.tokens[rows], self.hidden[rows], self.head)
+
+
+@torch.no_grad()
+def reference(teacher: Checkpoint, model: Any, tokens: Tensor) -> Reference:
+    """Run the teacher's model once on the text."""
+    hidden = [
+        model.model(input_ids=rows, use_cache=False).last_hidden_state
+        for rows in torch.split(tokens, BATCH)
+    ]
+    return Reference(teacher, tokens, torch.cat(hidden), model.lm_head.weight)
+
+
+@torch.no_grad()
+def sequence_kl(model: Any, text: Reference) -> Iterator[Tensor]:
+    """KL(teacher || student) in nats per token of every sequence, a batch [b] at a time."""
+    for start in range(0, len(text.tokens), BATCH):
+        rows = slice(start, start + BATCH)
+        hidden = model.model(input_ids=text.tokens[rows], use_cache=False).last_hidden_state
+        kl = kl_from_hidden(
+            hidden.flatten(0, 1), model.lm_head.weight, text.hidden[rows].flatten(0, 1), text.head
+        )
+        yield kl.reshape(hidden.shape[:2]).mean(1)
+
+
+def measure(candidate: Candidate, text: Reference, grams: Grams | None = None) -> Iterator[Tensor]:
+    """Per-sequence KL of a candidate, a batch at a time; a repaired one needs Gram matrices."""
+    tensors = student_tensors(text.teacher, candidate, grams)
+    yield from sequence_kl(student_model(text.teacher, candidate.architecture, tensors), text)

@@ -1,0 +1,1 @@
+"""What fits: exact bytes of a deployment, devices, budgets."""

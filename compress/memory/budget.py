@@ -1,0 +1,73 @@
+"""The budget that binds: bytes, a share of the teacher's, or what a device offers."""
+
+from dataclasses import dataclass, replace
+
+from compress.core.quantities import format_bytes, parse_bytes, parse_share
+from compress.formats.table import Format
+from compress.memory.devices import Device, find_device
+from compress.memory.footprint import Deployment, block_takes, footprint
+from compress.model.architecture import Architecture
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Bytes that a student may take, and where they come from: the smaller of two binds."""
+
+    bytes: int
+    asked: int | None = None
+    device: Device | None = None
+
+    @property
+    def description(self) -> str:
+        """Both limits where both are given, the binding one first."""
+        limits = []
+        if self.asked is not None:
+            limits.append((self.asked, f"budget {format_bytes(self.asked)}"))
+        if self.device is not None:
+            visible = self.device.visible_bytes
+            limits.append((visible, f"{self.device.name} offers {format_bytes(visible)}"))
+        texts = [text for _, text in sorted(limits)]
+        return texts[0] + (f" (binds; {texts[1]})" if len(texts) > 1 else "")
+
+
+def in_format(architecture: Architecture, format: Format) -> Architecture:
+    """The architecture with every block in one format; blocks that cannot take it stay BF16."""
+    return replace(
+        architecture,
+        blocks=tuple(
+            replace(block, format=format)
+            if block_takes(block, architecture.hidden, architecture.family, format)
+            else replace(block, format="bf16")
+            for block in architecture.blocks
+        ),
+    )
+
+
+def teacher_bytes(architecture: Architecture, deployment: Deployment) -> int:
+    """Bytes of the model with BF16 weights and a 16-bit KV cache: what a share is a share of."""
+    whole = replace(in_format(architecture, "bf16"), kv_format="bf16")
+    return footprint(whole, deployment).total
+
+
+def resolve_budget(
+    architecture: Architecture, deployment: Deployment, budget: str | None, device: str | None
+) -> Budget | None:
+    """The budget that binds; None when neither a budget nor a device is given.
+
+    Args:
+        architecture: The teacher, which percentages refer to.
+        deployment: How it is served.
+        budget: Bytes ("22GiB") or a share ("70%") of the teacher's in BF16.
+        device: A preset ("a10g", "8xh100").
+    """
+    preset = None if device is None else find_device(device)
+    asked = None
+    if budget is not None:
+        share = parse_share(budget)
+        if share is None:
+            asked = parse_bytes(budget, "budget")
+        else:
+            asked = int(share * teacher_bytes(architecture, deployment))
+    limits = [asked] if asked is not None else []
+    limits += [preset.visible_bytes] if preset else []
+    return Budget(bytes=min(limits), asked=asked, device=preset) if limits else None

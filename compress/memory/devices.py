@@ -1,0 +1,70 @@
+"""Device presets: the memory a card really offers and the formats that kernels run on it."""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from compress.core.errors import InputError
+from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """``count`` equal cards. ``visible_bytes`` is what they offer together.
+
+    ``formats`` can hold weights: weight-only, dequantized inside the kernel where the card has no
+    such arithmetic. ``kv_formats`` run in every attention backend of the card.
+    """
+
+    name: str
+    visible_bytes: int
+    formats: tuple[Format, ...] = FORMATS
+    kv_formats: tuple[KvFormat, ...] = KV_FORMATS
+    count: int = 1
+
+
+def card(name: str, visible_gib: float, kv_formats: tuple[KvFormat, ...] = KV_FORMATS) -> Device:
+    """One card; ``visible_gib`` is rounded down to whole bytes."""
+    return Device(name=name, visible_bytes=int(visible_gib * 2**30), kv_formats=kv_formats)
+
+
+# Visible memory is what the driver leaves a process, ECC and reserved pages gone, and so below the
+# figure on the box: what torch names as total capacity when it runs out of memory. Machines differ
+# by about .1 GiB; the lower figure seen is used. Assumptions, not measured here: everything but
+# a10g; a100-40, a100-80, h100, h200 and b200 are from memory.
+#
+# FP8 and NVFP4 weights run from Ampere on (Marlin kernels: weight-only). An FP8 KV cache needs SM89
+# in some backends, which Ampere (A10G, A100) is not.
+DEVICES: Mapping[str, Device] = {
+    device.name: device
+    for device in (
+        card("a10g", 22.06, kv_formats=("bf16",)),
+        card("l4", 22.03),
+        card("l40s", 44.39),
+        card("rtx4090", 23.52),
+        card("rtx5090", 31.36),
+        card("a100-40", 39.38, kv_formats=("bf16",)),
+        card("a100-80", 79.10, kv_formats=("bf16",)),
+        card("h100", 79.10),
+        card("h200", 139.72),
+        card("b200", 178.35),
+    )
+}
+
+
+def find_device(text: str) -> Device:
+    """The device of "a10g" or "8xh100"; InputError lists the known ones.
+
+    Several cards count as one memory: it assumes that a server splits weights and cache evenly.
+    """
+    found = re.fullmatch(r"(?:([1-9]\d*)x)?(.+)", text.strip().lower())
+    if not found or found[2] not in DEVICES:
+        raise InputError(
+            f"device {text!r} is not known; known: {', '.join(DEVICES)}, and counts such as 8xh100"
+        )
+    one, count = DEVICES[found[2]], int(found[1] or 1)
+    if count == 1:
+        return one
+    return replace(
+        one, name=f"{count}x{one.name}", visible_bytes=count * one.visible_bytes, count=count
+    )

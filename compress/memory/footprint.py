@@ -1,0 +1,192 @@
+"""Exact bytes of a model as served: weights, KV cache, Mamba states and workspace; no torch.
+
+::
+
+    weights    = sum over tensors of elements * bytes in its format + scales; tied embeddings once
+    KV cache   = sum over attention blocks of 2 * kv_head * head_dim * bytes * tokens * batch
+    SSM state  = sum over Mamba blocks of group * head * channel * state * bytes * batch
+    conv state = sum over Mamba blocks of channels * (kernel - 1) * 2 * batch,
+                channels = group * head * channel + 2 * group * state
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import prod
+from typing import Literal
+
+from compress.core.errors import InputError
+from compress.formats.table import Format, KvFormat
+from compress.model.architecture import Architecture, Attention, Block, Mamba, Moe, sizes
+from compress.model.families import family_of
+from compress.model.layout import Parameter, Slot, shape
+
+SsmFormat = Literal["fp32", "bf16"]
+
+BF16_BYTES = 2
+FP32_BYTES = 4
+KV_BYTES: dict[KvFormat, int] = {"bf16": 2, "fp8": 1}
+SSM_BYTES: dict[SsmFormat, int] = {"fp32": 4, "bf16": 2}
+NVFP4_GROUP = 16
+# The fp32 scalars beside every quantized weight: FP8 weight_scale and input_scale, NVFP4
+# weight_scale_2 and input_scale.
+SCALAR_BYTES: dict[Format, int] = {"bf16": 0, "fp8": 8, "nvfp4": 8}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """How a model is served; the KV format belongs to the architecture."""
+
+    context: int
+    batch_size: int = 1
+    ssm_format: SsmFormat = "fp32"
+    workspace_bytes: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Footprint:
+    """Bytes of a deployed model, by what they hold."""
+
+    weights: int
+    kv_cache: int
+    ssm_state: int
+    conv_state: int
+    workspace: int
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.workspace
+
+
+def takes(dimensions: tuple[int, ...], format: Format) -> bool:
+    """Whether a weight of this shape, input width last, can be stored in the format."""
+    return format != "nvfp4" or dimensions[-1] % NVFP4_GROUP == 0
+
+
+def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format) -> int:
+    """Bytes of one tensor on disk; only slots with a scale group take the format."""
+    count = prod(dimensions)
+    if slot.float32:
+        return count * FP32_BYTES
+    if slot.fused is None or format == "bf16":
+        return count * BF16_BYTES
+    if not takes(dimensions, format):
+        raise InputError(
+            f"a weight of shape {list(dimensions)} cannot be {format}: "
+            f"{dimensions[-1]} inputs are not a multiple of {NVFP4_GROUP}"
+        )
+    packed = count if format == "fp8" else count // 2 + count // NVFP4_GROUP
+    return packed + SCALAR_BYTES[format]
+
+
+def parameter_bytes(parameter: Parameter, format: Format) -> int:
+    """Bytes of one parameter on disk when its block has this format."""
+    return tensor_bytes(parameter.slot, parameter.shape, format)
+
+
+# A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def block_bytes(block: Block, hidden: int, family: str) -> int:
+    """Bytes of the weights of one block in its format."""
+    axis_sizes = {"hidden": hidden} | sizes(block)
+    total = 0
+    for name, slot in family_of(family).tensors(block).items():
+        copies = block.expert if isinstance(block, Moe) and "{expert}" in name else 1
+        total += copies * tensor_bytes(slot, shape(slot.shape, axis_sizes), block.format)
+    return total
+
+
+def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
+    """Whether every quantizable weight of a block can be stored in the format."""
+    axis_sizes = {"hidden": hidden} | sizes(block)
+    return all(
+        takes(shape(slot.shape, axis_sizes), format)
+        for slot in family_of(family).tensors(block).values()
+        if slot.fused
+    )
+
+
+def outside_bytes(architecture: Architecture) -> int:
+    """Bytes of the tensors outside the blocks: embedding, head unless tied, final norm."""
+    family = family_of(architecture.family)
+    axis_sizes = {"hidden": architecture.hidden, "vocab": architecture.vocab}
+    return sum(
+        tensor_bytes(slot, shape(slot.shape, axis_sizes), "bf16")
+        for name, slot in family.model.items()
+        if name != family.head or not architecture.tied
+    )
+
+
+def weight_bytes(architecture: Architecture) -> int:
+    """Bytes of all tensors of an exported checkpoint, file headers not counted."""
+    return outside_bytes(architecture) + sum(
+        block_bytes(block, architecture.hidden, architecture.family)
+        for block in architecture.blocks
+    )
+
+
+def kv_cache_bytes(block: Block, kv_format: KvFormat, deployment: Deployment) -> int:
+    """Bytes of the keys and values of one block; a window limits the tokens held."""
+    if not isinstance(block, Attention):
+        return 0
+    tokens = min(deployment.context, block.window or deployment.context)
+    per_token = 2 * block.kv_head * block.head_dim * KV_BYTES[kv_format]
+    return per_token * tokens * deployment.batch_size
+
+
+def ssm_state_bytes(block: Block, deployment: Deployment) -> int:
+    """Bytes of the recurrent state of one block."""
+    if not isinstance(block, Mamba):
+        return 0
+    elements = block.group * block.head * block.channel * block.state
+    return elements * SSM_BYTES[deployment.ssm_format] * deployment.batch_size
+
+
+def conv_state_bytes(block: Block, deployment: Deployment) -> int:
+    """Bytes of the convolution state of one block, as servers hold it: kernel - 1 columns."""
+    if not isinstance(block, Mamba):
+        return 0
+    columns = block.group * block.head * block.channel + 2 * block.group * block.state
+    return columns * (block.kernel - 1) * BF16_BYTES * deployment.batch_size
+
+
+def footprint(architecture: Architecture, deployment: Deployment) -> Footprint:
+    """Bytes that serving the model takes."""
+    blocks, kv_format = architecture.blocks, architecture.kv_format
+    return Footprint(
+        weights=weight_bytes(architecture),
+        kv_cache=sum(kv_cache_bytes(block, kv_format, deployment) for block in blocks),
+        ssm_state=sum(ssm_state_bytes(block, deployment) for block in blocks),
+        conv_state=sum(conv_state_bytes(block, deployment) for block in blocks),
+        workspace=deployment.workspace_bytes,
+    )
+
+
+def largest_context(
+    architecture: Architecture, deployment: Deployment, budget_bytes: int
+) -> int | None:
+    """The longest context whose footprint is within the budget.
+
+    0 if not even the weights fit; None if the cache stops growing (no attention block, or windows
+    only) and it fits, so that no context is too long.
+    """
+
+    def total(context: int) -> int:
+        longer = Deployment(
+            context=context,
+            batch_size=deployment.batch_size,
+            ssm_format=deployment.ssm_format,
+            workspace_bytes=deployment.workspace_bytes,
+        )
+        return footprint(architecture, longer).total
+
+    attentions = [block for block in architecture.blocks if isinstance(block, Attention)]
+    longest_window = max((block.window or 0 for block in attentions), default=0)
+    if all(block.window for block in attentions) and total(longest_window) <= budget_bytes:
+        return None
+    # Bisection, because windows make the growth piecewise linear. A token takes at least a byte.
+    low, high = 0, budget_bytes + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if total(middle) <= budget_bytes else (low, middle)
+    return low

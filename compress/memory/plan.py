@@ -1,0 +1,131 @@
+"""What a model takes, what fits, and which budget binds: pure arithmetic on config.json."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.memory.budget import Budget, in_format, resolve_budget
+from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
+from compress.model.architecture import Architecture, Attention
+from compress.model.config import architecture_of, read_config
+from compress.model.families import count_active, count_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """The model with all blocks in one format; ``largest_context`` as in memory.py."""
+
+    format: Format
+    kv_format: KvFormat
+    footprint: Footprint
+    largest_context: int | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """The answer to ``compress plan``; ``largest_context`` is None without a budget or a limit."""
+
+    architecture: Architecture
+    deployment: Deployment
+    footprint: Footprint
+    largest_context: int | None
+    options: tuple[Option, ...]
+    budget: Budget | None
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the model is within the budget; None without a budget."""
+        return None if self.budget is None else self.footprint.total <= self.budget.bytes
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``plan --json`` prints."""
+        return {
+            "family": self.architecture.family,
+            "layers": self.architecture.layers,
+            "parameters": {
+                "total": count_parameters(self.architecture),
+                "active": count_active(self.architecture),
+            },
+            "bytes": asdict(self.footprint) | {"total": self.footprint.total},
+            "budget": None if self.budget is None else self.budget.bytes,
+            "fits": self.fits,
+            "largest_context": self.largest_context,
+        }
+
+
+def options_of(
+    architecture: Architecture, deployment: Deployment, budget: Budget | None
+) -> Iterator[Option]:
+    """Every weight format with every KV format; without attention only the first KV format."""
+    has_cache = any(isinstance(block, Attention) for block in architecture.blocks)
+    for format in FORMATS:
+        for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
+            changed = replace(in_format(architecture, format), kv_format=kv_format)
+            yield Option(
+                format=format,
+                kv_format=kv_format,
+                footprint=footprint(changed, deployment),
+                largest_context=(
+                    largest_context(changed, deployment, budget.bytes) if budget else None
+                ),
+            )
+
+
+def notes_of(
+    config: Mapping[str, Any], architecture: Architecture, context: int | None, limit: Budget | None
+) -> Iterator[str]:
+    """What a reader has to know about a plan besides its numbers.
+
+    ``context`` is the longest that the plan speaks of; None if it has no limit.
+    """
+    device = limit.device if limit else None
+    trained = config.get("max_position_embeddings")
+    if trained and (context is None or context > trained):
+        yield f"config.json says that the model is made for {trained:,} tokens, whatever fits"
+    family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks
+    for format in FORMATS:
+        if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
+            yield f"{refused} blocks cannot be {format} (inputs no multiple of 16) and stay bf16"
+    foreign = "quantization_config" in config and architecture.formats == {"bf16"}
+    if foreign:
+        yield "config.json names a quantization that is not ours; planned as bf16"
+    if device and architecture.kv_format not in device.kv_formats:
+        yield f"no backend is sure to run a {architecture.kv_format} KV cache on {device.name}"
+    if device and device.count > 1:
+        yield f"{device.name}: assumes that weights and caches split evenly"
+
+
+def make_plan(
+    model: Path,
+    deployment: Deployment,
+    *,
+    budget: str | None = None,
+    device: str | None = None,
+    format: Format | None = None,
+    kv_format: KvFormat | None = None,
+) -> Plan:
+    """Plan the model of a directory or a config.json.
+
+    ``format`` and ``kv_format`` ask what it would take in another precision; without them the model
+    is planned as its files say.
+    """
+    config = read_config(model)
+    architecture = architecture_of(model, config)
+    limit = resolve_budget(architecture, deployment, budget, device)
+    planned = architecture if format is None else in_format(architecture, format)
+    if kv_format is not None:
+        planned = replace(planned, kv_format=kv_format)
+    longest = largest_context(planned, deployment, limit.bytes) if limit else 0
+    spoken_of = None if longest is None else max(longest, deployment.context)
+    return Plan(
+        architecture=planned,
+        deployment=deployment,
+        footprint=footprint(planned, deployment),
+        largest_context=longest if limit else None,
+        options=tuple(options_of(architecture, deployment, limit)),
+        budget=limit,
+        notes=tuple(notes_of(config, planned, spoken_of, limit)),
+    )

@@ -1,0 +1,134 @@
+"""A model as a residual stream and a list of blocks: pure data, no torch.
+
+Field names are axis names: the same word is the table's axis, the score's key and the YAML key.
+``query`` counts query heads per KV head and ``head`` Mamba heads per group, because those are the
+numbers that every group of a layer shares.
+"""
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from compress.core.errors import InputError
+from compress.formats.table import Format, KvFormat
+
+
+@dataclass(frozen=True, kw_only=True)
+class Attention:
+    """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``."""
+
+    kind: ClassVar[str] = "attention"
+    layer: int
+    kv_head: int
+    query: int
+    head_dim: int
+    window: int | None = None
+    format: Format = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ffn:
+    """A dense feed-forward block of ``ffn`` neurons; gated ones have a third matrix."""
+
+    kind: ClassVar[str] = "ffn"
+    layer: int
+    ffn: int
+    gated: bool
+    format: Format = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moe:
+    """Routed experts and a shared one; ``latent`` is the experts' input width if projected."""
+
+    kind: ClassVar[str] = "moe"
+    layer: int
+    expert: int
+    expert_ffn: int
+    shared_ffn: int
+    top_k: int
+    routing_group: int = 1
+    latent: int | None = None
+    format: Format = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mamba:
+    """Mamba-2: ``group`` groups of ``head`` heads of ``channel`` channels; B and C per group."""
+
+    kind: ClassVar[str] = "mamba"
+    layer: int
+    group: int
+    head: int
+    channel: int
+    state: int
+    kernel: int
+    format: Format = "bf16"
+
+
+Block = Attention | Ffn | Moe | Mamba
+BLOCKS: Mapping[str, type[Block]] = {kind.kind: kind for kind in (Attention, Ffn, Moe, Mamba)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """Everything that search, memory, surgery, model building and export have to agree on.
+
+    ``blocks`` are in the order of execution; ``layer`` of a block is the number its tensors carry
+    on disk, so that a llama layer is two blocks of one number.
+    """
+
+    family: str
+    vocab: int
+    hidden: int
+    tied: bool
+    blocks: tuple[Block, ...]
+    kv_format: KvFormat = "bf16"
+
+    @property
+    def layers(self) -> int:
+        """Number of layers on disk."""
+        return len({block.layer for block in self.blocks})
+
+    @property
+    def formats(self) -> set[Format]:
+        """The number formats its blocks use."""
+        return {block.format for block in self.blocks}
+
+
+def block_name(block: Block) -> str:
+    """The name that scores, candidates and reports use, such as ``layers.7.ffn``."""
+    return f"layers.{block.layer}.{block.kind}"
+
+
+def sizes(block: Block) -> dict[str, int]:
+    """Axis sizes of a block, by axis name."""
+    return {
+        field.name: value
+        for field in dataclasses.fields(block)
+        if field.name != "layer" and type(value := getattr(block, field.name)) is int
+    }
+
+
+def to_json(architecture: Architecture) -> str:
+    """The architecture as JSON; ``from_json`` gives it back without loss."""
+    data = dataclasses.asdict(architecture)
+    data["blocks"] = [
+        {"kind": block.kind, **dataclasses.asdict(block)} for block in architecture.blocks
+    ]
+    return json.dumps(data, indent=1)
+
+
+def from_json(text: str) -> Architecture:
+    """Read what ``to_json`` wrote; InputError on unknown or missing fields."""
+    data: dict[str, Any] = json.loads(text)
+    try:
+        blocks = tuple(
+            BLOCKS[entry["kind"]](**{k: v for k, v in entry.items() if k != "kind"})
+            for entry in data.pop("blocks")
+        )
+        return Architecture(blocks=blocks, **data)
+    except (KeyError, TypeError) as error:
+        raise InputError(f"architecture.json is not one of ours: {error}") from error

@@ -1,0 +1,225 @@
+"""Build and load the torch model of an Architecture, from transformers' own classes.
+
+A layer that differs from the config is the stock layer class constructed with a changed copy of the
+config; a removed half of a llama layer is a module that returns zero.
+"""
+
+import copy
+import importlib
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from compress.core.errors import InputError
+from compress.formats.kv import set_kv_format
+from compress.model.architecture import Architecture, Block
+from compress.model.checkpoint import open_checkpoint
+from compress.model.config import architecture_of, read_config
+from compress.model.families import family_of, parameters
+from compress.model.families.family import Family
+
+
+class NoAttention(nn.Module):
+    """An attention block that was removed: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
+        """A zero that broadcasts, and no attention weights."""
+        return hidden_states.new_zeros(()), None
+
+
+class NoFfn(nn.Module):
+    """An FFN block that was removed: adds nothing to the residual stream."""
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """A zero that broadcasts."""
+        return hidden_states.new_zeros(())
+
+
+REMOVED: Mapping[str, type[nn.Module]] = {"attention": NoAttention, "ffn": NoFfn}
+
+
+def layers_of(architecture: Architecture) -> dict[int, list[Block]]:
+    """Blocks by layer number."""
+    layers: dict[int, list[Block]] = {}
+    for block in architecture.blocks:
+        layers.setdefault(block.layer, []).append(block)
+    return layers
+
+
+def shared_settings(architecture: Architecture) -> dict[str, Any]:
+    """Config keys that blocks fix, each with the value of the first block that has it."""
+    family = family_of(architecture.family)
+    shared: dict[str, Any] = {}
+    for block in architecture.blocks:
+        shared = family.settings(block) | shared
+    return shared
+
+
+def is_plain(architecture: Architecture) -> bool:
+    """Whether one config of the family describes every layer, so that stock loaders build it."""
+    family = family_of(architecture.family)
+    shared = shared_settings(architecture)
+    whole = all(len(blocks) == len(kinds_of(family)) for blocks in layers_of(architecture).values())
+    heads = shared.get("num_attention_heads", 1)
+    if family.model_type == "llama" and architecture.hidden % heads:
+        return False  # LlamaConfig refuses it (transformers 5.23)
+    return whole and all(
+        shared[key] == value
+        for block in architecture.blocks
+        for key, value in family.settings(block).items()
+    )
+
+
+def kinds_of(family: Family) -> list[str]:
+    """The blocks a layer of the family is made of: several mixers, or one of many kinds."""
+    mixers = {site.mixer: kind for kind, site in family.sites.items()}
+    return list(mixers.values())
+
+
+def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
+    """config.json of a BF16 student: the family's own if it can express it, else nested in ours."""
+    nested = "base_config" in teacher_config
+    base = dict(teacher_config["base_config"] if nested else teacher_config)
+    base.pop("hybrid_override_pattern", None)
+    base |= shared_settings(student) | family_of(student.family).write(base, student)
+    if is_plain(student):
+        return base
+    return {
+        "model_type": "compress",
+        "architectures": base.get("architectures"),
+        "base_config": base,
+    }
+
+
+def build_model(
+    config: Mapping[str, Any],
+    architecture: Architecture,
+    tensors: Iterable[tuple[str, Tensor]],
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
+    """The torch model, in eval mode, holding ``tensors`` (names on disk) in ``dtype``.
+
+    ``config`` is what ``student_config`` gives, or any config of the family with its sizes.
+    """
+    # One progress bar per stage is ours to draw; that torch runs without kernels is no news here.
+    silence: Any = transformers_logging
+    silence.disable_progress_bar()
+    silence.set_verbosity_error()
+    family = family_of(architecture.family)
+    module, model_name, _ = family.modules
+    stock: type[PreTrainedModel] = getattr(importlib.import_module(module), model_name)
+    own = config.get("base_config", config)
+
+    def construct(self: PreTrainedModel, built: Any) -> None:
+        stock.__init__(self, built)
+        set_layers(self, architecture)
+
+    student: Any = type(
+        model_name, (stock,), {"__init__": construct, "__module__": stock.__module__}
+    )
+    # transformers 5.23 wants hidden divisible by heads, although head_dim is its own key and the
+    # model code does not need it: these two are set past its check.
+    unchecked = {key: own[key] for key in ("hidden_size", "num_attention_heads") if key in own}
+    # transformers 5.23 writes an infinity in time_step_limit as an object that it cannot read; the
+    # model code uses another key.
+    unread = {*unchecked, "time_step_limit"}
+    rest = {key: value for key, value in own.items() if key not in unread}
+    built = AutoConfig.for_model(**{"attn_implementation": "sdpa", **rest})
+    for key, value in unchecked.items():
+        setattr(built, key, value)
+    built.architectures = [model_name]
+    # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
+    built._experts_implementation = "eager"
+    model, report = student.from_pretrained(
+        None, config=built, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
+    )
+    missing = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if missing:
+        raise InputError(
+            f"the checkpoint does not fill the model: {missing[0]} and {len(missing) - 1} more"
+        )
+    # Callers, ModelOpt among them, look at the class: it is the stock one with other layers inside.
+    model.__class__ = stock
+    model.eval().requires_grad_(False)
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def set_layers(model: Any, architecture: Architecture) -> None:
+    """Replace the layers that differ from the model's config, and drop what was removed."""
+    family = family_of(architecture.family)
+    layer_class = getattr(importlib.import_module(family.modules[0]), family.modules[2])
+    attention = 0
+    for number, blocks in layers_of(architecture).items():
+        settings: dict[str, Any] = {}
+        for block in blocks:
+            settings |= family.settings(block)
+        if any(getattr(model.config, key) != value for key, value in settings.items()):
+            changed = copy.deepcopy(model.config)
+            for key, value in settings.items():
+                setattr(changed, key, value)
+            model.model.layers[number] = layer_class(changed, number)
+        layer = model.model.layers[number]
+        present = {block.kind for block in blocks}
+        for kind in kinds_of(family) if len(kinds_of(family)) > 1 else ():
+            site = family.sites[kind]
+            if kind not in present:
+                setattr(layer, site.mixer, REMOVED[kind]())
+                setattr(layer, site.norm, nn.Identity())
+            elif kind == "attention":
+                # Caches ask their first layer how long they are: it must be one that attends.
+                getattr(layer, site.mixer).layer_idx = attention
+                attention += 1
+
+
+def disk_tensors(
+    model: PreTrainedModel, architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a built model under their names on disk, fused experts one by one."""
+    state = model.state_dict()
+    own = family_of(architecture.family).embedding.partition(".")[0] + "."
+    for parameter in parameters(architecture):
+        name = parameter.name
+        inside = "model." + name.removeprefix(own) if name.startswith(own) else name
+        if parameter.expert is None:
+            yield name, state[inside]
+        else:
+            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.").removesuffix(
+                ".weight"
+            )
+            yield name, state[stacked][parameter.expert]
+
+
+def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of a directory: plain Hugging Face, heterogeneous, or a quantized export of ours.
+
+    Raises:
+        InputError: what ``open_checkpoint`` refuses.
+    """
+    config = read_config(path)
+    if "quantization" in config or "quantization_config" in config:
+        from compress.export.modelopt import dequantized_tensors
+
+        architecture = architecture_of(path, config)
+        return build_model(config, architecture, dequantized_tensors(path), dtype)
+    checkpoint = open_checkpoint(path)
+    names = [parameter.name for parameter in parameters(checkpoint.architecture)]
+    tensors = ((name, checkpoint[name]) for name in names)
+    return build_model(checkpoint.config, checkpoint.architecture, tensors, dtype)
+
+
+def load(path: str | Path) -> PreTrainedModel:
+    """A torch model with transformers' ``forward`` and ``generate``, fp32, from any directory.
+
+    Plain Hugging Face checkpoints, heterogeneous students, and quantized exports (dequantized, and
+    reading an FP8 KV cache where that was decided).
+    """
+    directory = Path(path)
+    model = load_model(directory)
+    set_kv_format(model, architecture_of(directory, read_config(directory)).kv_format)
+    return model

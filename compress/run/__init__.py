@@ -1,0 +1,1 @@
+"""What is done, in what order, resumable: recipe, run directory, stages."""

@@ -1,0 +1,271 @@
+"""What the candidates of one search share, and the rows they become."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property, partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from compress.core.files import fingerprint, read_json, write_json
+from compress.core.terminal import note, progress
+from compress.measure.kl import Reference, measure, reference
+from compress.model.architecture import to_json
+from compress.model.build import is_plain
+from compress.model.families import count_active, count_parameters
+from compress.run.score import DEPTH, REPAIR, depth_file, gram_file
+from compress.run.score import STAGE as SCORE
+from compress.run.session import Session
+from compress.run.students import is_cut, train_inputs
+from compress.scores.costs import Scores
+from compress.scores.depth import Depth
+from compress.scores.reselect import moved, reselect
+from compress.scores.tangent import Tangent, tangent, turn
+from compress.searches.prices import Linearize
+from compress.searches.problem import Problem, total_bytes
+from compress.searches.space import Space
+from compress.searches.study import StudySettings, Trial, explore
+from compress.searches.workers import Crew, crew
+from compress.student.candidate import Candidate
+from compress.student.grams import Grams
+from compress.student.repair import repair_ratio
+from compress.student.surgery import load_candidate, save_candidate
+
+# Of units chosen again: the KL of every sequence.
+VALUES = "values.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One measured candidate of a run; ``reselected`` of its units are not its ranking's."""
+
+    trial: Trial
+    kind: str
+    budget: int
+    finalist: bool = False
+    selected: bool = False
+    reselected: int = 0
+    distilled_kl: float | None = None
+    distilled_tokens: int | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """A row of ``candidates.json``; KL in nats per token on the selection text."""
+        trial, architecture = self.trial, self.trial.candidate.architecture
+        spread = float(np.std(trial.values, ddof=1)) if len(trial.values) > 1 else 0.0
+        return {
+            "id": trial.candidate.id,
+            "kind": self.kind,
+            "budget": self.budget,
+            "bytes": trial.bytes,
+            "parameters": count_parameters(architecture),
+            "active_parameters": count_active(architecture),
+            "predicted_kl": trial.predicted,
+            "gap": trial.gap,
+            "measured_kl": trial.kl,
+            "measured_se": spread / len(trial.values) ** 0.5,
+            "measured_sequences": len(trial.values),
+            "distilled_kl": self.distilled_kl,
+            "distilled_tokens": self.distilled_tokens,
+            "finalist": self.finalist,
+            "selected": self.selected,
+            "repaired": sorted(trial.candidate.repaired),
+            "reselected": self.reselected,
+            "stock": is_plain(architecture) and architecture.formats == {"bf16"},
+            "architecture": json.loads(to_json(architecture)),
+        }
+
+
+@dataclass(frozen=True)
+class Bench:
+    """Where candidates are measured: the session, the teacher's scores and the selection text.
+
+    Studies are measured by the crew where there is one, else in this process.
+    """
+
+    session: Session
+    scores: Scores
+    text: Reference
+    crew: Crew | None = None
+
+    @cached_property
+    def grams(self) -> Grams:
+        """What repair needs; computed when a problem first repairs."""
+        return gram_file(self.session)
+
+    @cached_property
+    def slopes_text(self) -> Reference:
+        """What tangents are taken on: training text, so that trials are judged on another one."""
+        session, recipe = self.session, self.session.recipe
+        rows = session.training_rows(2 * recipe.select_tokens, recipe.sequence_length)
+        return reference(session.checkpoint, session.model, rows)
+
+    @cached_property
+    def depth(self) -> Depth:
+        """What whole layers cost; computed when only they may go in a problem."""
+        return depth_file(self.session)
+
+    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
+        """Per-sequence KL of a candidate, a batch at a time."""
+        return self.measure_on(candidate, self.text)
+
+    def measure_on(self, candidate: Candidate, text: Reference) -> Iterator[Tensor]:
+        """The same on another text."""
+        return measure(candidate, text, self.grams if candidate.repaired else None)
+
+    def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
+        """The search problem of a space."""
+        session = self.session
+        ratio = partial(repair_ratio, session.checkpoint, self.grams) if space.repair else None
+        return Problem(
+            session.architecture,
+            self.scores,
+            space,
+            session.deployment,
+            session.budget.bytes,
+            blind_to_rounding,
+            active=session.active,
+            ranking=session.recipe.ranking,
+            repair_ratio=ratio,
+            depth=self.depth.costs if space.remove == "layer" else None,
+        )
+
+    def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
+        """The rows of one study, named ``kind`` or ``kind-variant``.
+
+        Raises:
+            Infeasible: nothing in the problem's space fits the budget.
+        """
+        run, recipe = self.session.run, self.session.recipe
+        # Trials that measured something else, under other settings, belong to another study.
+        measured = fingerprint(
+            {
+                "score": run.fingerprint(SCORE),
+                "repair": run.fingerprint(REPAIR) if problem.space.repair else None,
+                "depth": run.fingerprint(DEPTH) if problem.space.remove == "layer" else None,
+                "space": problem.space.model_dump(mode="json"),
+                "blind": problem.blind_to_rounding,
+                "ranking": problem.ranking,
+                "budget": problem.budget,
+                "active": problem.active,
+                "deployment": asdict(problem.deployment),
+                "select_tokens": recipe.select_tokens,
+            }
+        )
+        settings = StudySettings(
+            name=f"{study}@{measured[:12]}",
+            kind=study,
+            trials=trials,
+            journal=run.path / "study" / "journal.log",
+            tokens_per_sequence=recipe.sequence_length,
+            seed=recipe.seed,
+        )
+        with progress(f"search: {study}", trials) as advance:
+
+            def report(best: float) -> None:
+                advance(1, f"best KL {best:.4f}")
+
+            if self.crew is None:
+                found = explore(problem, settings, self.measure, report, self.linearize(problem))
+            else:
+                found = self.crew.explore(problem, settings, report)
+        kind = study.partition("-")[0]
+        return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
+
+    def linearize(self, problem: Problem) -> Linearize:
+        """Gives the tangent at a candidate, on parts of a text in turn."""
+        formats = [format for format in problem.space.formats if format != "bf16"]
+
+        def at(candidate: Candidate, number: int) -> Tangent:
+            grams = self.grams if candidate.repaired else None
+            return tangent(
+                self.session.model, candidate, turn(self.slopes_text, number), formats, grams
+            )
+
+        return at
+
+    def reselected(self, row: Row) -> Row:
+        """The row with its units chosen again (``reselect``), as the recipe asks for.
+
+        What was chosen is kept in the run, and read from there after a kill.
+        """
+        session, recipe, trial = self.session, self.session.recipe, row.trial
+        rounds = recipe.reselect_rounds if recipe.ranking == "contribution" else 0
+        if not (rounds and trial.complete and is_cut(session, trial.candidate)):
+            return row
+        candidate = trial.candidate
+        inputs = fingerprint(
+            train_inputs(session, candidate, 0)
+            | {"score": session.run.fingerprint(SCORE), "rounds": rounds}
+            | {"select_tokens": recipe.select_tokens, "values": trial.values}
+        )
+        directory = session.run.path / "study" / "reselected" / inputs[:16]
+        if not (directory / VALUES).is_file():
+            with progress(f"units of {candidate.id} chosen again, rounds", rounds) as advance:
+                begun: list[Candidate] = []
+
+                def linearize(at: Candidate, text: Reference) -> Tangent:
+                    # A round is over when the next begins.
+                    advance(min(1, len(begun)), "")
+                    begun.append(at)
+                    return self.tangent_at(at, text)
+
+                def measured(other: Candidate, text: Reference) -> Iterator[Tensor]:
+                    for batch in self.measure_on(other, text):
+                        advance(0, "")
+                        yield batch
+
+                texts = [turn(self.slopes_text, number, 2) for number in range(rounds)]
+                made, values = reselect(
+                    candidate, torch.tensor(trial.values), self.text, texts,
+                    measured, linearize, self.scores,
+                )  # fmt: skip
+                advance(rounds - max(0, len(begun) - 1), "")
+            save_candidate(made, directory)
+            write_json(directory / VALUES, values.tolist())
+        made = replace(load_candidate(directory, candidate.kind), id=candidate.id)
+        units = moved(candidate, made, session.architecture)
+        found = replace(trial, candidate=made, values=tuple(read_json(directory / VALUES)))
+        if units:
+            note(
+                f"{candidate.id}: {units} units chosen again, KL {trial.kl:.4f} before, "
+                f"{found.kl:.4f} after"
+            )
+        return replace(row, trial=found, reselected=units)
+
+    def tangent_at(self, candidate: Candidate, text: Reference) -> Tangent:
+        """The tangent of units at a candidate."""
+        grams = self.grams if candidate.repaired else None
+        formats = sorted(candidate.architecture.formats - {"bf16"})
+        return tangent(self.session.model, candidate, text, formats, grams)
+
+    def measured(self, candidate: Candidate, predicted: float) -> Row:
+        """The row of a candidate outside any study."""
+        values = torch.cat(list(self.measure(candidate))).tolist()
+        trial = Trial(
+            candidate=candidate,
+            bytes=total_bytes(candidate, self.session.deployment),
+            predicted=predicted,
+            values=tuple(values),
+            complete=True,
+        )
+        return Row(trial=trial, kind=candidate.kind, budget=self.session.budget.bytes)
+
+
+@contextmanager
+def open_bench(session: Session, scores: Scores, text: Reference) -> Iterator[Bench]:
+    """The bench of a search, with the crew that its recipe asks for."""
+    count, run = session.recipe.workers, session.run
+    if count == 1:
+        yield Bench(session, scores, text)
+        return
+    setup = {
+        "run": str(run.path),
+        "recipe": session.recipe.model_dump(),
+        "threads": max(1, torch.get_num_threads() // count),
+    }
+    with crew(count, run.path / "study" / "journal.log", setup) as hired:
+        yield Bench(session, scores, text, hired)

@@ -1,0 +1,340 @@
+"""The score stage: contributions, exact removals and the KV format, once per teacher and text.
+
+Gram matrices are a stage of their own, only for spaces that repair what they cut; so are the costs
+of whole layers, only for spaces where nothing less may go.
+"""
+
+import math
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, get_args
+
+import torch
+from torch import Tensor
+
+from compress.core.files import fingerprint
+from compress.core.terminal import note, progress, table
+from compress.formats.kv import set_kv_format
+from compress.formats.table import FORMATS
+from compress.measure.kl import reference, sequence_kl
+from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.checkpoint import Checkpoint
+from compress.run.directory import Run
+from compress.run.recipe import Recipe
+from compress.run.session import Session
+from compress.scores.contributions import Progress, contributions
+from compress.scores.costs import (
+    REMOVAL,
+    Scores,
+    change,
+    choose,
+    importance,
+    kl_of,
+    load_scores,
+    option_key,
+    removed,
+)
+from compress.scores.depth import Depth, layer_costs, load_depth, path_forwards, path_steps
+from compress.scores.ranking import activation_scores
+from compress.scores.replay import Keep, Stop, option_costs, replayable
+from compress.student.candidate import Ranking
+from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
+from compress.student.units import AXES, UNITS, unit_key
+
+STAGE = "score"
+REPAIR = "repair"
+DEPTH = "depth"
+# A replayed mean is known well enough once its standard error is this much of it: an estimate from
+# 256 rows has hardly less, and blocks of one kind differ by more.
+STOP = Stop(relative=0.15)
+# Replays cost at most so many forward passes of the teacher over the scored text, if an option has
+# the fewest rows that tell its error or more.
+REPLAY_FORWARDS = 20
+# The same for removing layers one after another.
+DEPTH_FORWARDS = 6
+
+
+def score_inputs(session: Session) -> dict[str, object]:
+    """What decides the scores."""
+    recipe = session.recipe
+    return {
+        "session": session.identity(),
+        "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
+        "replay": [recipe.replay_tokens, recipe.replay_share],
+        "rankings": list(get_args(Ranking)),
+        # Scores before this rule have no squares.
+        "saliency": "mean squares of activation and gradient",
+    }
+
+
+def scores_file(run: Run) -> Path:
+    """Where the scores are."""
+    return run.path / "scores" / "scores.safetensors"
+
+
+def score(session: Session) -> Scores:
+    """The scores of the session's teacher, computed where missing; every format is scored."""
+    run, recipe, inputs = session.run, session.recipe, score_inputs(session)
+    file = scores_file(run)
+    if run.stage_done(STAGE, inputs) and file.is_file():
+        return load_scores(file)
+    rows = session.rows("score", recipe.score_tokens, recipe.score_length)
+    # Its own directory for these inputs: parts of another scoring are never mixed in.
+    parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
+    scores = scores_of(session.checkpoint, session.model, rows, recipe, parts)
+    scores.save(file)
+    run.sign(STAGE, inputs)
+    # Those of an interrupted scoring under other settings go too.
+    for directory in file.parent.glob("parts-*"):
+        shutil.rmtree(directory)
+    return scores
+
+
+def scores_of(
+    checkpoint: Checkpoint, model: Any, rows: Tensor, recipe: Recipe, directory: Path
+) -> Scores:
+    """The scores of a teacher on rows of tokens [sequences, T].
+
+    ``recipe`` says how many draws and what is replayed; ``directory`` keeps finished parts, so that
+    a killed scoring continues there.
+    """
+    architecture = checkpoint.architecture
+    formats = [format for format in FORMATS if format != "bf16"]
+    with progress("score: contributions", len(rows)) as advance:
+        found = contributions(
+            model, architecture, rows, recipe.draws, formats, recipe.seed,
+            progress=stepwise(advance, len(rows)), directory=directory,
+        )  # fmt: skip
+    estimated = Scores(found, {}, 0.0, rows.shape[1])
+    options = {
+        number: deep_cuts(estimated, block, recipe.replay_share)
+        for number, block in enumerate(architecture.blocks)
+    }
+    replayed = rows[: replay_rows(options, architecture, rows, recipe.replay_tokens)]
+    with progress("score: exact costs of deep cuts", len(options)) as advance:
+        costs = option_costs(
+            model, architecture, replayed, options, STOP,
+            progress=stepwise(advance, len(options)), directory=directory / "replay",
+        )  # fmt: skip
+    measured = {
+        number: {key: float(kl.mean()) for key, kl in found_costs.items()}
+        for number, found_costs in costs.items()
+    }
+    text = reference(checkpoint, model, replayed)
+    set_kv_format(model, "fp8")
+    kv = float(torch.cat(list(sequence_kl(model, text))).mean())
+    set_kv_format(model, "bf16")
+    rankings = activation_scores(model, architecture, rows)
+    exact = settled(estimated, architecture, options, measured)
+    return replace(estimated, exact=exact, kv=kv, rankings=rankings)
+
+
+def settled(
+    estimated: Scores,
+    architecture: Architecture,
+    options: Mapping[int, Mapping[str, Keep]],
+    measured: Mapping[int, Mapping[str, float]],
+) -> dict[tuple[str, str], float]:
+    """Costs of the replayed options by block and option key, nats per token.
+
+    Removals cost what was replayed. A cut of an axis is replayed on a part of the text, and blocks
+    of a kind differ by little more than that error: it costs the geometric mean of what was
+    replayed and of its estimate, times the median of their ratio over the blocks of its kind.
+    """
+    found: dict[tuple[str, str], float] = {}
+    ratios: dict[tuple[str, str], list[float]] = {}
+    estimates: dict[tuple[int, str], float] = {}
+    for number, costs in measured.items():
+        block = architecture.blocks[number]
+        for key, cost in costs.items():
+            found[block_name(block), key] = cost
+            if (keep := options[number][key]) is not None:
+                estimate = kl_of(change(estimated, block, keep, "bf16"), estimated.length)
+                if min(estimate, cost) > 0:
+                    estimates[number, key] = estimate
+                    ratios.setdefault((block.kind, key), []).append(cost / estimate)
+    for (number, key), estimate in estimates.items():
+        block = architecture.blocks[number]
+        scaled = estimate * median(ratios[block.kind, key])
+        found[block_name(block), key] = math.sqrt(measured[number][key] * scaled)
+    return found
+
+
+def replay_rows(
+    options: Mapping[int, Mapping[str, Keep]],
+    architecture: Architecture,
+    rows: Tensor,
+    tokens: int,
+) -> int:
+    """Rows that options are replayed on at most: so many tokens, fewer for a deep model.
+
+    An option costs the share of the depth that comes after it, so that all of them at a fixed
+    number of tokens cost the square of the depth.
+    """
+    forwards = sum(
+        len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
+        for number, keeps in options.items()
+    )
+    return affordable_rows(rows, tokens, forwards, REPLAY_FORWARDS)
+
+
+def affordable_rows(rows: Tensor, tokens: int, forwards: float, most: int) -> int:
+    """Rows that as many forward passes run on: of so many tokens at most, and at least one.
+
+    Fewer where that is more than ``most`` passes over all rows, but enough to tell an error.
+    """
+    affordable = int(most * len(rows) / forwards)
+    return max(1, min(tokens // rows.shape[1], max(STOP.least, affordable)))
+
+
+def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
+    """What is replayed of a block, by option key: its removal, and ``share`` of every axis.
+
+    Axes of routed experts are left out: their cuts are not masks.
+    """
+    found: dict[str, Keep] = {REMOVAL: None}
+    for axis in AXES[block.kind]:
+        count = math.ceil(share * sizes(block)[axis])
+        if count < sizes(block)[axis]:
+            keep = choose(scores, block, {axis: count})
+            if replayable(block, keep):
+                found[option_key(keep)] = keep
+    return found
+
+
+def depth_file(session: Session) -> Depth:
+    """The costs of whole layers of the session's teacher, computed where missing."""
+    run, recipe = session.run, session.recipe
+    inputs = {
+        "session": session.identity(),
+        "tokens": [recipe.score_tokens, recipe.score_length, recipe.replay_tokens],
+        "forwards": DEPTH_FORWARDS,
+    }
+    file = run.path / "scores" / "depth.json"
+    if run.stage_done(DEPTH, inputs) and file.is_file():
+        return load_depth(file)
+    rows = session.rows("score", recipe.score_tokens, recipe.score_length)
+    steps, forwards = path_steps(session.architecture), path_forwards(session.architecture)
+    rows = rows[: affordable_rows(rows, recipe.replay_tokens, forwards, DEPTH_FORWARDS)]
+    # Named by these inputs: what another path found is never mixed in.
+    known = file.with_name(f"depth-{fingerprint(inputs)[:12]}.json")
+    with progress("score: layers, one after another", steps) as advance:
+        depth = layer_costs(
+            session.model, session.architecture, rows,
+            progress=stepwise(advance, steps), known=known,
+        )  # fmt: skip
+    depth.save(file)
+    run.sign(DEPTH, inputs)
+    for interrupted in file.parent.glob("depth-*.json"):
+        interrupted.unlink()
+    return depth
+
+
+def gram_file(session: Session) -> Grams:
+    """Gram matrices of the session's teacher on score text, computed where missing."""
+    run, recipe = session.run, session.recipe
+    # The ridge decides no matrix, but every student that is made with them.
+    inputs = {"session": session.identity(), "tokens": recipe.repair_tokens, "ridge": RIDGE}
+    grams = Grams(run.path / "scores" / "grams.safetensors")
+    if run.stage_done(REPAIR, inputs) and grams.file.is_file():
+        return grams
+    rows = session.rows("score", repair_tokens(session))
+    with progress("score: what output projections read", len(rows)) as advance:
+        halves = {
+            half: gram_matrices(
+                session.model,
+                session.architecture,
+                rows[start::2],
+                progress=lambda n: advance(n, ""),
+            )
+            for start, half in enumerate(HALVES)
+        }
+    save_grams(halves, grams.file)
+    run.sign(REPAIR, inputs)
+    return grams
+
+
+def repair_tokens(session: Session) -> int:
+    """Tokens that Gram matrices take: a row for each half at least."""
+    return max(session.recipe.repair_tokens, 2 * session.recipe.sequence_length)
+
+
+def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:
+    """Progress given as (done, total) on a bar that counts ``steps``."""
+    seen = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal seen
+        now = done * steps // total
+        advance(now - seen, "")
+        seen = now
+
+    return report
+
+
+def print_scores(session: Session, scores: Scores) -> None:
+    """The most and least important of every kind, in nats per token."""
+    blocks = session.architecture.blocks
+    costs = {block_name(b): removed(scores, b) for b in blocks}
+    by_cost = sorted(costs.items(), key=lambda item: item[1])
+    removals = [(name, f"{cost:.4f}") for name, cost in by_cost]
+    shown = removals if len(removals) <= 12 else [*removals[:5], ("...", ""), *removals[-5:]]
+    table("Blocks by what removing them costs (KL, nats per token)", ["block", "KL"], shown)
+    rows = list(unit_rows(scores, blocks))
+    table(
+        "Units of every axis (KL of losing one alone, nats per token)",
+        ["kind", "axis", "units", "least", "where", "most", "where "],
+        rows,
+        left=2,
+    )
+    formats = []
+    for format in FORMATS[1:]:
+        costs = {
+            block_name(b): kl_of(change(scores, b, {}, format), scores.length)
+            for b in blocks
+            if f"{next(iter(units(b)))}/{format}" in scores.contributions
+        }
+        if costs:
+            low, high = min(costs, key=lambda n: costs[n]), max(costs, key=lambda n: costs[n])
+            formats.append(
+                (format, f"{sum(costs.values()):.4f}", f"{costs[low]:.5f}", low,
+                 f"{costs[high]:.5f}", high)
+            )  # fmt: skip
+    table(
+        "Number formats of a block (KL, nats per token)",
+        ["format", "sum of all", "least", "where", "most", "where "],
+        formats,
+    )
+    note(f"FP8 KV cache, measured: {scores.kv:.5f} nats per token")
+
+
+def units(block: Block) -> Iterator[str]:
+    """Keys of a block's unit arrays."""
+    yield from (unit_key(block, axes) for axes in UNITS[block.kind])
+
+
+def unit_rows(scores: Scores, blocks: tuple[Block, ...]) -> Iterator[tuple[str, ...]]:
+    """A row per kind and axis: how many units, the least and the most important one."""
+    kinds = {block.kind for block in blocks}
+    for kind in (kind for kind in AXES if kind in kinds):
+        for axis in AXES[kind]:
+            values = [
+                (block_name(b), importance(scores, b, axis).flatten())
+                for b in blocks
+                if b.kind == kind
+            ]
+            least = min(values, key=lambda item: float(item[1].min()))
+            most = max(values, key=lambda item: float(item[1].max()))
+            yield (
+                kind, axis, str(sum(len(found) for _, found in values)),
+                f"{float(least[1].min()):.2e}", f"{least[0]} #{int(least[1].argmin())}",
+                f"{float(most[1].max()):.2e}", f"{most[0]} #{int(most[1].argmax())}",
+            )  # fmt: skip
+    hidden = importance(scores, None, "hidden")
+    yield (
+        "all", "hidden", str(len(hidden)), f"{float(hidden.min()):.2e}",
+        f"#{int(hidden.argmin())}", f"{float(hidden.max()):.2e}", f"#{int(hidden.argmax())}",
+    )  # fmt: skip

@@ -1,0 +1,265 @@
+"""The search stage: candidates of every kind at the same bytes, measured, the best ones trained."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from typing import Any
+
+from compress.core.errors import Infeasible
+from compress.core.files import write_json
+from compress.core.quantities import format_bytes
+from compress.core.terminal import note
+from compress.export.targets import restricted
+from compress.formats.table import FORMATS, KV_FORMATS, Format
+from compress.measure.kl import Reference, reference
+from compress.memory.budget import in_format
+from compress.memory.footprint import footprint
+from compress.model.architecture import to_json
+from compress.report.candidates import print_candidates
+from compress.run.bench import Bench, Row, open_bench
+from compress.run.directory import Run
+from compress.run.finalists import finals
+from compress.run.score import DEPTH, REPAIR, depth_file, gram_file, repair_tokens, score
+from compress.run.score import STAGE as SCORE
+from compress.run.session import Session
+from compress.run.students import CANDIDATES, keep_students, pruned
+from compress.scores.ranking import require_ranked
+from compress.scores.reselect import FEWEST
+from compress.searches.baselines import main_kind, randomly, uniform, variants
+from compress.searches.problem import Problem
+from compress.searches.proposals import require_feasible
+from compress.searches.space import Space, load_space
+
+STAGE = "search"
+# A searched baseline gets this share of the trials, and at least so many.
+BASELINE_SHARE, BASELINE_TRIALS = 10, 4
+
+
+def target_formats(session: Session) -> tuple[Format, ...]:
+    """Weight formats that the target loads."""
+    return ("bf16",) if session.recipe.target == "transformers" else FORMATS
+
+
+def chosen_space(session: Session) -> Space | None:
+    """The space to search; None where the teacher fits as it is and no space was asked for."""
+    recipe, budget = session.recipe, session.budget.bytes
+    if recipe.space is not None:
+        return restricted(load_space(recipe.space), recipe.target)
+    whole, few = session.teacher_bytes, session.teacher_is_small
+    if whole <= budget and few:
+        note(
+            f"the teacher fits as it is: {format_bytes(whole)} within "
+            f"{session.budget.description}; --space joint makes a smaller one all the same"
+        )
+        return None
+    # Formats make no parameter less.
+    for format in target_formats(session) if few else ():
+        for kv_format in KV_FORMATS if recipe.target != "transformers" else ("bf16",):
+            made = replace(in_format(session.architecture, format), kv_format=kv_format)
+            size = footprint(made, session.deployment).total
+            if size <= budget:
+                note(
+                    f"number formats suffice: {format} weights with a {kv_format} KV cache take "
+                    f"{format_bytes(size)}; searching which blocks need how many bits "
+                    "(--space joint prunes as well)"
+                )
+                return restricted(load_space("formats"), recipe.target)
+    return restricted(load_space("joint"), recipe.target)
+
+
+def search_inputs(session: Session, space: Space) -> dict[str, Any]:
+    """What decides the candidates."""
+    recipe = session.recipe
+    keys = ("target", "ranking", "trials", "reselect_rounds", "finalists", "short_distill_tokens",
+            "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
+    return {
+        "score": session.run.fingerprint(SCORE),
+        "repair": session.run.fingerprint(REPAIR) if space.repair else None,
+        "depth": session.run.fingerprint(DEPTH) if space.remove == "layer" else None,
+        "space": space.model_dump(mode="json"),
+        "budget": [one.budget.bytes for one in session.at_each_budget()],
+        "active": session.active,
+        "deployment": asdict(session.deployment),
+        # Searches before this rule have nothing that says whether training helped.
+        "students": "as cut or as trained, whichever is better",
+        **{key: getattr(recipe, key) for key in keys},
+    }
+
+
+def search(session: Session) -> None:
+    """Search, and write ``candidates.json`` with the finalists' students beside it.
+
+    Raises:
+        Infeasible: nothing of the space fits the budget.
+    """
+    run, sweep = session.run, session.at_each_budget()
+    # One space for a sweep: what the smallest budget needs.
+    space = chosen_space(min(sweep, key=lambda one: one.budget.bytes))
+    write_teacher(session)
+    if space is None:
+        forget_results(run)
+        return
+    # What can be refused is refused before the long work: the budget, and too little text.
+    for one in sweep:
+        require_feasible(
+            Problem(
+                one.architecture, None, space, one.deployment, one.budget.bytes, active=one.active
+            )
+        )
+    require_ranked(session.architecture, session.recipe.ranking)
+    session.rows("score", session.recipe.score_tokens)
+    session.rows("select", 2 * session.recipe.select_tokens)
+    session.rows("final", session.recipe.final_tokens)
+    if space.repair:
+        session.rows("score", repair_tokens(session))
+    scores = score(session)
+    if space.repair:
+        gram_file(session)
+    if space.remove == "layer":
+        depth_file(session)
+    inputs = search_inputs(session, space)
+    if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
+        forget_results(run)
+        text, fresh = selection_text(session)
+        recipe, (sequences, length) = session.recipe, text.tokens.shape
+        again = recipe.reselect_rounds and recipe.ranking == "contribution"
+        if again and sequences < FEWEST:
+            note(
+                f"units are not chosen again: {sequences} sequences of select text prove nothing "
+                f"better; --select-tokens {FEWEST * length} would"
+            )
+        found: list[tuple[Session, list[Row]]] = []
+        unfit: list[dict[str, Any]] = []
+        for one in session.at_each_budget():
+            with open_bench(one, scores, text) as bench:
+                rows, missing = candidates(bench, space)
+            found.append((one, rows if len(sweep) == 1 else named_by_budget(one, rows)))
+            unfit += [{**row, "budget": one.budget.bytes} for row in missing]
+        keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
+        write_json(run.path / "baselines.json", unfit)
+        done = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
+        write_json(run.path / CANDIDATES, [row.to_json() for row in done])
+        run.sign(STAGE, inputs)
+    print_candidates(session)
+
+
+def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
+    """The rows of one budget of a sweep, which their names begin with: ``50-joint-003``."""
+    [budget] = session.recipe.budgets
+    prefix = budget.lower().replace("%", "").replace(" ", "")
+
+    def named(row: Row) -> Row:
+        candidate = replace(row.trial.candidate, id=f"{prefix}-{row.trial.candidate.id}")
+        return replace(row, trial=replace(row.trial, candidate=candidate))
+
+    return [named(row) for row in rows]
+
+
+def forget_results(run: Run) -> None:
+    """Take back what an earlier search of the run said: its students are about to be replaced."""
+    for name in (CANDIDATES, "baselines.json", "table.json", "eval/results.json"):
+        (run.path / name).unlink(missing_ok=True)
+
+
+def write_teacher(session: Session) -> None:
+    """Write what is compressed, for which deployment, into how many bytes."""
+    made = footprint(session.architecture, session.deployment)
+    write_json(
+        session.run.path / "teacher.json",
+        {
+            "name": session.recipe.model,
+            "path": str(session.path),
+            "note": session.note,
+            "architecture": json.loads(to_json(session.architecture)),
+            "bytes": {**asdict(made), "total": made.total},
+            # Of a sweep the largest; every candidate says which one it is for.
+            "budget": max(one.budget.bytes for one in session.at_each_budget()),
+            "deployment": asdict(session.deployment),
+        },
+    )
+
+
+def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Measured candidates of the space and of every baseline, and the baselines that do not fit."""
+    session = bench.session
+    recipe, main = session.recipe, main_kind(space)
+    named = variants(space, target_formats(session), space.kv_formats)
+    missing: list[dict[str, Any]] = []
+    rows = bench.explored(bench.problem(space), main, recipe.trials)
+    for name, variant in named.items():
+        kind = name.partition("-")[0]
+        if kind == main:
+            continue
+        problem = bench.problem(variant, blind_to_rounding=kind == "prune_then_quantize")
+        trials = max(BASELINE_TRIALS, recipe.trials // BASELINE_SHARE)
+        try:
+            rows += bench.explored(problem, name, trials)
+        except Infeasible as error:
+            missing.append({"kind": kind, "fits": False, "reason": str(error)})
+    again = {row.trial.candidate.id for row in best_of(rows, main, recipe.finalists)}
+    rows = [bench.reselected(row) if row.trial.candidate.id in again else row for row in rows]
+    # What people do without a search, they do without repair.
+    plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
+    blind = {"uniform": uniform(plain), "random": randomly(plain, BASELINE_TRIALS, recipe.seed)}
+    for kind, found in blind.items():
+        if not found:
+            missing.append({"kind": kind, "fits": False, "reason": f"no {kind} cut fits"})
+        rows += [bench.measured(candidate, predicted) for candidate, predicted in found]
+    return rows, missing
+
+
+def selection_text(session: Session) -> tuple[Reference, Reference]:
+    """The teacher on the text that trials see, and on fresh text for the finalists."""
+    recipe = session.recipe
+    tokens = session.rows("select", 2 * recipe.select_tokens)
+    text = reference(session.checkpoint, session.model, tokens)
+    half = len(tokens) // 2
+    return text.part(0, half), text.part(half, len(tokens))
+
+
+def with_finalists(
+    session: Session, space: Space, rows: Sequence[Row], fresh: Reference
+) -> list[Row]:
+    """All rows, the finalists' students written and shortly distilled; best first.
+
+    Finalists are the best of the searched kind, of which successive halving leaves one or two, and
+    the best of every other. All are measured after training on text that the search has not seen,
+    in their formats; one is chosen of those that went the whole distance, the others come after.
+    """
+    main = main_kind(space)
+    ordered = sorted(rows, key=rank)
+    final = best_of(rows, main, session.recipe.finalists)
+    for row in final:
+        pruned(session, row.trial.candidate)
+    done, whole = [replace(row, finalist=True) for row in final], set[str]()
+    if session.recipe.short_distill_tokens:
+        searched = [row.trial.candidate for row in final if row.kind == main]
+        others = [row.trial.candidate for row in final if row.kind != main]
+        found, arrived = finals(session, searched, others, fresh)
+        whole = set(arrived)
+        done = [
+            replace(row, distilled_kl=last.kl, distilled_tokens=last.tokens)
+            for row, last in ((row, found[row.trial.candidate.id]) for row in done)
+        ]
+        done.sort(key=lambda row: (row.trial.candidate.id not in whole, rank(row)))
+    else:
+        done.sort(key=rank)
+    allowed = set(space.formats)
+    best = next(row for row in done if row.trial.candidate.architecture.formats <= allowed)
+    marked = [replace(row, selected=row is best) for row in done]
+    ids = {row.trial.candidate.id for row in final}
+    return [*marked, *(row for row in ordered if row.trial.candidate.id not in ids)]
+
+
+def best_of(rows: Sequence[Row], main: str, count: int) -> list[Row]:
+    """The best rows of the searched kind, so many, and the best of every other."""
+    ordered = sorted(rows, key=rank)
+    found = [row for row in ordered if row.kind == main][:count]
+    kinds = {row.kind for row in ordered} - {main}
+    return found + [next(row for row in ordered if row.kind == kind) for kind in sorted(kinds)]
+
+
+def rank(row: Row) -> tuple[bool, float]:
+    """Best first, those stopped early last; KL after distillation where they have it."""
+    after = row.distilled_kl
+    return not row.trial.complete, row.trial.kl if after is None else after

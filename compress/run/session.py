@@ -1,0 +1,153 @@
+"""What the stages of one run share: the teacher, its text and where things are."""
+
+import sys
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from compress.core.errors import InputError
+from compress.core.quantities import parse_count
+from compress.memory.budget import Budget, resolve_budget, teacher_bytes
+from compress.memory.footprint import Deployment
+from compress.model.architecture import Architecture
+from compress.model.build import load_model
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.families import count_active
+from compress.model.find import note_of, resolve_model
+from compress.run.directory import Run
+from compress.run.recipe import Recipe
+from compress.text.documents import read_documents
+from compress.text.packing import pack
+from compress.text.splits import Split, split_documents
+from compress.text.tokenizer import load_tokenizer
+
+# What sessions of one teacher and text, whatever their budget and deployment, load once.
+SHARED = ("path", "checkpoint", "model", "tokenizer", "splits")
+
+
+@dataclass(frozen=True)
+class Session:
+    """A run and its recipe; everything heavy is loaded when first asked for."""
+
+    run: Run
+    recipe: Recipe
+
+    @cached_property
+    def path(self) -> Path:
+        """Directory of the teacher."""
+        return resolve_model(self.recipe.model)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        """The teacher on disk; it has to be in BF16."""
+        return open_checkpoint(self.path)
+
+    @property
+    def architecture(self) -> Architecture:
+        """The teacher's."""
+        return self.checkpoint.architecture
+
+    @cached_property
+    def model(self) -> Any:
+        """The teacher in fp32."""
+        return load_model(self.path)
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The teacher's."""
+        return load_tokenizer(self.path)
+
+    @property
+    def deployment(self) -> Deployment:
+        """How students are served."""
+        return self.recipe.deployment
+
+    @cached_property
+    def budget(self) -> Budget:
+        """The limit that binds."""
+        limit = resolve_budget(
+            self.architecture, self.deployment, self.recipe.budget, self.recipe.device
+        )
+        if limit is None:
+            raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
+        return limit
+
+    def deployed(self, **settings: Any) -> "Session":
+        """This session with another budget or deployment; what it has loaded they share."""
+        found = Session(self.run, self.recipe.changed(**settings))
+        vars(found).update({key: value for key, value in vars(self).items() if key in SHARED})
+        return found
+
+    def at_each_budget(self) -> "list[Session]":
+        """This session with one budget of its sweep each."""
+        budgets = self.recipe.budgets
+        return [self] if len(budgets) < 2 else [self.deployed(budget=budget) for budget in budgets]
+
+    @property
+    def active(self) -> int | None:
+        """The most parameters that one token may use; None where they are not bounded."""
+        asked = self.recipe.active_parameters
+        return None if asked is None else parse_count(asked, "active_parameters")
+
+    @property
+    def teacher_is_small(self) -> bool:
+        """Whether the teacher is within the bound on active parameters, if there is one."""
+        return self.active is None or count_active(self.architecture) <= self.active
+
+    @property
+    def teacher_bytes(self) -> int:
+        """The teacher with BF16 weights and a 16-bit cache in the same deployment."""
+        return teacher_bytes(self.architecture, self.deployment)
+
+    @property
+    def note(self) -> str:
+        """What a reader must know about the teacher, such as how it was obtained."""
+        return note_of(self.path)
+
+    @cached_property
+    def splits(self) -> dict[Split, list[str]]:
+        """Documents by split; ``eval_data`` replaces the final one."""
+        recipe = self.recipe
+        splits = split_documents(read_documents(Path(recipe.data) if recipe.data else None))
+        if recipe.eval_data:
+            splits["final"] = read_documents(Path(recipe.eval_data))
+        return splits
+
+    def rows(self, split: Split, tokens: int, length: int | None = None) -> Tensor:
+        """Packed rows of a split, [rows, sequence length]."""
+        length = length or self.recipe.sequence_length
+        return pack(self.splits[split], self.tokenizer, length, tokens, self.recipe.seed)
+
+    def training_rows(self, tokens: int, length: int) -> Tensor:
+        """Rows to train on: as many as ``tokens`` asks for, or all that there are."""
+        texts = self.splits["train"]
+        # Far more than a token per 8 characters: then there is no need to tokenize everything.
+        plenty = sum(len(text) for text in texts) > 8 * tokens
+        wanted = tokens if plenty else None
+        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed)
+
+    def identity(self) -> dict[str, Any]:
+        """What recognizes the same teacher and text: settings, file sizes and times.
+
+        ``eval_data`` is not in it: no stage but the evaluation reads it.
+        """
+        files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
+        return {
+            "teacher": [stamp(file) for file in files],
+            "text": [stamp(Path(data))]
+            if (data := self.recipe.data)
+            else f"embedded {sys.version_info[:2]}",
+            "seed": self.recipe.seed,
+            "sequence_length": self.recipe.sequence_length,
+        }
+
+
+def stamp(file: Path) -> list[Any]:
+    """Path, size and time of a file."""
+    if not file.is_file():
+        raise InputError(f"{file} does not exist")
+    found = file.stat()
+    return [str(file.resolve()), found.st_size, found.st_mtime_ns]

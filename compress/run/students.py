@@ -1,0 +1,278 @@
+"""From a candidate to a student: cut, trained, quantized, exported."""
+
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from compress.core.errors import InputError
+from compress.core.files import read_json, write_json
+from compress.core.quantities import format_bytes
+from compress.core.terminal import note
+from compress.export.quantize import quantize as with_modelopt
+from compress.export.student import export_student
+from compress.formats.kv import set_kv_format
+from compress.measure.kl import Reference, reference, sequence_kl
+from compress.model.architecture import to_json
+from compress.model.build import disk_tensors, load_model, student_config
+from compress.model.checkpoint import open_checkpoint, write_checkpoint
+from compress.model.families import parameters
+from compress.run.directory import Run
+from compress.run.score import REPAIR, gram_file
+from compress.run.score import STAGE as SCORE
+from compress.run.session import Session
+from compress.student.assemble import student_model
+from compress.student.candidate import Candidate, repair_note
+from compress.student.surgery import in_bf16, load_candidate, prune, same_candidate, save_candidate
+from compress.train.distill import DistillSettings
+from compress.train.distill import distill as train_on_teacher
+from compress.train.loop import forget
+
+CANDIDATES = "candidates.json"
+# Directories of a run with one directory per candidate.
+PER_CANDIDATE = ("candidates", "distill", "export")
+SHORT = ".short"
+STUDENT = "student"
+# Of a training: KL before and after it on the same text, and its tokens.
+RESULT = "result.json"
+
+
+def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mapping[str, Any]]:
+    """The candidate of a name, or the selected one, and its row of ``candidates.json``."""
+    file = session.run.path / CANDIDATES
+    if not file.is_file():
+        raise InputError(no_candidates(session))
+    rows: list[Mapping[str, Any]] = read_json(file)
+    found = [row for row in rows if (row["id"] == name if name else row["selected"])]
+    if not found:
+        known = ", ".join(row["id"] for row in rows[:8])
+        raise InputError(f"no candidate {name} in {session.run.path}; the best are {known}")
+    if len(found) > 1:
+        listed = ", ".join(f"{row['id']} ({format_bytes(row['budget'])})" for row in found)
+        raise InputError(
+            f"{session.run.path} has a chosen candidate for each of its {len(found)} budgets: "
+            f"{listed}; name one as {session.run.name}:{found[0]['id']}"
+        )
+    directory = session.run.path / "candidates" / found[0]["id"]
+    return load_candidate(directory, found[0]["kind"]), found[0]
+
+
+def no_candidates(session: Session) -> str:
+    """Why a run has no candidates, and what gives it some."""
+    teacher = session.run.path / "teacher.json"
+    if teacher.is_file():
+        facts = read_json(teacher)
+        fits = facts["bytes"]["total"] <= facts["budget"] and session.teacher_is_small
+        if fits and session.recipe.space is None:
+            return (
+                f"{session.run.path} has no candidates: the teacher fits as it is, "
+                f"{format_bytes(facts['bytes']['total'])} within {format_bytes(facts['budget'])}; "
+                "compress search --space joint makes a smaller one all the same"
+            )
+    return f"{session.run.path} has no candidates yet; run compress search first"
+
+
+def keep_students(run: Run, candidates: Iterable[Candidate]) -> None:
+    """Write the candidates; students that are theirs already stay, those of others go.
+
+    A name stands for another candidate after a search with other settings, and the same choice
+    for other weights after another teacher.
+    """
+    inputs = {"score": run.fingerprint(SCORE), "repair": run.fingerprint(REPAIR)}
+    same_teacher = run.stage_done("students", inputs)
+    missing: dict[str, Candidate] = {}
+    kept: set[str] = set()
+    for candidate in candidates:
+        if same_teacher and same_candidate(candidate, run.path / "candidates" / candidate.id):
+            kept.add(candidate.id)
+        else:
+            missing[candidate.id] = candidate
+    for folder in PER_CANDIDATE:
+        for directory in (run.path / folder).glob("*"):
+            if directory.name.removesuffix(SHORT) not in kept:
+                shutil.rmtree(directory)
+    run.sign("students", inputs)
+    for name, candidate in missing.items():
+        save_candidate(candidate, run.path / "candidates" / name)
+
+
+def is_cut(session: Session, candidate: Candidate) -> bool:
+    """Whether a candidate lacks anything of its teacher besides bits."""
+    whole = len(session.architecture.blocks)
+    return len(candidate.keep["blocks"]) < whole or len(candidate.keep) > 1
+
+
+def pruned(session: Session, candidate: Candidate) -> Path:
+    """Directory of the candidate's BF16 student, cut now if it was not before."""
+    directory = session.run.path / "candidates" / candidate.id
+    if not (directory / "config.json").is_file():
+        grams = gram_file(session) if candidate.repaired else None
+        prune(session.checkpoint, candidate, directory, grams)
+    return directory
+
+
+def latest(session: Session, candidate: Candidate) -> Path:
+    """The BF16 student of the longest training that made it better, else as it was cut."""
+    for name in (candidate.id, candidate.id + SHORT):
+        directory = session.run.path / "distill" / name
+        if (directory / STUDENT).is_dir() and helped(directory):
+            return directory / STUDENT
+    return pruned(session, candidate)
+
+
+def helped(directory: Path) -> bool:
+    """Whether the training of a directory left the student closer to its teacher.
+
+    Raises:
+        InputError: nothing says so: the training was killed, or is of an earlier version.
+    """
+    file = directory / RESULT
+    if not file.is_file():
+        again = "search" if directory.name.endswith(SHORT) else "distill"
+        raise InputError(
+            f"{directory} has a student but no {RESULT}, which says whether training made it "
+            f"better; run compress {again} again"
+        )
+    result = read_json(file)
+    return bool(result["after"] < result["before"])
+
+
+def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[str, Any]:
+    """What decides a student that is trained for so many tokens."""
+    recipe = session.recipe
+    return {
+        "session": session.identity(),
+        "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate],
+        "length": recipe.distill_length,
+        "architecture": to_json(candidate.architecture),
+        "keep": {key: index.tolist() for key, index in candidate.keep.items()},
+        "repaired": [sorted(candidate.repaired), recipe.repair_tokens]
+        if candidate.repaired
+        else [],
+    }
+
+
+def train_until(
+    session: Session, candidate: Candidate, tokens: int, name: str, end: int | None = None
+) -> Path:
+    """Directory of the BF16 student after ``end`` of the ``tokens`` of a training on its teacher.
+
+    ``name`` is the training's directory in the run, whose checkpoint it goes on from and leaves.
+    """
+    run, recipe = session.run, session.recipe
+    directory = run.path / "distill" / name
+    settings = DistillSettings(
+        tokens=tokens,
+        batch_tokens=recipe.distill_batch_tokens,
+        learning_rate=recipe.learning_rate,
+        seed=recipe.seed,
+        checkpoint_every=25,
+    )
+    student = load_model(pruned(session, candidate))
+    rows = session.training_rows(tokens, recipe.distill_length)
+    train_on_teacher(session.model, student, rows, settings, directory, until=end)
+    architecture = candidate.architecture
+    write_checkpoint(
+        directory / STUDENT,
+        in_bf16(disk_tensors(student, architecture), architecture),
+        student_config(session.checkpoint.config, architecture),
+        session.path,
+        to_json(architecture),
+    )
+    return directory / STUDENT
+
+
+def distilled(session: Session, candidate: Candidate, tokens: int) -> Path:
+    """Directory of the student trained on its teacher for so many tokens, in BF16."""
+    directory = session.run.path / "distill" / candidate.id
+    stage, inputs = f"distill:{candidate.id}", train_inputs(session, candidate, tokens)
+    if not (session.run.stage_done(stage, inputs) and (directory / STUDENT).is_dir()):
+        (directory / RESULT).unlink(missing_ok=True)
+        train_until(session, candidate, tokens, candidate.id)
+        session.run.sign(stage, inputs)
+        forget(directory)
+    return directory / STUDENT
+
+
+def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:
+    """The BF16 student of a directory as a model in fp32, in the candidate's formats."""
+    checkpoint = open_checkpoint(directory)
+    tensors = ((p.name, checkpoint[p.name]) for p in parameters(candidate.architecture))
+    return student_model(session.checkpoint, candidate.architecture, tensors)
+
+
+def kl_of(model: Any, text: Reference) -> float:
+    """Mean KL of a model to the teacher on a text, nats per token."""
+    return float(torch.cat(list(sequence_kl(model, text))).mean())
+
+
+def distill(session: Session, name: str | None) -> None:
+    """Train the candidate for the whole distance and say what it bought."""
+    candidate, _ = find_candidate(session, name)
+    recipe = session.recipe
+    text = reference(
+        session.checkpoint, session.model, session.rows("select", 2 * recipe.select_tokens)
+    )
+    before = kl_of(in_formats(session, candidate, pruned(session, candidate)), text)
+    if not is_cut(session, candidate):
+        note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
+        return
+    directory = distilled(session, candidate, recipe.distill_tokens)
+    after = kl_of(in_formats(session, candidate, directory), text)
+    result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
+    write_json(directory.parent / RESULT, result)
+    note(
+        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {recipe.distill_tokens} tokens "
+        f"(select text, in its formats); student in {latest(session, candidate)}"
+    )
+    if not helped(directory.parent):
+        note(
+            f"training made {candidate.id} worse, so that student is not of it; a lower "
+            f"learning_rate than {recipe.learning_rate:g} or more distill_tokens may help"
+        )
+
+
+def quantize(session: Session, name: str | None) -> None:
+    """Quantize the latest student with ModelOpt and say what that costs."""
+    candidate, _ = find_candidate(session, name)
+    directory, architecture = latest(session, candidate), candidate.architecture
+    tokens = session.rows("select", session.recipe.select_tokens)
+    text = reference(session.checkpoint, session.model, tokens)
+    plain = load_model(directory)
+    set_kv_format(plain, architecture.kv_format)
+    whole = kl_of(plain, text)
+    calibration = session.rows("score", session.recipe.score_tokens)
+    rounded = kl_of(with_modelopt(plain, architecture, calibration[:8]), text)
+    formats = ", ".join(sorted(architecture.formats))
+    note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
+
+
+def export(session: Session, name: str | None) -> Path:
+    """Export the latest student in its formats, verified by reading it back."""
+    candidate, row = find_candidate(session, name)
+    directory, run = latest(session, candidate), session.run
+    out = run.path / "export" / candidate.id
+    card = {
+        "command": f"compress search {session.recipe.model} --run {run.name}",
+        "budget": f"budget {format_bytes(row['budget'])}",
+        "teacher": f"{session.recipe.model} ({session.note})"
+        if session.note
+        else session.recipe.model,
+        "bytes": f"{format_bytes(row['bytes'])} with caches at {session.recipe.context} context",
+        "KL to the teacher": f"{row['measured_kl']:.4f} nats per token before distillation",
+        "student": str(directory.relative_to(run.path)),
+    }
+    if candidate.repaired:
+        blocks = len(candidate.architecture.blocks)
+        card["repair"] = repair_note(len(candidate.repaired), blocks)
+    calibration = session.rows("score", session.recipe.score_tokens)[:8]
+    facts = export_student(
+        directory, out, candidate.architecture, session.recipe.target, card, calibration
+    )
+    note(
+        f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
+        f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
+    )
+    return out

@@ -1,0 +1,1 @@
+"""The price of every decision, and the order of units."""

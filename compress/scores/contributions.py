@@ -1,0 +1,107 @@
+"""The contribution matrix of a teacher: a forward pass and a backward one per draw of labels."""
+
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from compress.formats.table import Format
+from compress.model.architecture import Architecture
+from compress.model.tensor_files import save_tensors
+from compress.scores.taps import SQUARES, Taps
+
+Contributions = Mapping[str, Tensor]
+Progress = Callable[[int, int], None]
+
+
+def contributions(
+    model: Any,
+    architecture: Architecture,
+    tokens: Tensor,
+    draws: int,
+    formats: Sequence[Format],
+    seed: int = 0,
+    batch: int = 8,
+    progress: Progress = lambda done, total: None,
+    directory: Path | None = None,
+) -> dict[str, Tensor]:
+    """The contribution matrix [sequences * draws, *units] of every gate, fp32.
+
+    Squares (``gates.SQUARES``) are sums over all rows, [1, *units].
+
+    Args:
+        model: the teacher in fp32, frozen, in eval mode.
+        architecture: the teacher's.
+        tokens: [sequences, T] token ids.
+        draws: label draws per sequence; labels depend on the seed and the sequence's own tokens, so
+            neither batches nor their order matter.
+        formats: formats to score besides the units.
+        seed: of the labels.
+        batch: sequences per forward pass.
+        progress: called with backward passes done and in total.
+        directory: keeps every finished batch, so that a killed scoring continues there.
+    """
+    taps = Taps(model, architecture, formats, squares=True)
+    batches = torch.split(tokens, batch)
+    collected: dict[str, list[Tensor]] = {}
+    for number, rows in enumerate(batches):
+        part = directory / f"{number:04}.safetensors" if directory else None
+        if part is None or not part.is_file():
+            # Filled in place: small tensors kept from every draw would pin the large freed ones
+            # between them, and memory would grow with the draws.
+            found: dict[str, Tensor] = {}
+            for draw, drawn in enumerate(draw_rows(taps, rows, draws, seed)):
+                for key, value in drawn.items():
+                    if key not in found:
+                        found[key] = value.new_zeros(draws, *value.shape)
+                    found[key][draw] = value
+                progress(number * draws + draw + 1, len(batches) * draws)
+            whole_batch = {
+                key: value.sum((0, 1))[None] if key.endswith(SQUARES) else value.flatten(0, 1)
+                for key, value in found.items()
+            }
+            if part:
+                save_tensors(whole_batch, part)
+        else:
+            whole_batch = load_file(part)
+            progress((number + 1) * draws, len(batches) * draws)
+        for key, value in whole_batch.items():
+            collected.setdefault(key, []).append(value)
+    joined = {key: torch.cat(values) for key, values in collected.items()}
+    return {
+        key: rows.sum(0, keepdim=True) if key.endswith(SQUARES) else rows
+        for key, rows in joined.items()
+    }
+
+
+def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
+    """Contributions of one batch, a dictionary per draw of the labels."""
+    head = taps.model.lm_head.weight
+    with taps.attached(len(rows)), torch.enable_grad():
+        hidden = taps.model.model(input_ids=rows, use_cache=False).last_hidden_state
+        for draw, gradient in enumerate(label_gradients(hidden.detach(), head, rows, draws, seed)):
+            yield taps.backward(hidden, gradient, again=draw < draws - 1)
+
+
+@torch.no_grad()
+def label_gradients(
+    hidden_BTD: Tensor, head_VD: Tensor, rows_BT: Tensor, draws: int, seed: int
+) -> Iterator[Tensor]:
+    """Gradients [B, T, D] of the log-likelihood of drawn labels at the final hidden states.
+
+    No graph over the vocabulary is needed. The labels of a sequence depend on the seed and on its
+    own tokens only.
+    """
+    labels = torch.empty(draws, *rows_BT.shape, dtype=torch.long)
+    expected = torch.empty_like(hidden_BTD)
+    for row, sequence in enumerate(rows_BT):
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
+        probability = (hidden_BTD[row] @ head_VD.T).float().softmax(-1)
+        labels[:, row] = torch.multinomial(probability, draws, True, generator=generator).T
+        expected[row] = probability @ head_VD
+    for drawn in labels:
+        yield head_VD[drawn] - expected

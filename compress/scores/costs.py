@@ -1,0 +1,284 @@
+"""What every decision costs, in nats per token: estimated from contributions, exact for blocks.
+
+With the contribution C[s, u] of every unit and format (``gates``), the KL of a change is about
+1/(2T) times the mean over sequences and draws of (sum over changed gates of change * C)^2, the
+Fisher form of the second-order expansion. It underrates big cuts, so removing a whole block is
+scored exactly by ``replay`` and the estimates of its thinner cuts are anchored to that.
+"""
+
+import math
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from compress.formats.table import Format
+from compress.model.architecture import Block, block_name, sizes
+from compress.model.tensor_files import save_tensors
+from compress.scores.contributions import Contributions
+from compress.scores.ranking import activation_importance
+from compress.scores.taps import SQUARES
+from compress.student.candidate import Ranking
+from compress.student.masks import alive
+from compress.student.units import AXES, SCALARS, UNITS, unit_key
+
+REMOVAL = "removed"
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Contributions [rows, *units] of sequences of ``length`` tokens, and costs that were replayed.
+
+    ``exact`` maps block names and option keys to the KL of that option alone, nats per token, as
+    replays have settled it (``scoring.settled``); ``kv`` is that of storing every KV cache in FP8.
+    ``rankings`` is what ``activation_scores`` gives: the other rankings need it.
+    """
+
+    contributions: Contributions
+    exact: Mapping[tuple[str, str], float]
+    kv: float
+    length: int
+    rankings: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def save(self, file: Path) -> None:
+        """Write everything as named tensors, whole or not at all."""
+        tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
+        tensors |= {
+            f"exact/{block}/{key}": torch.tensor(value, dtype=torch.float64)
+            for (block, key), value in self.exact.items()
+        }
+        tensors |= {f"rankings/{key}": value for key, value in self.rankings.items()}
+        tensors |= {"kv": torch.tensor(self.kv), "length": torch.tensor(self.length)}
+        save_tensors({key: value.contiguous() for key, value in tensors.items()}, file)
+
+
+def load_scores(file: Path) -> Scores:
+    """Read what ``Scores.save`` wrote."""
+    contributions: dict[str, Tensor] = {}
+    rankings: dict[str, Tensor] = {}
+    exact: dict[tuple[str, str], float] = {}
+    with safe_open(file, framework="pt") as reader:
+        for key in reader.offset_keys():
+            group, _, name = key.partition("/")
+            if group == "contributions":
+                contributions[name] = reader.get_tensor(key)
+            elif group == "rankings":
+                rankings[name] = reader.get_tensor(key)
+            elif group == "exact":
+                block, _, option = name.rpartition("/")
+                exact[block, option] = float(reader.get_tensor(key))
+        kv, length = float(reader.get_tensor("kv")), int(reader.get_tensor("length"))
+    return Scores(contributions, exact, kv, length, rankings)
+
+
+def kl_of(rows: Tensor, length: int) -> float:
+    """Predicted KL in nats per token of a change whose summed contributions are ``rows``."""
+    return float(rows.square().mean() / (2 * length))
+
+
+def kl_of_each(rows: Tensor, length: int) -> Tensor:
+    """Predicted KL of each unit's change alone, from its rows [rows, *units]."""
+    return rows.square().mean(0) / (2 * length)
+
+
+def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
+    """Predicted KL of losing each unit of an axis alone; None and "hidden" for the channels.
+
+    Shapes: hidden [hidden], kv_head [kv_head], query [kv_head, query], ffn and shared_ffn [width],
+    head [group, head], channel [channel], expert [expert], expert_ffn [expert, expert_ffn].
+    """
+    if block is None:
+        rows = scores.contributions["hidden"]
+    else:
+        rows = axis_rows(scores.contributions, block, axis)
+    return kl_of_each(rows, scores.length)
+
+
+def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:
+    """What orders units: ``importance`` with far less noise, where a unit is numbers of its own.
+
+    Activations and gradients are taken as independent: tokens times the mean square of the one
+    times the mean square of the other (the diagonal of K-FAC's Fisher; Martens and Grosse 2015),
+    summed over the numbers that a unit consists of. ``importance`` has one number per sequence and
+    draw instead. Query heads and KV groups keep that one.
+    """
+    if block is None:
+        found = scores.contributions
+        norms = sorted({key.partition("/")[0] for key in found if key.startswith("hidden@")})
+        return torch.stack([independent(scores, norm) for norm in norms]).sum(0)
+    axes = next(axes for axes in UNITS[block.kind] if axis in axes)
+    if axes[-1] not in SCALARS:
+        return importance(scores, block, axis)
+    key = unit_key(block, axes)
+    return axis_rows({key: independent(scores, key)[None]}, block, axis)[0]
+
+
+def unit_saliency(scores: Scores, block: Block, axes: tuple[str, ...]) -> Tensor:
+    """The same of a block's finest units, [*axes]."""
+    key = unit_key(block, axes)
+    return (
+        independent(scores, key)
+        if axes[-1] in SCALARS
+        else kl_of_each(scores.contributions[key], scores.length)
+    )
+
+
+def independent(scores: Scores, key: str) -> Tensor:
+    """Predicted KL of losing each unit [*units] from squares of its independent factors."""
+    activation, slope, tokens = (scores.contributions[key + suffix][0] for suffix in SQUARES)
+    rows = len(scores.contributions["hidden"])
+    return activation * slope / tokens.clamp(min=1) / (2 * rows * scores.length)
+
+
+def axis_rows(found: Contributions, block: Block, axis: str) -> Tensor:
+    """Contributions of an axis' units, from the finest ones."""
+    axes = next(axes for axes in UNITS[block.kind] if axis in axes)
+    rows = found.get(unit_key(block, axes))
+    if rows is None:
+        raise KeyError(f"no contributions for {unit_key(block, axes)}")
+    if axis == "kv_head" or axis == "expert":
+        return rows.sum(2)
+    if axis == "head":
+        return rows.sum(3)
+    return rows.sum((1, 2)) if axis == "channel" else rows
+
+
+def priority(
+    scores: Scores,
+    block: Block | None,
+    axis: str,
+    ranking: Ranking = "contribution",
+    keep: Mapping[str, Tensor] | None = None,
+) -> Tensor:
+    """What orders the units of an axis under a ranking, highest kept; shapes as ``importance``.
+
+    ``router`` ranks experts, and is ``contribution`` elsewhere. ``keep`` is what the block keeps
+    on axes that are decided already.
+    """
+    if ranking == "contribution" or (ranking == "router" and axis != "expert"):
+        return saliency(scores, block, axis)
+    if ranking == "router":
+        assert block is not None
+        return scores.rankings[f"{block_name(block)}/router"]
+    return activation_importance(scores.rankings, block, axis, keep or {})
+
+
+def top(values: Tensor, count: int) -> Tensor:
+    """Indices of the ``count`` highest values of the last axis, ascending; ties to the lower."""
+    order = values.argsort(dim=-1, descending=True, stable=True)
+    return order[..., :count].sort(-1).values
+
+
+def choose(
+    scores: Scores, block: Block, target: Mapping[str, int], ranking: Ranking = "contribution"
+) -> dict[str, Tensor]:
+    """Kept indices of a block by axis, the most important units of each; whole axes are left out.
+
+    ``target`` gives counts by axis. KV heads and experts come first, what is inside them after;
+    Mamba's heads come after the channels, over which some rankings add them up.
+    """
+    keep: dict[str, Tensor] = {}
+    for axis in sorted(AXES[block.kind], key=lambda axis: axis == "head"):
+        count = target.get(axis, sizes(block)[axis])
+        values = priority(scores, block, axis, ranking, keep)
+        parent = {"query": "kv_head", "expert_ffn": "expert"}.get(axis)
+        if parent in keep:
+            values = values[keep[parent]]
+        if count < values.shape[-1]:
+            keep[axis] = top(values, count)
+    return keep
+
+
+def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> Tensor:
+    """Summed contributions [rows] of cutting a block to ``keep`` and storing it in ``format``.
+
+    A unit that goes costs -C, one that stays its rounding: what is cut is not charged for bits.
+    """
+    found = scores.contributions
+    total = torch.zeros(len(found["hidden"]))
+    for axes in UNITS[block.kind]:
+        key = unit_key(block, axes)
+        mask = alive(block, axes, keep).flatten()
+        total -= found[key].flatten(1) @ (1 - mask)
+        if format != "bf16":
+            total += found[f"{key}/{format}"].flatten(1) @ mask
+    rest = found.get(f"{block_name(block)}/rest/{format}")
+    return total if rest is None else total + rest
+
+
+def option_key(keep: Mapping[str, Tensor] | None) -> str:
+    """Name of what an option keeps, such as ``ffn=768``; ``removed`` for nothing."""
+    if keep is None:
+        return REMOVAL
+    return ",".join(f"{axis}={index.shape[-1]}" for axis, index in sorted(keep.items()))
+
+
+def counts_of(key: str) -> dict[str, int]:
+    """The counts by axis that an option key names."""
+    return {axis: int(count) for axis, _, count in (p.partition("=") for p in key.split(","))}
+
+
+def removed(scores: Scores, block: Block) -> float:
+    """Exact KL of removing a block; the estimate where it was not replayed."""
+    found = scores.exact.get((block_name(block), REMOVAL))
+    return kl_of(whole(scores, block), scores.length) if found is None else found
+
+
+def whole(scores: Scores, block: Block) -> Tensor:
+    """Summed contributions [rows] of losing all units of a block."""
+    rows = [
+        scores.contributions[unit_key(block, axes)].flatten(1).sum(1) for axes in UNITS[block.kind]
+    ]
+    return torch.stack(rows).sum(0)
+
+
+def anchors(scores: Scores, block: Block, axes: Collection[str]) -> list[tuple[float, float]]:
+    """Estimate and exact cost of the block's replayed options that cut no axis but these.
+
+    In ascending order of the estimate; the removal, which cuts everything, is always among them.
+    """
+    found = []
+    for (name, key), cost in scores.exact.items():
+        if name != block_name(block):
+            continue
+        if key == REMOVAL:
+            found.append((kl_of(whole(scores, block), scores.length), cost))
+        elif counts_of(key).keys() <= set(axes):
+            rows = change(scores, block, choose(scores, block, counts_of(key)), "bf16")
+            found.append((kl_of(rows, scores.length), cost))
+    return sorted(found)
+
+
+def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> float:
+    """Predicted KL of one option of a block, nats per token.
+
+    The second-order estimate is right for small cuts and low for whole blocks. A replayed option
+    costs what was settled. Others are corrected by those on either side and by a cut of nothing:
+    the ratio exact / estimate is interpolated linearly over the estimate and its root taken.
+    Of what makes a replayed cut dearer than its estimate another cut of the block has only a part,
+    and the replays are of less text (measured: runs/README.md). None is cheaper than a smaller
+    replayed cut, or dearer than a larger one.
+    """
+    cut = change(scores, block, keep, "bf16")
+    # Rounding of what stays has nothing to do with what went: their product is noise, of which a
+    # search over many options would find the most negative.
+    rounding = kl_of(change(scores, block, keep, format) - cut, scores.length)
+    if not keep:
+        return rounding
+    structure = kl_of(cut, scores.length)
+    exact = scores.exact.get((block_name(block), option_key(keep)))
+    if exact is None:
+        known = [
+            (estimate, cost) for estimate, cost in anchors(scores, block, keep) if estimate > 0
+        ]
+        points = [0.0, *(estimate for estimate, _ in known)]
+        ratios = [1.0, *(cost / estimate for estimate, cost in known)]
+        guess = structure * math.sqrt(float(np.interp(structure, points, ratios)))
+        least = max((cost for estimate, cost in known if estimate <= structure), default=0.0)
+        most = min((cost for estimate, cost in known if estimate > structure), default=guess)
+        exact = max(least, min(guess, most))
+    return exact + rounding

@@ -1,0 +1,173 @@
+"""Which units a student's sizes keep, chosen again where the student stands.
+
+Scores rank units at the teacher, where nothing else is missing. In a student that has lost a third
+of its teacher other units matter, and the KL has a slope there, for units that are gone too
+(``tangent``): what a change costs is no longer its curvature alone. Sizes, formats and bytes stay.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+
+import torch
+from scipy.stats import wilcoxon
+from torch import Tensor
+
+from compress.measure.kl import Reference
+from compress.model.architecture import Architecture, Block, Mamba, block_name
+from compress.scores.costs import Scores, saliency, top, unit_saliency
+from compress.scores.tangent import Tangent
+from compress.student.candidate import Candidate, block_keep
+from compress.student.masks import unit_mask
+from compress.student.units import UNITS, unit_key
+
+# How far slopes are trusted at first and at last. Trusted whole, they prefer units that are better
+# for one kind of text and worse for another (measured: runs/README.md).
+MOST_TRUST, LEAST_TRUST = 1 / 2, 1 / 64
+# Chance of taking other units for better that are not; lower ones take more text.
+CERTAIN = 0.05
+# Fewer sequences cannot be that certain: signed ranks are at best, where all agree, at 2^-n.
+FEWEST = math.ceil(-math.log2(CERTAIN))
+Measure = Callable[[Candidate, Reference], Iterator[Tensor]]
+
+
+def reselect(
+    candidate: Candidate,
+    values: Tensor,
+    text: Reference,
+    slopes: Sequence[Reference],
+    measure: Measure,
+    linearize: Callable[[Candidate, Reference], Tangent],
+    scores: Scores,
+) -> tuple[Candidate, Tensor]:
+    """The best candidate of some rounds of ``reselected``, and its KL of every sequence.
+
+    ``values`` is what ``measure`` gives for the candidate on ``text``, a batch of sequences at a
+    time. A round takes a tangent on its own text of ``slopes`` and one step along it: all that
+    slopes promise is too much where many units change together, so trust is halved, from round to
+    round too, until the KL falls beyond doubt on ``text``, and on the tangent's text as well. A
+    round that finds nothing better is the last. Nor is anything better on fewer sequences than
+    ``FEWEST``.
+    """
+    trust, teacher = MOST_TRUST, text.teacher.architecture
+    if len(values) < FEWEST:
+        return candidate, values
+    for there in slopes:
+        at = linearize(candidate, there)
+        # Masks compute a student exactly, but for the scales of what is rounded.
+        exact = candidate.architecture.formats == {"bf16"}
+        before = at.kl if exact else torch.cat(list(measure(candidate, there)))
+        while True:
+            other = reselected(candidate, at, scores, teacher, trust)
+            if trust < LEAST_TRUST or not moved(candidate, other, teacher):
+                return candidate, values
+            found = lower(measure(other, text), values)
+            # Slopes are of the other text: where it gets worse, the step was too long.
+            if (
+                found is not None
+                and certainly_lower(found, values)
+                and lower(measure(other, there), before) is not None
+            ):
+                break
+            trust /= 2
+        candidate, values = other, found
+    return candidate, values
+
+
+def lower(batches: Iterator[Tensor], values: Tensor) -> Tensor | None:
+    """The KL of every sequence if its mean is below that of ``values``, else None.
+
+    Stops as soon as the sequences so far are worse by two standard errors of the paired difference.
+    """
+    found = values[:0]
+    for batch in batches:
+        found = torch.cat([found, batch])
+        excess = found - values[: len(found)]
+        if len(found) > 1 and excess.mean() > 2 * excess.std() / len(found) ** 0.5:
+            return None
+    return found if found.mean() < values.mean() else None
+
+
+def certainly_lower(found: Tensor, values: Tensor) -> bool:
+    """Whether signed ranks of the differences say so too (Wilcoxon, one-sided).
+
+    A mean is easily misled by a few sequences, for whose sake many units go.
+    """
+    excess = (found - values).numpy()
+    return bool(wilcoxon(excess, alternative="less").pvalue < CERTAIN)
+
+
+def moved(before: Candidate, after: Candidate, teacher: Architecture) -> int:
+    """How many units of a candidate are gone in another one of the same sizes."""
+    count = 0
+    if "hidden" in before.keep:
+        count += len(before.keep["hidden"]) - int(
+            torch.isin(before.keep["hidden"], after.keep["hidden"]).sum()
+        )
+    for number in before.keep["blocks"].tolist():
+        for axes in UNITS[teacher.blocks[number].kind]:
+            lost = unit_mask(teacher, before.keep, number, axes)
+            lost *= 1 - unit_mask(teacher, after.keep, number, axes)
+            count += int(lost.sum())
+    return count
+
+
+def reselected(
+    candidate: Candidate, at: Tangent, scores: Scores, teacher: Architecture, trust: float
+) -> Candidate:
+    """The candidate with the units that are worth most at its tangent, as many as it had.
+
+    A unit whose gate has the slope s and the curvature c costs -s + c/2 when it goes, and saves
+    -s - c/2 when it comes back; c is that of the teacher's scores, divided by ``trust`` (0 to 1),
+    since units that change together cost more than alone. Experts stay: those that are gone have no
+    gradient, as nothing is routed to them.
+    """
+    keep = dict(candidate.keep)
+    if "hidden" in keep:
+        kept = torch.zeros(teacher.hidden).index_fill_(0, keep["hidden"], 1)
+        half = saliency(scores, None, "hidden") / trust
+        values = worth(at.slope["hidden"], half, kept, at.length)
+        keep["hidden"] = top(values, len(keep["hidden"]))
+    for number in keep["blocks"].tolist():
+        block = teacher.blocks[number]
+        own = block_keep(candidate.keep, block)
+        for axes in UNITS[block.kind]:
+            kept = unit_mask(teacher, candidate.keep, number, axes)
+            half = unit_saliency(scores, block, axes) / trust
+            values = worth(at.slope[unit_key(block, axes)], half, kept, at.length)
+            for axis, index in best_units(block, axes, own, values, kept).items():
+                keep[f"{block_name(block)}/{axis}"] = index
+    return replace(candidate, keep=keep)
+
+
+def worth(slope: Tensor, half: Tensor, kept: Tensor, length: int) -> Tensor:
+    """What the KL would lose if a unit were not there, or gain if it were, nats per token.
+
+    Of a slope counts what exceeds its standard error over the sequences; of one sequence nothing.
+    """
+    if len(slope) < 2:
+        return half * (2 * kept - 1)
+    mean, error = slope.mean(0), slope.std(0) / len(slope) ** 0.5
+    known: Tensor = mean.sign() * (mean.abs() - error).clamp(min=0) / length
+    return half * (2 * kept - 1) - known
+
+
+def best_units(
+    block: Block, axes: tuple[str, ...], own: Mapping[str, Tensor], values: Tensor, kept: Tensor
+) -> dict[str, Tensor]:
+    """Indices of the best units of one array [*axes] by axis, as many as ``own`` has."""
+    if isinstance(block, Mamba):
+        # A head is worth what its kept channels are, a channel what it is in the kept heads.
+        heads, channels = kept.amax(2, keepdim=True), kept.amax((0, 1))
+        sums = {"head": (values * channels).sum(2), "channel": (values * heads).sum((0, 1))}
+        return {axis: top(sums[axis], own[axis].shape[-1]) for axis in sums if axis in own}
+    found, inner = {}, axes[-1]
+    count = own[inner].shape[-1] if inner in own else values.shape[-1]
+    order = top(values, count)
+    if axes[0] == "kv_head" and "kv_head" in own:
+        groups = values.gather(-1, order).sum(-1)
+        found["kv_head"] = top(groups, len(own["kv_head"]))
+        order = order[found["kv_head"]]
+    elif axes[0] == "expert" and "expert" in own:
+        order = order[own["expert"]]
+    return found | ({inner: order} if inner in own else {})

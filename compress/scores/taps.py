@@ -1,0 +1,301 @@
+"""Gates and the contribution matrix: what every unit and every format is worth, in one pass.
+
+A gate is a multiplier at 1 on a unit's activation, or 0 -> 1 on a block's rounding error. Its
+gradient needs no gate in the graph: at an activation z it is the sum over tokens of z * dL/dz, at
+a linear layer y = W x with rounding error dW it is the sum of dL/dy * (dW x). So hooks read
+activations and their gradients, and one backward gives one row per sequence for every gate.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from math import prod
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.formats.fake import fake_quantize_block, takes
+from compress.formats.table import Format
+from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
+from compress.model.families import family_of
+from compress.model.layout import Slot, parse, shape
+from compress.model.modules import slots_of, weights_of
+from compress.student.masks import masked, unit_mask
+from compress.student.units import SCALARS, UNITS, unit_key, units_of
+
+# What is kept of those besides contributions: sums over tokens of the squares of activations and of
+# gradients, and how many tokens there were.
+SQUARES = ("/activation", "/slope", "/tokens")
+Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [rows, features]
+WHOLE: Mapping[str, Tensor] = MappingProxyType({})  # what a teacher keeps: everything
+
+
+class Taps:
+    """Hooks on a frozen teacher that collect contributions while gradients flow backwards.
+
+    After a forward inside ``attached()`` and a backward, ``rows`` maps every key to [sequences,
+    *unit shape]: ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
+    whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``. With
+    ``squares`` also, for units that are one number z per token, ``<block>/<units>/activation`` and
+    ``.../slope``, the sums over tokens of the squares of z and of dL/dz, with ``.../tokens``; for
+    the hidden channels at every norm, ``hidden@<number>/...``.
+
+    With ``keep`` and ``current`` (teacher block numbers to formats, of those in ``formats``) the
+    teacher computes that student: contributions are the derivatives there, of units that are gone
+    too, formats still against BF16.
+    """
+
+    def __init__(
+        self,
+        model: Any,
+        architecture: Architecture,
+        formats: Sequence[Format],
+        keep: Mapping[str, Tensor] = WHOLE,
+        current: Mapping[int, Format] = MappingProxyType({}),
+        squares: bool = False,
+    ) -> None:
+        self.model, self.architecture, self.squares = model, architecture, squares
+        self.keep, self.current = keep, current
+        self.rows: dict[str, Tensor] = {}
+        self.errors = {
+            (number, format): errors
+            for number in range(len(architecture.blocks))
+            for format in formats
+            if (errors := rounding_errors(model, architecture, number, format))
+        }
+        self.formats = tuple(formats)
+
+    @contextmanager
+    def attached(self, sequences: int) -> Iterator[None]:
+        """Hooks in place for a batch of so many sequences.
+
+        The embedding's output becomes the leaf that gradients flow to.
+        """
+        self.sequences = sequences
+        family = family_of(self.architecture.family)
+        final = getattr(self.model.model, family.final_norm)
+        embedding = self.model.get_input_embeddings()
+        handles = [
+            embedding.register_forward_hook(lambda m, a, output: output.requires_grad_(True))
+        ]
+        handles.append(final.register_forward_hook(self.tap_norm(len(self.architecture.blocks))))
+        patched: list[Any] = []
+        masks = ExitStack()
+        self.unmasked = masks.enter_context(masked(self.model, self.architecture, self.keep))
+        for number, block in enumerate(self.architecture.blocks):
+            layer, site = self.model.model.layers[block.layer], family.sites[block.kind]
+            handles.append(getattr(layer, site.norm).register_forward_hook(self.tap_norm(number)))
+            for name, slot in slots_of(self.architecture, block, experts=False).items():
+                hook = self.tap_linear(number, name, slot)
+                handles.append(layer.get_submodule(name).register_forward_hook(hook))
+            if isinstance(block, Mamba):
+                norm = getattr(layer, site.mixer).norm
+                handles.append(norm.register_forward_pre_hook(self.tap_gated_norm(number)))
+            if isinstance(block, Moe):
+                patched.append(getattr(layer, site.mixer).experts)
+                patched[-1].forward = self.experts_forward(number, block, patched[-1])
+        try:
+            yield
+        finally:
+            masks.close()
+            for handle in handles:
+                handle.remove()
+            for module in patched:
+                del module.forward  # the class's own shows again
+            self.rows = {}
+
+    def backward(self, hidden: Tensor, gradient: Tensor, *, again: bool) -> dict[str, Tensor]:
+        """One row per sequence of every gate, from the gradient at the final hidden states.
+
+        ``again`` keeps the graph for another gradient.
+        """
+        self.rows = {}
+        torch.autograd.backward(hidden, gradient, retain_graph=again)
+        return {key: value.detach() for key, value in self.rows.items()}
+
+    def add(self, key: str, value: Tensor) -> None:
+        """Add rows; several norms share the hidden channels, several matrices a unit's rounding."""
+        self.rows[key] = self.rows[key] + value if key in self.rows else value
+
+    def tap_norm(self, number: int) -> Callable[..., None]:
+        """Hook for a residual norm's output: the hidden channels."""
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            value = output.detach()
+
+            def rows(grad: Tensor) -> None:
+                self.add("hidden", (value * grad).sum(1))
+                if self.squares:
+                    parts = value.square(), grad.square(), torch.ones_like(value[..., :1])
+                    for suffix, part in zip(SQUARES, parts, strict=True):
+                        self.add(f"hidden@{number}{suffix}", part.sum(1))
+
+            on_gradient(output, rows)
+
+        return hook
+
+    def tap_gated_norm(self, number: int) -> Callable[..., None]:
+        """Hook for a Mamba block's dead units: out_proj never sees them, the norm's input does."""
+        block, axes = self.architecture.blocks[number], UNITS["mamba"][0]
+        gone = 1 - unit_mask(self.architecture, self.keep, number, axes)
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if (value := self.unmasked.inputs.get(module)) is None or not args[0].requires_grad:
+                return
+
+            def rows(grad: Tensor) -> None:
+                found = (value * grad).sum(1).reshape(-1, *gone.shape)
+                self.add(unit_key(block, axes), found * gone)
+
+            on_gradient(args[0], rows)
+
+        return hook
+
+    def tap_linear(self, number: int, name: str, slot: Slot) -> Callable[..., Tensor]:
+        """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+            value = self.unmasked.inputs.get(module, args[0].detach())
+            return self.tap(number, name, slot, value, args[0], output, lambda v: v.sum(1))
+
+        return hook
+
+    def tap(
+        self,
+        number: int,
+        name: str,
+        slot: Slot,
+        value: Tensor,
+        x: Tensor,
+        y: Tensor,
+        gather: Gather,
+    ) -> Tensor:
+        """Tap y = W x, where ``value`` is x before its mask; y in the block's current format.
+
+        Taken are the units that the input is made of, and what rounding W costs.
+        """
+        block = self.architecture.blocks[number]
+        found = {
+            f: self.errors[number, f][name] for f in self.formats if (number, f) in self.errors
+        }
+        if (current := self.current.get(number, "bf16")) != "bf16":
+            y = y + x @ found[current].float().T
+        axes = units_of(parse(slot.shape)[1][0], block)
+        reads_units = axes is not None
+
+        def units(grad: Tensor) -> None:
+            self.add_units(block, slot, 1, gather(value * grad), "")
+            if self.squares and axes and axes[-1] in SCALARS:
+                self.add_units(block, slot, 1, gather(value.square()), SQUARES[0])
+                self.add_units(block, slot, 1, gather(grad.square()), SQUARES[1])
+                ones = torch.ones_like(value[..., :1])
+                self.add(unit_key(block, axes) + SQUARES[2], gather(ones))
+
+        if reads_units and x.requires_grad:
+            on_gradient(x, units)
+        if not found or not y.requires_grad:
+            return y
+        # The side that is made of units keeps its index; there are no units on the other one.
+        shifts = {} if reads_units else {f: value @ error.float().T for f, error in found.items()}
+
+        def rounding(grad: Tensor) -> None:
+            for format, error in found.items():
+                cost = value * (grad @ error.float()) if reads_units else grad * shifts[format]
+                self.add_units(block, slot, int(reads_units), gather(cost), f"/{format}")
+
+        on_gradient(y, rounding)
+        return y
+
+    def add_units(self, block: Block, slot: Slot, side: int, rows: Tensor, suffix: str) -> None:
+        """Add [rows, features of one side of a weight] to the unit arrays they belong to."""
+        axis_sizes, offset = sizes(block) | {"hidden": self.architecture.hidden}, 0
+        experts = rows.shape[1:-1]
+        for product in parse(slot.shape)[side]:
+            length = prod(axis_sizes[axis] for axis in product)
+            part, offset = rows[..., offset : offset + length], offset + length
+            axes = units_of(product, block)
+            if axes is None:
+                self.add(f"{block_name(block)}/rest{suffix}", part.flatten(1).sum(1))
+            elif experts:
+                self.add(unit_key(block, axes) + suffix, part)
+            else:
+                shaped = to_units(part, product, axes, axis_sizes)
+                self.add(unit_key(block, axes) + suffix, shaped)
+
+    def experts_forward(self, number: int, block: Moe, module: Any) -> Callable[..., Tensor]:
+        """The fused experts' forward, expert by expert, with taps on each one's two matrices."""
+        slots = slots_of(self.architecture, block, experts=True)
+        (up, up_slot), (down, down_slot) = slots.items()
+        kept = unit_mask(self.architecture, self.keep, number, UNITS["moe"][0])
+
+        def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+            length = x.shape[0] // self.sequences
+            output = torch.zeros_like(x)
+            for expert in range(block.expert):
+                token, choice = torch.where(index == expert)
+                if not len(token):
+                    continue
+                row = token // length
+
+                def gather(value: Tensor, expert: int = expert, row: Tensor = row) -> Tensor:
+                    rows = value.new_zeros(self.sequences, block.expert, value.shape[-1])
+                    rows[:, expert] = rows[:, expert].index_add(0, row, value)
+                    return rows
+
+                names = (up.format(expert=expert), down.format(expert=expert))
+                seen = x[token]
+                before = seen @ module.up_proj[expert].T
+                before = self.tap(number, names[0], up_slot, seen.detach(), seen, before, gather)
+                inner = module.act_fn(before)
+                value, inner = inner.detach(), inner * kept[expert]
+                after = inner @ module.down_proj[expert].T
+                after = self.tap(number, names[1], down_slot, value, inner, after, gather)
+                output = output.index_add(0, token, after * weight[token, choice, None])
+            return output
+
+        return forward
+
+    sequences: int = 0  # rows of the batch that is under way; experts see flattened tokens
+
+
+def on_gradient(tensor: Any, hook: Callable[[Tensor], None]) -> None:
+    """Call ``hook`` with the gradient of a tensor; the gradient itself stays as it is."""
+    tensor.register_hook(hook)
+
+
+def to_units(
+    rows: Tensor, product: Sequence[str], axes: Sequence[str], axis_sizes: Mapping[str, int]
+) -> Tensor:
+    """[B, product of axes] as [B, *units]: other axes are summed, missing ones share equally."""
+    shaped = rows.reshape(len(rows), *(axis_sizes[axis] for axis in product))
+    for number in reversed(range(len(product))):
+        if product[number] not in axes:
+            shaped = shaped.sum(number + 1)
+    share = 1
+    for number, axis in enumerate(axes):
+        if axis not in product:
+            shaped = shaped.unsqueeze(number + 1)
+            share *= axis_sizes[axis]
+    return (shaped / share).expand(len(rows), *(axis_sizes[axis] for axis in axes))
+
+
+def takes_format(architecture: Architecture, block: Block, format: Format) -> bool:
+    """Whether every quantizable weight of a block can be stored in a format."""
+    axis_sizes = sizes(block) | {"hidden": architecture.hidden}
+    table = family_of(architecture.family).tensors(block).values()
+    return all(takes(shape(slot.shape, axis_sizes), format) for slot in table if slot.fused)
+
+
+def rounding_errors(
+    model: Any, architecture: Architecture, number: int, format: Format
+) -> dict[str, Tensor]:
+    """What a format adds to a block's weights, bf16, by module; empty if a shape refuses it."""
+    block = architecture.blocks[number]
+    if not takes_format(architecture, block, format):
+        return {}
+    weights = weights_of(model, architecture, block)
+    exact = {name: weight for name, (weight, _) in weights.items()}
+    slots = {name: slot for name, (_, slot) in weights.items()}
+    rounded = fake_quantize_block(exact, slots, format)
+    return {name: (rounded[name] - exact[name]).bfloat16() for name in exact}

@@ -1,0 +1,174 @@
+"""Search spaces: YAML in, the options of every block out. No torch."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from compress.core.errors import InputError
+from compress.formats.table import FORMATS, Format, KvFormat
+from compress.memory.footprint import block_takes
+from compress.model.architecture import Architecture, Attention, Block, Moe, sizes
+from compress.model.find import shipped
+from compress.student.units import AXES
+
+# Widths are multiples of this; of the small one where the width itself is under 1024.
+MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
+WIDTHS = {"hidden", "ffn", "expert_ffn", "shared_ffn"}
+
+
+class Axis(BaseModel):
+    """Shares of an axis that a student may keep besides all of it."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    scope: Literal["global", "block"]
+    keep: tuple[float, ...]
+
+
+class Space(BaseModel):
+    """What a search may change.
+
+    ``remove`` says what may go as a whole; ``repair`` also offers every cut of a block with its
+    output projection refitted.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    remove: Literal["none", "layer", "block"]
+    axes: Mapping[str, Axis]
+    formats: tuple[Format, ...] = Field(min_length=1)
+    kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
+    repair: bool = False
+
+    @property
+    def prunes(self) -> bool:
+        """Whether any structure may go."""
+        return bool(self.axes) or self.remove != "none"
+
+
+def shipped_spaces() -> dict[str, Path]:
+    """The spaces that come with the package, by name, in a wheel or a source tree."""
+    return {path.stem: path for path in sorted(shipped("search_spaces").glob("*.yaml"))}
+
+
+def load_space(name: str) -> Space:
+    """The space of a shipped name or a YAML file.
+
+    Raises:
+        InputError: unknown name, unknown key, unknown axis or a share outside (0, 1).
+    """
+    shipped = shipped_spaces()
+    path = shipped.get(name, Path(name))
+    if not path.is_file():
+        raise InputError(f"space {name!r} is neither a file nor one of {', '.join(shipped)}")
+    try:
+        settings = yaml.safe_load(path.read_text())
+        if not isinstance(settings, dict):
+            raise InputError(f"{path} holds no keys; a space has {', '.join(Space.model_fields)}")
+        space = Space.model_validate(settings)
+    except ValidationError as error:
+        # A key that is not known explains another that is missing, not the other way round.
+        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            keys = [*Space.model_fields, *Axis.model_fields]
+            hint = get_close_matches(where.rpartition(".")[2], keys, n=1) or keys
+            raise InputError(f"{path}: unknown key {where!r}; known: {', '.join(hint)}") from error
+        raise InputError(f"{path}: {where}: {first['msg']}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    known = {"hidden"} | {axis for axes in AXES.values() for axis in axes}
+    for axis, choice in space.axes.items():
+        if axis not in known:
+            raise InputError(f"{path}: unknown axis {axis!r}; known: {', '.join(sorted(known))}")
+        if axis == "hidden" and choice.scope != "global":
+            raise InputError(f"{path}: hidden is one for all blocks; its scope is global")
+        if not all(0 < share < 1 for share in choice.keep):
+            raise InputError(f"{path}: shares to keep of {axis} must lie between 0 and 1")
+    return space
+
+
+def counts(axis: str, size: int, shares: tuple[float, ...]) -> list[int]:
+    """The sizes an axis may have, largest first, the whole one included.
+
+    Widths round to a multiple of 64 (16 on tiny models), other axes to whole units.
+    """
+    step = (MULTIPLE if size >= SMALL_WIDTH else SMALL_MULTIPLE) if axis in WIDTHS else 1
+    rounded = {max(step, round(share * size / step) * step) for share in shares}
+    return [size, *sorted((count for count in rounded if count < size), reverse=True)]
+
+
+def admissible(block: Block, target: Mapping[str, int]) -> bool:
+    """Whether routing still works: at least top-k experts, divisible by the routing groups."""
+    if isinstance(block, Moe) and "expert" in target:
+        return target["expert"] >= block.top_k and target["expert"] % block.routing_group == 0
+    return True
+
+
+@dataclasses.dataclass(frozen=True)
+class Option:
+    """One choice for a block: its counts by axis (whole axes left out) and format; or removal.
+
+    ``repaired``: what is cut has its output projection refitted.
+    """
+
+    target: tuple[tuple[str, int], ...] = ()
+    format: Format = "bf16"
+    removed: bool = False
+    repaired: bool = False
+
+
+REMOVED = Option(removed=True)
+
+
+def block_options(
+    architecture: Architecture,
+    number: int,
+    space: Space,
+    globals_: Mapping[str, float],
+    hidden: int,
+) -> Iterator[Option]:
+    """Every option of one block but removal. ``globals_`` are the chosen shares of global axes."""
+    block = architecture.blocks[number]
+    choices: list[list[tuple[str, int]]] = []
+    for axis in AXES[block.kind]:
+        size = sizes(block)[axis]
+        if axis not in space.axes:
+            found = [size]
+        elif space.axes[axis].scope == "global":
+            share = globals_.get(axis, 1.0)
+            found = [size] if share == 1 else counts(axis, size, (share,))[-1:]
+        else:
+            found = counts(axis, size, space.axes[axis].keep)
+        choices.append([(axis, count) for count in found])
+    for picked in itertools.product(*choices):
+        target = {axis: count for axis, count in picked if count < sizes(block)[axis]}
+        if not admissible(block, target):
+            continue
+        smaller = resized(block, target)
+        taken: list[Format] = [
+            f for f in space.formats if block_takes(smaller, hidden, architecture.family, f)
+        ]
+        # A block whose shapes refuse all formats of the space stays BF16.
+        for format in taken or [FORMATS[0]]:
+            option = Option(tuple(sorted(target.items())), format)
+            yield option
+            if space.repair and target:
+                yield dataclasses.replace(option, repaired=True)
+
+
+def resized(block: Block, target: Mapping[str, int], format: Format = "bf16") -> Block:
+    """The block with other sizes and format."""
+    changes: dict[str, Any] = {**target, "format": format}
+    return dataclasses.replace(block, **changes)
+
+
+def last_attention_must_stay(architecture: Architecture) -> list[int]:
+    """Blocks of which one at least must survive: caches and position need an attention block."""
+    return [n for n, block in enumerate(architecture.blocks) if isinstance(block, Attention)]

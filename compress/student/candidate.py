@@ -1,0 +1,83 @@
+"""A candidate: sizes, kept indices, a format per block and the KV format; surgery adds nothing."""
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+from compress.formats.table import Format, KvFormat
+from compress.model.architecture import Architecture, Block, Moe, block_name
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+# What decides which units of an axis stay.
+Ranking = Literal["contribution", "activation", "router"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Candidate:
+    """A student and what it keeps of its teacher.
+
+    ``keep`` maps ``"blocks"`` to the teacher's block numbers that survive, ``"hidden"`` and
+    ``"layers.7.ffn/ffn"`` (the teacher's block name and axis) to kept indices, ascending; an axis
+    that is not there is kept whole. Indices of ``query`` are [kept KV heads, kept], of ``head``
+    [groups, kept], of ``expert_ffn`` [kept experts, kept]. ``repaired`` are the teacher's block
+    numbers whose output projections are refitted (``repair``).
+    """
+
+    id: str
+    kind: str
+    architecture: Architecture
+    keep: "Mapping[str, Tensor]"
+    repaired: frozenset[int] = frozenset()
+
+
+def repair_note(repaired: int, blocks: int) -> str:
+    """How many of a student's blocks are repaired and what that means, in one line."""
+    return (
+        f"{repaired} of {blocks} blocks are repaired: after the cut their output projections were "
+        "refitted to put out what the teacher's blocks do (closed form, no labels, no training)"
+    )
+
+
+def block_keep(keep: "Mapping[str, Tensor]", teacher_block: Block) -> "dict[str, Tensor]":
+    """Kept indices of one teacher block by axis, ``hidden`` among them."""
+    prefix = block_name(teacher_block) + "/"
+    found = {
+        key.removeprefix(prefix): index for key, index in keep.items() if key.startswith(prefix)
+    }
+    return found | ({"hidden": keep["hidden"]} if "hidden" in keep else {})
+
+
+def student_architecture(
+    teacher: Architecture,
+    keep: "Mapping[str, Tensor]",
+    formats: Mapping[int, Format],
+    kv_format: KvFormat,
+) -> Architecture:
+    """The student that ``keep`` describes; ``formats`` maps teacher block numbers to formats.
+
+    Layers are renumbered without gaps.
+    """
+    blocks: list[Block] = []
+    layers: dict[int, int] = {}
+    for number in keep["blocks"].tolist():
+        block = teacher.blocks[number]
+        kept = {a: i.shape[-1] for a, i in block_keep(keep, block).items() if a != "hidden"}
+        layer = layers.setdefault(block.layer, len(layers))
+        changes: dict[str, Any] = {"layer": layer, "format": formats.get(number, "bf16"), **kept}
+        blocks.append(dataclasses.replace(block, **changes))
+    hidden = len(keep["hidden"]) if "hidden" in keep else teacher.hidden
+    return dataclasses.replace(
+        teacher,
+        hidden=hidden,
+        blocks=tuple(blocks),
+        kv_format=kv_format,
+    )
+
+
+def kept_experts(keep: "Mapping[str, Tensor]", teacher_block: Moe) -> list[int]:
+    """Teacher numbers of the experts that survive."""
+    index = keep.get(block_name(teacher_block) + "/expert")
+    return list(range(teacher_block.expert)) if index is None else index.tolist()

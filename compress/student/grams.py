@@ -1,0 +1,174 @@
+"""What output projections read, as Gram matrices: all that repair needs of a teacher's text."""
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from compress.model.architecture import Architecture, Block, Moe, block_name, sizes
+from compress.model.families import family_of
+from compress.model.layout import Slot, parse, shape
+from compress.model.tensor_files import save_tensors
+from compress.student.units import units_of
+
+Half = Literal["fit", "check"]
+HALVES: tuple[Half, ...] = get_args(Half)
+# The ridge toward the teacher's weights, as a share of the mean of the kept columns' diagonal.
+RIDGE = 0.1
+# A refit takes up to a second and the candidates of a search share most of theirs.
+CACHE_BYTES = 512 * 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """An output projection: ``name`` is its tensor's in the layer, ``key`` its Gram matrix's.
+
+    ``norm`` is the gated norm whose output it reads, in ``groups``; ``after`` the projection that
+    its own output goes through on its way to the residual stream; None where there is none.
+    """
+
+    key: str
+    name: str
+    slot: Slot
+    expert: int | None
+    norm: str | None
+    groups: int
+    after: str | None
+
+
+def projections(architecture: Architecture, block: Block) -> Iterator[Projection]:
+    """The output projections of a block: the weights that read the units it can lose."""
+    table = family_of(architecture.family).tensors(block)
+    matrices = {name: parse(slot.shape) for name, slot in table.items()}
+    for name, slot in table.items():
+        rows, columns = matrices[name][0], matrices[name][1:]
+        if slot.fused is None or units_of(columns[0][0], block) is None:
+            continue
+        norm = next((n for n in table if table[n].normalizes and matrices[n] == columns), None)
+        normalized = table[norm].normalizes if norm else columns[0][0]
+        after = next((n for n, dims in matrices.items() if dims == ((("hidden",),), rows)), None)
+        routed = isinstance(block, Moe) and "{expert}" in name
+        for expert in range(block.expert) if isinstance(block, Moe) and routed else [None]:
+            part = f"expert.{expert}" if routed else "shared"
+            yield Projection(
+                key=block_name(block) + (f"/{part}" if isinstance(block, Moe) else ""),
+                name=name.format(expert=expert),
+                slot=slot,
+                expert=expert,
+                norm=norm,
+                groups=prod(sizes(block)[axis] for axis in columns[0][0] if axis not in normalized),
+                after=after,
+            )
+
+
+@torch.no_grad()
+def gram_matrices(
+    model: Any,
+    architecture: Architecture,
+    tokens: Tensor,
+    batch: int = 8,
+    progress: Callable[[int], None] = lambda rows: None,
+) -> dict[str, Tensor]:
+    """X^T X of every output projection's input X, [d, d] in fp32, by the projection's key.
+
+    An expert's are over the tokens routed to it, each weighted by its squared routing weight.
+
+    Args:
+        model: the teacher in fp32.
+        architecture: the teacher's.
+        tokens: [sequences, T]; one pass, and nothing is held but the matrices and a batch.
+        batch: sequences per forward pass.
+        progress: called with the sequences of every batch done.
+    """
+    found: dict[str, Tensor] = {}
+
+    def linear(key: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            x = args[0].flatten(0, -2)
+            found[key].addmm_(x.T, x)
+
+        return hook
+
+    def experts(keys: list[str]) -> Callable[..., None]:
+        def hook(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
+            x, index, weight = args
+            for expert, key in enumerate(keys):
+                token, choice = torch.where(index == expert)
+                inner = module.act_fn(x[token] @ module.up_proj[expert].T)
+                inner *= weight[token, choice, None]
+                found[key].addmm_(inner.T, inner)
+
+        return hook
+
+    handles = []
+    for block in architecture.blocks:
+        layer, routed = model.model.layers[block.layer], []
+        for projection in projections(architecture, block):
+            width = shape(projection.slot.shape, {"hidden": 0} | sizes(block))[1]
+            found[projection.key] = torch.zeros(width, width)
+            if projection.expert is None:
+                module = layer.get_submodule(projection.name.removesuffix(".weight"))
+                handles.append(module.register_forward_pre_hook(linear(projection.key)))
+            else:
+                routed.append(projection.key)
+                fused = layer.get_submodule(projection.name.partition(f".{projection.expert}.")[0])
+        if routed:
+            handles.append(fused.register_forward_pre_hook(experts(routed)))
+    try:
+        for rows in torch.split(tokens, batch):
+            model.model(input_ids=rows, use_cache=False)
+            progress(len(rows))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return found
+
+
+@dataclass(frozen=True)
+class Grams:
+    """Gram matrices on disk, of two halves of a text, read one at a time.
+
+    Students are refitted on both halves; what repair buys is scored by fitting one and checking on
+    the other. ``errors`` caches that, by matrix and kept columns, and ``weights`` the refits that
+    candidates have in common, the latest ones.
+    """
+
+    file: Path
+    ridge: float = RIDGE
+    errors: dict[tuple[str, tuple[int, ...]], tuple[float, float]] = field(
+        default_factory=dict, repr=False
+    )
+    weights: "OrderedDict[Hashable, Tensor]" = field(
+        default_factory=OrderedDict, repr=False, compare=False
+    )
+
+    def remembered(self, key: Hashable, make: Callable[[], Tensor]) -> Tensor:
+        """What ``make`` gave for a key, from the cache where it still is."""
+        if key not in self.weights:
+            self.weights[key] = make()
+            held = sum(weight.nbytes for weight in self.weights.values())
+            while held > CACHE_BYTES and len(self.weights) > 1:
+                held -= self.weights.popitem(last=False)[1].nbytes
+        self.weights.move_to_end(key)
+        return self.weights[key]
+
+    def half(self, half: Half, key: str) -> Tensor:
+        """The matrix of one half, fp64."""
+        with safe_open(self.file, framework="pt") as reader:
+            return torch.as_tensor(reader.get_tensor(f"{half}/{key}")).double()
+
+    def both(self, key: str) -> Tensor:
+        """The matrix of the whole text, fp64."""
+        return self.half("fit", key) + self.half("check", key)
+
+
+def save_grams(halves: Mapping[Half, Mapping[str, Tensor]], file: Path) -> None:
+    """Write the matrices of both halves, whole or not at all."""
+    named = {f"{half}/{key}": gram for half, grams in halves.items() for key, gram in grams.items()}
+    save_tensors(named, file)

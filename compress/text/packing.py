@@ -1,0 +1,61 @@
+"""Text to packed rows of tokens. Without a file, the text is the one that every Python carries."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerFast
+
+from compress.core.errors import InputError
+
+# Characters of a piece per token of a row: English has 4 to 5 a token, so a piece is about a row.
+PIECE_CHARACTERS = 6
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """A text in pieces of at most so many characters, cut after white space where there is some."""
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text):
+            space = max(text.rfind(white, start, end) for white in " \n")
+            end = space + 1 if space > start else end
+        yield text[start:end]
+        start = end
+
+
+def pack(
+    documents: Sequence[str],
+    tokenizer: PreTrainedTokenizerFast,
+    length: int,
+    tokens: int | None = None,
+    seed: int = 0,
+) -> Tensor:
+    """Rows of ``length`` tokens, int64: documents shuffled, each followed by EOS, cut into rows.
+
+    With ``tokens``, the first rows that hold at least so many, of pieces of documents that are
+    little longer than a row: a few thousand tokens then come from as many documents as they can,
+    not from one book. Otherwise every whole row.
+
+    Raises:
+        InputError: there are fewer tokens than that.
+    """
+    rows = None if tokens is None else -(-tokens // length)
+    texts = list(documents)
+    if rows is not None:
+        texts = [p for text in documents for p in pieces(text, PIECE_CHARACTERS * length)]
+    order = torch.randperm(len(texts), generator=torch.Generator().manual_seed(seed))
+    needed = length if rows is None else rows * length
+    stream: list[int] = []
+    for index in order.tolist():
+        if rows is not None and len(stream) >= needed:
+            break
+        stream += tokenizer.encode(texts[index], add_special_tokens=False, verbose=False)
+        stream.append(tokenizer.eos_token_id)
+    if len(stream) < needed:
+        raise InputError(
+            f"the text gives {len(stream)} tokens in {len(documents)} documents of this split, "
+            f"{needed} are needed; give more text or ask for fewer tokens"
+        )
+    rows = len(stream) // length if rows is None else rows
+    return torch.tensor(stream[: rows * length]).view(rows, length)

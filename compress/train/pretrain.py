@@ -1,0 +1,247 @@
+"""``compress pretrain``: train a teacher from a recipe, from its tokenizer to its checkpoint."""
+
+import math
+import shutil
+import tempfile
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor, nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
+
+from compress.core.errors import InputError
+from compress.core.files import read_json, write_json
+from compress.core.terminal import note
+from compress.measure.losses import nll_from_hidden
+from compress.model.build import load_model
+from compress.model.checkpoint import open_checkpoint, write_checkpoint
+from compress.model.families import parameters, read_architecture
+from compress.text.documents import read_documents
+from compress.text.packing import pack
+from compress.text.splits import split_documents
+from compress.text.tokenizer import load_tokenizer
+from compress.train.loop import STATE, Progress, TrainSettings, batch_at, digest, forget, train
+from compress.train.recipes import PretrainRecipe, read_recipe
+
+EOS = "<|endoftext|>"
+BIAS = "e_score_correction_bias"
+BALANCE_RATE = 1e-3
+HELD_OUT_TOKENS = 16_384
+RECIPE, METRICS = "recipe.yaml", "metrics.json"
+FLOAT = {False: torch.bfloat16, True: torch.float32}
+
+
+def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[str, float]:
+    """Train the teacher of a recipe into ``out``; its held-out figures, also in metrics.json.
+
+    Interrupted, it continues from its last checkpoint (beside ``out``); finished with the same
+    recipe, it does nothing. ``out`` becomes a Hugging Face directory in bf16 with tokenizer and
+    recipe, and replaces what an earlier recipe left there.
+
+    Raises:
+        InputError: a recipe, config, text or tokenizer that cannot be used, a loss that is not
+            finite, or an ``out`` that holds something else.
+    """
+    settings = read_recipe(recipe)
+    if (finished := metrics_of(recipe, out)) is not None:
+        return finished
+    splits = split_documents(read_documents(settings.data))
+    tokenizer = tokenizer_of(settings, splits["train"])
+    model = new_model(settings, tokenizer)
+    rows = pack(splits["train"], tokenizer, settings.length, seed=settings.seed)
+    held_out = HeldOut(splits["select"], tokenizer, settings.length)
+    balance = Balance(model)
+
+    def loss_of(step: int) -> Tensor:
+        return nll(model, batch_at(rows, step, settings.batch, settings.seed, shift=True)).mean()
+
+    def after_step(step: int) -> dict[str, float] | None:
+        balance.update()
+        due = step % settings.checkpoint_every == 0 or step == settings.steps
+        return held_out.measure(model) if due else None
+
+    curve = train(
+        model,
+        loss_of,
+        TrainSettings(
+            steps=settings.steps,
+            batch_tokens=settings.batch * settings.length,
+            learning_rate=settings.learning_rate,
+            warmup=settings.warmup,
+            decay=settings.decay,
+            weight_decay=settings.weight_decay,
+            seed=settings.seed,
+            checkpoint_every=settings.checkpoint_every,
+            data=digest(rows),
+        ),
+        what="pretrain",
+        directory=work_of(out),
+        progress=progress,
+        after_step=after_step,
+    )
+    write_teacher(model, tokenizer, out)
+    metrics = {
+        "steps": settings.steps,
+        "tokens": curve[-1].tokens,
+        **held_out.measure(load_model(out)),
+    }
+    write_json(out / METRICS, metrics)
+    shutil.copyfile(recipe, out / RECIPE)
+    forget(work_of(out))
+    note(
+        f"held-out text: {metrics['nats_per_token']:.3f} nats per token, "
+        f"{metrics['bits_per_byte']:.3f} bits per byte"
+    )
+    return metrics
+
+
+def work_of(out: Path) -> Path:
+    """Where the checkpoints of an unfinished training of ``out`` are."""
+    return out.with_name(out.name + ".training")
+
+
+def metrics_of(recipe: Path, out: Path) -> dict[str, float] | None:
+    """Figures of a finished training of this very recipe in ``out``; None if there is none."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    interrupted = (work_of(out) / STATE).is_file()
+    if not (out / METRICS).is_file() and not interrupted:
+        raise InputError(f"{out} exists and is no teacher of ours; choose another directory")
+    if not (out / RECIPE).is_file() or (out / RECIPE).read_bytes() != recipe.read_bytes():
+        return None
+    metrics: dict[str, float] = read_json(out / METRICS)
+    return metrics
+
+
+def tokenizer_of(settings: PretrainRecipe, documents: list[str]) -> PreTrainedTokenizerFast:
+    """The tokenizer that the recipe names, or one trained on the documents."""
+    if isinstance(settings.tokenizer, Path):
+        return load_tokenizer(settings.tokenizer)
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=settings.tokenizer.vocab_size,
+        special_tokens=[EOS],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(documents, trainer)
+    fast: Any = PreTrainedTokenizerFast
+    tokenizer: PreTrainedTokenizerFast = fast(tokenizer_object=bpe, eos_token=EOS)
+    return tokenizer
+
+
+def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
+    """A freshly initialized model of the recipe's config: fp32, training, on a GPU if any."""
+    architecture = read_architecture(settings.model)
+    if architecture.vocab < len(tokenizer):
+        raise InputError(
+            f"model.vocab_size {architecture.vocab} is below the tokenizer's {len(tokenizer)}"
+        )
+    torch.manual_seed(settings.seed)
+    eos = tokenizer.eos_token_id
+    special = {"bos_token_id": eos, "eos_token_id": eos, "pad_token_id": eos}
+    try:
+        config = AutoConfig.for_model(**settings.model | special | {"use_cache": True})
+    except StrictDataclassError as error:
+        raise InputError(f"the recipe's model: {' '.join(str(error).split())}") from error
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        # Looping over the experts is faster on a CPU than the grouped matrix product.
+        config._experts_implementation = "eager"
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config, dtype=torch.float32)
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            # transformers draws Mamba's short kernels like wide matrices: so small that the block
+            # would start below the eps of its gated norm and barely learn.
+            module.reset_parameters()
+    placed: nn.Module = model
+    placed.to("cuda" if cuda else "cpu").train()
+    assert isinstance(model, PreTrainedModel)
+    return model
+
+
+def nll(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
+    """Nats of every token that has one before it, flat."""
+    ids_BT = ids_BT.to(model.device)
+    hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    head_VD = model.lm_head.weight
+    return nll_from_hidden(hidden_BTD[:, :-1].flatten(0, 1), head_VD, ids_BT[:, 1:].flatten())
+
+
+class Balance:
+    """Loss-free expert balancing: every step moves the correction bias against the last load."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.routers = [module for module in model.modules() if hasattr(module, BIAS)]
+        self.loads = [torch.zeros_like(getattr(router, BIAS)) for router in self.routers]
+        for router, load in zip(self.routers, self.loads, strict=True):
+            router.register_forward_hook(partial(self.count, load))
+
+    @staticmethod
+    def count(load: Tensor, router: nn.Module, _: object, output: tuple[Tensor, ...]) -> None:
+        """Add the tokens that this forward pass sent to each expert."""
+        if router.training:
+            load += output[2].flatten().bincount(minlength=len(load))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """One step towards equal loads."""
+        for router, load in zip(self.routers, self.loads, strict=True):
+            getattr(router, BIAS).add_(BALANCE_RATE * (load.mean() - load).sign())
+            load.zero_()
+
+
+class HeldOut:
+    """Fixed rows of held-out text and the bytes they spell."""
+
+    def __init__(
+        self, documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int
+    ) -> None:
+        self.rows = pack(documents, tokenizer, length)[: HELD_OUT_TOKENS // length]
+        texts = tokenizer.batch_decode(self.rows[:, 1:], skip_special_tokens=True)
+        self.bytes = sum(len(text.encode()) for text in texts)
+
+    @torch.no_grad()
+    def measure(self, model: PreTrainedModel) -> dict[str, float]:
+        """Nats per token and bits per byte; the model keeps its mode."""
+        training = model.training
+        model.train(False)
+        batches = torch.split(self.rows, 8)
+        nats = torch.cat([nll(model, rows) for rows in batches]).double()
+        model.train(training)
+        return {
+            "nats_per_token": nats.mean().item(),
+            "bits_per_byte": nats.sum().item() / math.log(2) / self.bytes,
+        }
+
+
+def write_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
+    """The checkpoint of a trained model: bf16, names as on disk, tokenizer beside it."""
+    with tempfile.TemporaryDirectory() as directory:
+        # transformers knows how to name and split its fused experts; what it wrote is then checked
+        # against the family's table, tensor by tensor.
+        stock = Path(directory)
+        model.save_pretrained(stock)
+        tokenizer.save_pretrained(stock)
+        checkpoint = open_checkpoint(stock)
+        table = parameters(checkpoint.architecture)
+        # Its unused infinity is no JSON number, and transformers writes it as an object.
+        config = {k: v for k, v in checkpoint.config.items() if k != "time_step_limit"}
+        write_checkpoint(
+            out,
+            ((p.name, checkpoint[p.name].to(FLOAT[p.slot.float32])) for p in table),
+            config | {"dtype": "bfloat16"},
+            stock,
+        )

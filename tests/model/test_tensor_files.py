@@ -1,0 +1,82 @@
+"""Weights are written whole or not at all, and are as readable as any other file."""
+
+import os
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from test_quantize import with_formats
+from test_surgery import candidate
+
+from compress.export.student import export_student
+from compress.formats.table import Format
+from compress.model.checkpoint import open_checkpoint
+from compress.model.tensor_files import save_tensors
+from compress.student.surgery import prune
+
+ONES = {"a": torch.ones(3)}
+
+
+@pytest.fixture(params=[0o022, 0o027, 0o077], ids=oct)
+def umask(request: pytest.FixtureRequest) -> Iterator[None]:
+    before = os.umask(request.param)
+    yield
+    os.umask(before)
+
+
+def mode(file: Path) -> int:
+    return stat.S_IMODE(file.stat().st_mode)
+
+
+def plain_mode(directory: Path) -> int:
+    """Permissions of a file that is made beside the others."""
+    file = directory / "plain"
+    file.write_text("")
+    found = mode(file)
+    file.unlink()
+    return found
+
+
+@pytest.mark.usefixtures("umask")
+def test_tensors_have_the_permissions_of_a_file_made_beside_them(tmp_path: Path) -> None:
+    # A killed process left one that only its owner reads.
+    (tmp_path / "x.safetensors.partial").touch(0o600)
+    save_tensors(ONES, tmp_path / "x.safetensors", {"format": "pt"})
+    assert [file.name for file in tmp_path.iterdir()] == ["x.safetensors"]
+    assert mode(tmp_path / "x.safetensors") == plain_mode(tmp_path)
+
+
+@pytest.mark.usefixtures("umask")
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_every_file_of_a_student_and_its_export_has_them(
+    tiny_llama: Path, tmp_path: Path, format: Format
+) -> None:
+    teacher, student, out = open_checkpoint(tiny_llama), tmp_path / "student", tmp_path / "out"
+    keep = {"layers.0.ffn/ffn": torch.arange(16)}
+    cut = candidate(teacher.architecture, keep)
+    prune(teacher, cut, student)
+    architecture = with_formats(cut.architecture, [format])
+    export_student(student, out, architecture, "compress", {})
+    for directory in (student, out):
+        files = [file for file in directory.iterdir() if file.is_file()]
+        assert any(file.suffix == ".safetensors" for file in files)
+        assert {mode(file) for file in files} == {plain_mode(directory)}
+
+
+def test_a_failed_write_leaves_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(_: object, file: Path, *rest: object) -> None:
+        file.write_text("half")
+        raise OSError("the disk is full")
+
+    file = tmp_path / "x.safetensors"
+    save_tensors(ONES, file)
+    monkeypatch.setattr("compress.model.tensor_files.save_file", fail)
+    with pytest.raises(OSError, match="full"):
+        save_tensors({"a": torch.zeros(3)}, file)
+    assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
+    assert torch.equal(load_file(file)["a"], ONES["a"])

@@ -1,0 +1,236 @@
+"""A run from search to report, what a changed setting redoes, and kills at every stage."""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import ONE_THREAD, search_command
+
+from compress import cli
+from compress.core.errors import InputError
+from compress.core.files import read_json
+from compress.run import search as searching
+from compress.run import stages, students
+from compress.run.directory import Run
+from compress.run.recipe import read_recipe, write_recipe
+from compress.scores import reselect
+
+
+def command(*arguments: object) -> None:
+    cli.app([str(part) for part in arguments], standalone_mode=False)
+
+
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = read_json(run / "candidates.json")
+    return rows
+
+
+def again(run: Path, **changes: Any) -> None:
+    """Search again in a run, with other settings."""
+    recipe = read_recipe(run / "recipe.yaml").changed(**changes)
+    write_recipe(recipe, run / "recipe.yaml")
+    stages.search(Run(run), recipe)
+
+
+def stamps(run: Path, pattern: str) -> dict[str, int]:
+    return {str(f.relative_to(run)): f.stat().st_mtime_ns for f in run.glob(pattern)}
+
+
+def refuse(*arguments: Any, **_: Any) -> None:
+    raise AssertionError("a finished stage was redone")
+
+
+def test_candidates_of_every_kind_fit_best_first(searched: Path) -> None:
+    rows, teacher = rows_of(searched), read_json(searched / "teacher.json")
+    assert all(0 < row["bytes"] <= teacher["budget"] for row in rows)
+    assert teacher["budget"] < teacher["bytes"]["total"]
+    unfit = {row["kind"] for row in read_json(searched / "baselines.json")}
+    kinds = {"joint", "prune", "formats", "prune_then_quantize", "uniform", "random"}
+    assert {row["kind"] for row in rows} | unfit == kinds
+    finalists = [row for row in rows if row["finalist"]]
+    assert rows[: len(finalists)] == finalists
+    assert [row["selected"] for row in rows].count(True) == 1
+    after = [row["distilled_kl"] for row in finalists]
+    assert after == sorted(after)
+    others = [row["measured_kl"] for row in rows[len(finalists) :]]
+    assert others == sorted(others)
+    assert all(row["distilled_kl"] is None for row in rows[len(finalists) :])
+    found = {directory.name for directory in (searched / "candidates").iterdir()}
+    assert found == {row["id"] for row in rows}
+
+
+def test_the_model_card_says_how_many_blocks_were_repaired(run_copy: Path) -> None:
+    rows = rows_of(run_copy)
+    repaired = next(row for row in rows if row["repaired"])
+    plain = next(row for row in rows if not row["repaired"])
+    for row in (repaired, plain):
+        command("export", f"{run_copy}:{row['id']}")
+        text = (run_copy / "export" / row["id"] / "README.md").read_text()
+        blocks = len(row["architecture"]["blocks"])
+        said = f"{len(row['repaired'])} of {blocks} blocks are repaired"
+        assert (said in text) == bool(row["repaired"])
+        assert ("repaired" in text) == bool(row["repaired"])
+
+
+def test_from_search_to_report(
+    run_copy: Path, tiny_hybrid: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name = next(row["id"] for row in rows_of(run_copy) if row["selected"])
+    command("distill", run_copy, "--distill-tokens", 768)
+    assert (run_copy / "distill" / name / "student" / "model.safetensors").is_file()
+    command("export", run_copy)
+    command("export", f"{run_copy}:uniform-000")
+    exported = sorted(path.name for path in (run_copy / "export").iterdir())
+    assert exported == sorted([name, "uniform-000"])
+    capsys.readouterr()
+    other = f"{run_copy}:random-000"
+    command("eval", tiny_hybrid, run_copy, other, "--json")
+    found = json.loads(capsys.readouterr().out)
+    assert list(found["models"]) == [str(tiny_hybrid), str(run_copy), other]
+    assert found["models"][str(tiny_hybrid)]["kl"] == pytest.approx(0, abs=1e-6)
+    assert found["models"][str(run_copy)]["kl"] > 0
+    bytes_of = {row["id"]: row["bytes"] for row in rows_of(run_copy)}
+    assert found["models"][str(run_copy)]["bytes"] == bytes_of[name]
+    assert found["models"][other]["bytes"] == bytes_of["random-000"]
+    command("report", run_copy)
+    page = (run_copy / "report" / "index.html").read_text()
+    assert name in page
+
+
+def test_a_finished_stage_is_not_redone(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stages.distill(Run(run_copy), "uniform-000")
+    before = stamps(run_copy, "**/*.safetensors") | stamps(run_copy, "candidates.json")
+    monkeypatch.setattr(searching, "candidates", refuse)
+    monkeypatch.setattr(students, "train_on_teacher", refuse)
+    again(run_copy)
+    stages.distill(Run(run_copy), "uniform-000")
+    assert before == stamps(run_copy, "**/*.safetensors") | stamps(run_copy, "candidates.json")
+
+
+def test_a_changed_setting_redoes_what_it_decides_and_nothing_before(run_copy: Path) -> None:
+    stages.distill(Run(run_copy), "joint-000")
+    (run_copy / "table.json").write_text("[]")
+    scores, old = stamps(run_copy, "scores/*"), rows_of(run_copy)
+    before = stamps(run_copy, "distill/joint-000/student/*")
+    again(run_copy, budget="42%")
+    rows = rows_of(run_copy)
+    assert stamps(run_copy, "scores/*") == scores
+    assert max(row["bytes"] for row in rows) > max(row["bytes"] for row in old)
+    # What was said and made under the old budget speaks for no new candidate of the same name.
+    assert not (run_copy / "table.json").exists()
+    moved = {row["id"] for row in rows if row["architecture"] not in
+             [o["architecture"] for o in old if o["id"] == row["id"]]}  # fmt: skip
+    assert "joint-000" in moved
+    assert before
+    assert not stamps(run_copy, "distill/joint-000/student/*")
+    # The budget before gives the candidates before.
+    again(run_copy, budget="36%")
+    assert same(rows_of(run_copy), old)
+    # Text that only the evaluation reads changes nothing.
+    candidates = stamps(run_copy, "candidates.json")
+    recipe = read_recipe(run_copy / "recipe.yaml")
+    again(run_copy, eval_data=recipe.data)
+    assert stamps(run_copy, "candidates.json") == candidates
+    again(run_copy, draws=3)
+    assert stamps(run_copy, "scores/*") != scores
+
+
+def test_units_chosen_again_lower_the_kl_at_the_same_sizes(
+    run_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # So little text is no proof of anything: here whatever looks better is taken.
+    monkeypatch.setattr(reselect, "MOST_TRUST", 1.0)
+    monkeypatch.setattr(reselect, "CERTAIN", 1.0)
+    again(run_copy, reselect_rounds=3)
+    with_them = {row["id"]: row for row in rows_of(run_copy)}
+    again(run_copy, reselect_rounds=0)
+    without = {row["id"]: row for row in rows_of(run_copy)}
+    assert with_them.keys() == without.keys()
+    assert not any(row["reselected"] for row in without.values())
+    for name, row in with_them.items():
+        assert row["architecture"] == without[name]["architecture"]
+        if row["reselected"]:
+            assert row["measured_kl"] < without[name]["measured_kl"]
+        else:
+            assert row["measured_kl"] == without[name]["measured_kl"]
+    assert any(row["reselected"] for row in with_them.values())
+
+
+def test_too_little_selection_text_to_choose_units_again_is_said(
+    run_copy: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    again(run_copy, select_tokens=4 * 32, short_distill_tokens=0)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"4 sequences of select text prove nothing better; --select-tokens {5 * 32}" in said
+    assert not any(row["reselected"] for row in rows_of(run_copy))
+    again(run_copy, reselect_rounds=0, select_tokens=4 * 32, short_distill_tokens=0)
+    assert "prove nothing" not in capsys.readouterr().err
+
+
+def test_other_selection_text_is_another_study(run_copy: Path) -> None:
+    again(run_copy, select_tokens=256, short_distill_tokens=0)
+    sequences = {row["measured_sequences"] for row in rows_of(run_copy)}
+    assert sequences == {256 // 32}
+    assert all(row["distilled_kl"] is None for row in rows_of(run_copy))
+
+
+def test_a_run_whose_teacher_fits_says_so_in_every_later_stage(run_copy: Path) -> None:
+    again(run_copy, budget="100%", space=None)
+    assert not (run_copy / "candidates.json").exists()
+    for stage in (stages.prune, stages.distill, stages.quantize, stages.export):
+        with pytest.raises(InputError, match="the teacher fits as it is"):
+            stage(Run(run_copy), None)
+    with pytest.raises(InputError, match="the teacher fits as it is"):
+        command("eval", read_recipe(run_copy / "recipe.yaml").model, run_copy)
+    command("report", run_copy)
+
+
+def test_an_unknown_candidate_lists_known_ones(run_copy: Path) -> None:
+    with pytest.raises(InputError, match=r"no candidate joint-999 .* the best are .*joint"):
+        stages.export(Run(run_copy), "joint-999")
+
+
+def same(found: list[dict[str, Any]], expected: list[dict[str, Any]]) -> bool:
+    """Whether candidates are the same, in the same order, and measured the same."""
+    exact = ("id", "kind", "bytes", "architecture", "reselected", "finalist", "selected")
+    close = ("measured_kl", "measured_se", "predicted_kl", "distilled_kl")
+    return len(found) == len(expected) and all(
+        [one[key] for key in exact] == [two[key] for key in exact]
+        and [one[key] for key in close] == pytest.approx([two[key] for key in close], abs=1e-6)
+        for one, two in zip(found, expected, strict=True)
+    )
+
+
+# When to kill: a part of the scores, a trial under way, units chosen again, candidates, a finalist,
+# its training.
+MOMENTS = (
+    "scores/parts-*/0000.safetensors",
+    "study/journal.log",
+    "study/reselected/*/values.json",
+    "candidates/*",
+    "candidates/*/config.json",
+    "distill/*.short/curve.jsonl",
+)
+
+
+def test_killed_at_every_stage_a_search_ends_as_if_it_had_not_been(
+    searched: Path, tiny_hybrid: Path, text_file: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "killed"
+    arguments = search_command(tiny_hybrid, run, text_file)
+    for moment in MOMENTS:
+        process = subprocess.Popen(arguments, env=ONE_THREAD, stderr=subprocess.DEVNULL)
+        while not any(run.glob(moment)) and process.poll() is None:
+            time.sleep(0.002)
+        os.kill(process.pid, signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, f"it ended before {moment}"
+        assert not (run / "candidates.json").exists()
+    subprocess.run(arguments, env=ONE_THREAD, check=True, capture_output=True)
+    assert same(rows_of(run), rows_of(searched))
+    assert not list(run.rglob("*.partial"))
+    assert not list((run / "scores").glob("parts-*"))

@@ -1,0 +1,211 @@
+"""A replayed option costs what the masked model costs; replays stop early and resume."""
+
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from conftest import TINY, write_tiny
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from compress.measure.kl import measure, reference
+from compress.model.architecture import Architecture, Block, block_name
+from compress.model.build import load_model
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.run.score import REPLAY_FORWARDS, replay_rows, settled
+from compress.scores import replay
+from compress.scores.contributions import contributions
+from compress.scores.costs import REMOVAL, Scores, option_cost
+from compress.scores.replay import NEVER, Keep, Stop, Text, option_costs
+from compress.student.candidate import Candidate, student_architecture
+
+LENGTH = 16
+TOKENS = torch.randint(0, 128, (8, LENGTH), generator=torch.Generator().manual_seed(3))
+Teacher = tuple[Checkpoint, PreTrainedModel, Architecture]
+
+
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Teacher:
+    path = write_tiny(
+        tmp_path_factory.mktemp("replay") / "m", TINY[request.param], dtype=torch.float32
+    )
+    checkpoint = open_checkpoint(path)
+    return checkpoint, load_model(path), checkpoint.architecture
+
+
+def cuts(architecture: Architecture) -> dict[int, dict[str, Keep]]:
+    """A removal and a cut along every axis that is a mask, of every block."""
+    options: dict[int, dict[str, Keep]] = {}
+    for number, block in enumerate(architecture.blocks):
+        found: dict[str, dict[str, Tensor]] = {
+            "attention": {
+                "kv_head": {"kv_head": torch.tensor([1])},
+                "query": {"query": torch.tensor([[0], [1]])},
+            },
+            "ffn": {"ffn": {"ffn": torch.arange(0, 96, 2)}},
+            "moe": {"shared_ffn": {"shared_ffn": torch.arange(16)}},
+            "mamba": {
+                "head": {"head": torch.tensor([[0, 2], [1, 3]])},
+                "channel": {"channel": torch.arange(0, 16, 4)},
+            },
+        }[block.kind]
+        options[number] = {"removed": None, **found}
+    return options
+
+
+def test_a_replayed_option_costs_what_the_student_of_surgery_costs(teacher: Teacher) -> None:
+    checkpoint, model, architecture = teacher
+    options = cuts(architecture)
+    found = option_costs(model, architecture, TOKENS, options)
+    text = reference(checkpoint, model, TOKENS)
+    everything = list(range(len(architecture.blocks)))
+    for number, keeps in options.items():
+        prefix = block_name(architecture.blocks[number])
+        for key, cut in keeps.items():
+            blocks = [n for n in everything if cut is not None or n != number]
+            keep = {"blocks": torch.tensor(blocks)}
+            keep |= {f"{prefix}/{axis}": index for axis, index in (cut or {}).items()}
+            student = student_architecture(architecture, keep, {}, "bf16")
+            candidate = Candidate(id="", kind="", architecture=student, keep=keep)
+            kl = torch.cat(list(measure(candidate, text)))
+            torch.testing.assert_close(found[number][key], kl, rtol=2e-2, atol=1e-5)
+
+
+def test_stacking_and_chunks_do_not_matter(teacher: Teacher) -> None:
+    _, model, architecture = teacher
+    options = cuts(architecture)
+    together = option_costs(model, architecture, TOKENS, options, chunk=8)
+    for number, keeps in options.items():
+        for key, keep in keeps.items():
+            alone = option_costs(model, architecture, TOKENS, {number: {key: keep}}, chunk=3)
+            torch.testing.assert_close(
+                together[number][key], alone[number][key], rtol=1e-3, atol=1e-6
+            )
+
+
+def test_sequences_are_added_until_the_mean_is_known(teacher: Teacher) -> None:
+    _, model, architecture = teacher
+    keeps: dict[str, Keep] = cuts(architecture)[0]
+    whole = option_costs(model, architecture, TOKENS, {0: keeps}, NEVER, chunk=2)[0]
+    assert {len(kl) for kl in whole.values()} == {len(TOKENS)}
+    early = option_costs(model, architecture, TOKENS, {0: keeps}, Stop(relative=10.0), chunk=2)[0]
+    assert {len(kl) for kl in early.values()} == {4}
+    for key, kl in early.items():
+        torch.testing.assert_close(kl, whole[key][:4], rtol=1e-3, atol=1e-6)
+    # A bound that only some options meet: those stop, the others go on to the limit.
+    errors = {key: float(kl[:4].std()) / 2 for key, kl in whole.items()}
+    bound = Stop(absolute=min(errors.values()) * 1.001)
+    mixed = option_costs(model, architecture, TOKENS, {0: keeps}, bound, chunk=4)[0]
+    easiest = min(errors, key=lambda key: errors[key])
+    assert len(mixed[easiest]) == 4
+    assert max(len(kl) for kl in mixed.values()) == len(TOKENS)
+
+
+def test_a_killed_replay_continues_with_the_finished_blocks(
+    teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, model, architecture = teacher
+    options = cuts(architecture)
+    plain = option_costs(model, architecture, TOKENS, options)
+    run: list[str] = []
+    block_costs = replay.block_costs
+
+    def killed(
+        text: Text, architecture: Architecture, block: Block, keeps: dict[str, Keep], stop: Stop
+    ) -> dict[str, Tensor]:
+        if len(run) == 2:
+            raise KeyboardInterrupt
+        run.append(block_name(block))
+        return block_costs(text, architecture, block, keeps, stop)
+
+    monkeypatch.setattr(replay, "block_costs", killed)
+    with pytest.raises(KeyboardInterrupt):
+        option_costs(model, architecture, TOKENS, options, directory=tmp_path)
+    finished = list(run)
+    monkeypatch.undo()
+    seen: list[tuple[int, int]] = []
+
+    def counted(
+        text: Text, architecture: Architecture, block: Block, keeps: dict[str, Keep], stop: Stop
+    ) -> dict[str, Tensor]:
+        assert block_name(block) not in finished
+        return block_costs(text, architecture, block, keeps, stop)
+
+    monkeypatch.setattr(replay, "block_costs", counted)
+    again = option_costs(
+        model, architecture, TOKENS, options,
+        progress=lambda done, total: seen.append((done, total)), directory=tmp_path,
+    )  # fmt: skip
+    assert seen[-1] == (len(options), len(options))
+    for number, costs in plain.items():
+        for key, kl in costs.items():
+            assert torch.equal(again[number][key], kl)
+
+
+def test_a_dead_layer_costs_nothing_and_ranks_last(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"])
+    model, architecture = load_model(path), open_checkpoint(path).architecture
+    model.model.layers[1].mlp.down_proj.weight.zero_()
+    model.model.layers[1].self_attn.o_proj.weight.zero_()
+    found = option_costs(model, architecture, TOKENS, cuts(architecture))
+    dead = {2, 3}
+    for number, costs in found.items():
+        for kl in costs.values():
+            assert (float(kl.mean()) < 1e-6) == (number in dead)
+
+
+def test_cuts_of_routed_experts_are_refused(tiny_hybrid: Path) -> None:
+    model, architecture = load_model(tiny_hybrid), open_checkpoint(tiny_hybrid).architecture
+    with pytest.raises(ValueError, match="expert=2 changes routed experts"):
+        option_costs(model, architecture, TOKENS, {1: {"expert=2": {"expert": torch.arange(2)}}})
+
+
+def test_all_replays_cost_no_more_than_their_share(teacher: Teacher) -> None:
+    _, _, architecture = teacher
+    # As many as a deep model has.
+    options = {
+        number: {f"{key} {n}": keep for key, keep in keeps.items() for n in range(20)}
+        for number, keeps in cuts(architecture).items()
+    }
+    forwards = sum(
+        len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
+        for number, keeps in options.items()
+    )
+    many = torch.zeros(10_000, LENGTH)
+    taken = replay_rows(options, architecture, many, tokens=10_000 * LENGTH)
+    assert REPLAY_FORWARDS - forwards / len(many) < taken * forwards / len(many) <= REPLAY_FORWARDS
+    assert replay_rows(options, architecture, many, tokens=5 * LENGTH) == 5
+    least = replay_rows(options, architecture, many[:1], tokens=10_000 * LENGTH)
+    assert least == max(4, int(REPLAY_FORWARDS / forwards))
+
+
+def test_a_replayed_cut_is_settled_between_the_replay_and_its_scaled_estimate(
+    teacher: Teacher,
+) -> None:
+    _, model, architecture = teacher
+    scores = Scores(contributions(model, architecture, TOKENS, 2, [], 0), {}, 0.0, LENGTH)
+    blocks = [n for n, block in enumerate(architecture.blocks) if block.kind == "ffn"]
+    options: dict[int, dict[str, Keep]] = {
+        n: {REMOVAL: None, "ffn=24": {"ffn": torch.arange(24)}} for n in blocks
+    }
+    names = {n: block_name(architecture.blocks[n]) for n in blocks}
+    # The same ratio everywhere: what was replayed is what it costs.
+    estimates = {n: cost_of(scores, architecture, n, options[n]["ffn=24"]) for n in blocks}
+    same = {n: {REMOVAL: 7.0, "ffn=24": 3 * estimates[n]} for n in blocks}
+    found = settled(scores, architecture, options, same)
+    for n in blocks:
+        assert found[names[n], REMOVAL] == 7.0
+        assert found[names[n], "ffn=24"] == pytest.approx(3 * estimates[n], rel=1e-6)
+    # The ratios differ: it lies between.
+    equal = settled(scores, architecture, options, {n: {"ffn=24": 1.0} for n in blocks})
+    ratio = median(1 / estimate for estimate in estimates.values())
+    for n in blocks:
+        low, high = sorted((1.0, ratio * estimates[n]))
+        assert low * 0.999 <= equal[names[n], "ffn=24"] <= high * 1.001
+
+
+def cost_of(scores: Scores, architecture: Architecture, number: int, keep: Keep) -> float:
+    """The estimate of a cut."""
+    assert keep is not None
+    return option_cost(scores, architecture.blocks[number], keep, "bf16")

@@ -1,0 +1,98 @@
+"""At a student: the gated teacher computes it, and its derivatives say what a change does."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TINY, write_tiny
+from test_surgery import CASES, candidate
+
+from compress.measure.kl import Reference, measure, reference
+from compress.measure.losses import kl_from_hidden
+from compress.model.architecture import block_name
+from compress.model.build import build_model, load_model, student_config
+from compress.model.checkpoint import open_checkpoint
+from compress.scores.tangent import tangent
+from compress.scores.taps import Taps
+from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.surgery import student_tensors
+from compress.student.units import unit_key
+
+LENGTH = 16
+TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(2))
+
+
+def text_of(path: Path) -> tuple[object, Reference]:
+    model = load_model(path)
+    return model, reference(open_checkpoint(path), model, TOKENS)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_gated_teacher_computes_the_student(case: str, tmp_path: Path) -> None:
+    name, keep, _ = CASES[case]
+    path = write_tiny(tmp_path / name, TINY[name], dtype=torch.float32)
+    teacher = open_checkpoint(path)
+    student = candidate(teacher.architecture, keep)
+    config = student_config(teacher.config, student.architecture)
+    cut = build_model(config, student.architecture, student_tensors(teacher, student))
+    expected = cut.model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    model = load_model(path)
+    whole = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    with Taps(model, teacher.architecture, [], student.keep).attached(len(TOKENS)):
+        found = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    if "hidden" in keep:
+        found = found[..., keep["hidden"]]
+    # The hybrid's config has one eps for both of its norms: a hidden cut changes the other's too.
+    close = 3e-3 if case == "hybrid hidden" else 5e-4
+    torch.testing.assert_close(found, expected, atol=close, rtol=close)
+    again = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    assert torch.equal(again, whole), "masks and hooks are gone afterwards"
+
+
+@pytest.mark.parametrize("unit", [3, 80])
+def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
+    unit: int, tmp_path: Path
+) -> None:
+    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    model, text = text_of(path)
+    architecture = text.teacher.architecture
+    student = candidate(architecture, {"layers.1.ffn/ffn": torch.arange(64)})
+    found = tangent(model, student, text, [])
+    block = architecture.blocks[3]
+    slope = float(found.slope[unit_key(block, ("ffn",))][:, unit].mean()) / LENGTH
+
+    def kl(step: float) -> float:
+        mask = torch.zeros(96).index_fill_(0, torch.arange(64), 1)
+        mask[unit] += step
+        module = model.model.layers[1].mlp.down_proj
+        handle = module.register_forward_pre_hook(lambda m, a: (a[0] * mask,))
+        hidden = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state.flatten(0, 1)
+        handle.remove()
+        head = model.lm_head.weight.double()
+        args = (hidden.double(), head, text.hidden.flatten(0, 1).double(), head)
+        return float(kl_from_hidden(*args).double().mean())
+
+    assert float(found.kl.mean()) == pytest.approx(kl(0), rel=1e-4)
+    assert slope == pytest.approx((kl(0.25) - kl(-0.25)) / 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("case", ["llama ffn", "hybrid query heads", "hybrid expert width"])
+def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Path) -> None:
+    name, keep, _ = CASES[case]
+    model, text = text_of(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    architecture = text.teacher.architecture
+    halves = {half: gram_matrices(model, architecture, TOKENS) for half in HALVES}
+    save_grams(halves, tmp_path / "grams.safetensors")
+    grams = Grams(tmp_path / "grams.safetensors")
+    block = next(iter(keep)).partition("/")[0]
+    number = [block_name(b) for b in architecture.blocks].index(block)
+    student = replace(candidate(architecture, keep), repaired=frozenset([number]))
+    expected = torch.cat(list(measure(student, text, grams)))
+    before = {name: weight.clone() for name, weight in model.state_dict().items()}
+    found = tangent(model, student, text, [], grams).kl
+    torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
+    assert not torch.allclose(
+        expected, torch.cat(list(measure(candidate(architecture, keep), text)))
+    )
+    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())

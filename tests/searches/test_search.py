@@ -1,0 +1,341 @@
+import random
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from compress.core.errors import Infeasible, InputError
+from compress.export.targets import Target, restricted
+from compress.formats.table import Format
+from compress.measure.kl import Reference, measure, reference, sequence_kl
+from compress.memory.budget import teacher_bytes
+from compress.memory.footprint import Deployment, footprint
+from compress.model.architecture import Attention, Moe
+from compress.model.build import is_plain, load_model
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.families import count_parameters, parameters
+from compress.scores.contributions import contributions
+from compress.scores.costs import Scores
+from compress.scores.replay import removal_costs
+from compress.searches.baselines import main_kind, randomly, uniform, variants
+from compress.searches.knapsack import value
+from compress.searches.problem import Globals, Problem, total_bytes
+from compress.searches.proposals import decode, neutral, seeds
+from compress.searches.space import load_space, shipped_spaces
+from compress.searches.study import StudySettings, Trial, explore
+from compress.student.assemble import student_model
+from compress.student.candidate import Candidate
+from compress.student.surgery import prune
+
+LENGTH = 16
+DEPLOYMENT = Deployment(context=64)
+TOKENS = torch.randint(0, 128, (16, LENGTH), generator=torch.Generator().manual_seed(5))
+SPACES = sorted(shipped_spaces())
+# What a space must reach of each tiny teacher; formats alone save least.
+SHARE = {"formats": 0.9, "joint": 0.5, "puzzle": 0.75, "minitron": 0.75, "minipuzzle": 0.75}
+
+
+# Spaces on both families
+class Teacher:
+    """A tiny teacher with its scores and its predictions on a text."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.architecture = self.checkpoint.architecture
+        model = load_model(path)
+        formats = ["fp8", "nvfp4"]
+        found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
+        exact = removal_costs(model, self.architecture, TOKENS[:4])
+        self.scores = Scores(found, exact, 1e-3, LENGTH)
+        self.text: Reference = reference(self.checkpoint, model, TOKENS)
+        self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
+
+    def problem(self, space: str, share: float, target: Target = "compress") -> Problem:
+        return self.within(space, int(self.bytes * share), target)
+
+    def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
+        loaded = restricted(load_space(space), target)
+        return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
+
+    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
+        return measure(candidate, self.text)
+
+
+@pytest.fixture(scope="module", params=["llama", "hybrid"])
+def teacher(request: pytest.FixtureRequest) -> Teacher:
+    return Teacher(request.getfixturevalue(f"tiny_{request.param}"))
+
+
+@pytest.fixture(scope="module")
+def hybrid(tiny_hybrid: Path) -> Teacher:
+    return Teacher(tiny_hybrid)
+
+
+def first_candidates(problem: Problem) -> list[Candidate]:
+    return [
+        problem.candidate(f"x-{number}", "x", proposal.picked, proposal.chosen)
+        for number, (_, proposal) in enumerate(seeds(problem))
+    ]
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_no_candidate_exceeds_the_budget_or_loses_what_a_model_needs(
+    teacher: Teacher, space: str
+) -> None:
+    problem = teacher.problem(space, SHARE[space])
+    found = first_candidates(problem)
+    assert found
+    for candidate in found:
+        architecture = candidate.architecture
+        assert total_bytes(candidate, DEPLOYMENT) == footprint(architecture, DEPLOYMENT).total
+        assert total_bytes(candidate, DEPLOYMENT) <= problem.budget
+        assert any(isinstance(block, Attention) for block in architecture.blocks)
+        assert all(b.expert >= b.top_k for b in architecture.blocks if isinstance(b, Moe))
+        assert architecture.formats <= set(problem.space.formats)
+
+
+def test_a_joint_search_begins_with_every_format_alone_too(teacher: Teacher) -> None:
+    found = first_candidates(teacher.problem("joint", SHARE["joint"]))
+    alone = [c.architecture.formats for c in found if len(c.architecture.formats) == 1]
+    assert {"nvfp4"} in alone
+    assert {"fp8"} in alone
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, space: str) -> None:
+    problem, draw = teacher.problem(space, 2.0), random.Random(1)
+    for kv_format in problem.space.kv_formats:
+        for share in (1.0, *(problem.space.axes["hidden"].keep if space == "joint" else ())):
+            chosen = Globals(kv_format=kv_format, shares={"hidden": share})
+            groups = problem.groups(chosen)
+            knapsack = problem.knapsack(groups, chosen)
+            for _ in range(8):
+                choice = [draw.randrange(len(options)) for options in groups]
+                picked = [options[i] for options, i in zip(groups, choice, strict=True)]
+                candidate = problem.candidate("x", "x", picked, chosen)
+                fixed = problem.budget - knapsack.budget
+                counted = value(knapsack.bytes, choice) + fixed
+                assert counted == footprint(candidate.architecture, DEPLOYMENT).total
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_an_impossible_budget_names_a_floor_that_is_reached(teacher: Teacher, space: str) -> None:
+    with pytest.raises(Infeasible, match="below the smallest size") as caught:
+        seeds(teacher.within(space, 1))
+    floor = int(str(caught.value).partition("(")[2].partition(" bytes")[0])
+    reached = first_candidates(teacher.within(space, floor))
+    assert {total_bytes(candidate, DEPLOYMENT) for candidate in reached} == {floor}
+    with pytest.raises(Infeasible, match=f"{floor} bytes"):
+        seeds(teacher.within(space, floor - 1))
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_every_space_offers_every_block_something(teacher: Teacher, space: str) -> None:
+    problem = teacher.problem(space, 1.0)
+    groups = problem.groups(Globals(kv_format=problem.space.kv_formats[0]))
+    blocks = {number for options in groups for choice in options for number, _ in choice}
+    assert blocks == set(range(len(teacher.architecture.blocks)))
+    prunes = problem.space.remove != "none" or len(problem.space.formats) > 1
+    assert all(len(options) > 1 for options in groups) == prunes
+
+
+@pytest.mark.parametrize("target", ["transformers", "vllm"])
+@pytest.mark.parametrize("space", ["joint", "puzzle", "minitron", "minipuzzle"])
+def test_a_stock_target_gives_plain_students(teacher: Teacher, space: str, target: str) -> None:
+    for candidate in first_candidates(teacher.problem(space, SHARE[space], target)):
+        assert is_plain(candidate.architecture)
+        if target == "transformers":
+            assert candidate.architecture.formats == {"bf16"}
+            assert candidate.architecture.kv_format == "bf16"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("remove: none\naxes: {}\nformats: [bf16]\nkv_formats: [bf16]\nextra: 1", "extra"),
+        ("remove: some\naxes: {}\nformats: [bf16]\nkv_formats: [bf16]", "remove"),
+        ("remove: none\naxes: {}\nformats: [int4]\nkv_formats: [bf16]", "formats"),
+        ("remove: none\naxes: {fnn: {scope: block, keep: [0.5]}}\n"
+         "formats: [bf16]\nkv_formats: [bf16]", "unknown axis 'fnn'; known: .*ffn"),
+        ("remove: none\naxes: {hidden: {scope: block, keep: [0.5]}}\n"
+         "formats: [bf16]\nkv_formats: [bf16]", "hidden is one for all blocks"),
+        ("remove: none\naxes: {ffn: {scope: block, keep: [1.5]}}\n"
+         "formats: [bf16]\nkv_formats: [bf16]", "between 0 and 1"),
+        ("remove: none\naxes: {}\nformats: []\nkv_formats: [bf16]", "formats"),
+        ("remove: none\naxes: {}\nformats: [bf16]\nkv_formats: []", "kv_formats"),
+        ("remove: [", "not YAML"),
+        ("", "space.yaml"),
+    ],
+)  # fmt: skip
+def test_a_wrong_space_is_refused_in_words(tmp_path: Path, text: str, message: str) -> None:
+    file = tmp_path / "space.yaml"
+    file.write_text(text)
+    with pytest.raises(InputError, match=message):
+        load_space(str(file))
+
+
+def test_an_unknown_space_lists_those_that_exist() -> None:
+    with pytest.raises(InputError, match="formats, joint, minipuzzle, minitron, puzzle"):
+        load_space("jiont")
+
+
+# Measuring
+
+
+def test_the_whole_teacher_in_bf16_has_no_kl(teacher: Teacher) -> None:
+    problem = teacher.problem("puzzle", 1.0)
+    proposal = decode(problem, neutral(problem))
+    assert proposal is not None
+    whole = problem.candidate("whole", "x", proposal.picked, proposal.chosen)
+    assert whole.architecture == teacher.architecture
+    values = torch.cat(list(teacher.measure(whole)))
+    assert len(values) == len(TOKENS)
+    assert float(values.abs().max()) < 1e-6
+
+
+@pytest.mark.parametrize("space", ["joint", "puzzle"])
+def test_a_candidate_measures_as_the_student_written_and_loaded(
+    teacher: Teacher, space: str, tmp_path: Path
+) -> None:
+    candidate = first_candidates(teacher.problem(space, SHARE[space]))[0]
+    prune(teacher.checkpoint, candidate, tmp_path / "student")
+    written = open_checkpoint(tmp_path / "student")
+    names = [parameter.name for parameter in parameters(candidate.architecture)]
+    tensors = ((name, written[name]) for name in names)
+    loaded = student_model(teacher.checkpoint, candidate.architecture, tensors)
+    expected = torch.cat(list(sequence_kl(loaded, teacher.text)))
+    found = torch.cat(list(teacher.measure(candidate)))
+    assert float(expected.mean()) > 1e-3
+    torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
+
+
+def test_uniform_and_random_cuts_fit_and_are_kept_distinct(teacher: Teacher) -> None:
+    problem = teacher.problem("puzzle", 0.7)
+    for found in (uniform(problem), randomly(problem, 4, seed=0)):
+        assert found
+        assert len({candidate.id for candidate, _ in found}) == len(found)
+        for candidate, predicted in found:
+            assert total_bytes(candidate, DEPLOYMENT) <= problem.budget
+            assert predicted > 0
+    again = [candidate.architecture for candidate, _ in randomly(problem, 4, seed=0)]
+    assert again == [candidate.architecture for candidate, _ in randomly(problem, 4, seed=0)]
+
+
+@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+def test_a_uniform_cut_in_a_format_is_wider_and_fits_to_the_byte(
+    teacher: Teacher, format: Format
+) -> None:
+    problem = teacher.problem("joint", 0.7)
+    plain, wider = uniform(problem), uniform(problem, format)
+    assert [c.architecture.kv_format for c, _ in wider] == list(problem.space.kv_formats)
+    for (narrow, _), (candidate, predicted) in zip(plain, wider, strict=True):
+        architecture = candidate.architecture
+        assert architecture.formats == {format}
+        assert candidate.kind == f"uniform_then_{format}"
+        assert footprint(architecture, DEPLOYMENT).total <= problem.budget
+        assert count_parameters(architecture) > count_parameters(narrow.architecture)
+        assert predicted > 0
+    # Its own bytes are enough, one less is not.
+    budget = total_bytes(wider[0][0], DEPLOYMENT)
+    [same, *_] = uniform(teacher.within("joint", budget), format)
+    assert same[0].architecture == wider[0][0].architecture
+    [less, *_] = uniform(teacher.within("joint", budget - 1), format)
+    assert total_bytes(less[0], DEPLOYMENT) < budget
+
+
+@pytest.mark.parametrize("space", SPACES)
+def test_baselines_are_those_that_the_searched_kind_is_not(space: str) -> None:
+    loaded = load_space(space)
+    found = variants(loaded, ("bf16", "fp8", "nvfp4"), loaded.kv_formats)
+    assert main_kind(loaded) in found
+    assert found["prune"].formats == ("bf16",)
+    assert not found["formats"].prunes
+    assert found["joint"].prunes
+
+
+# The study
+
+
+def settings(journal: Path, trials: int, seed: int = 0) -> StudySettings:
+    return StudySettings(
+        name="joint", kind="joint", trials=trials, journal=journal,
+        tokens_per_sequence=LENGTH, seed=seed,
+    )  # fmt: skip
+
+
+def shown(trials: list[Trial]) -> list[object]:
+    return [(t.candidate.id, t.candidate.architecture, t.values, t.complete) for t in trials]
+
+
+@pytest.fixture(scope="module")
+def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("study") / "journal.log"
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(hybrid: Teacher, journal: Path) -> list[object]:
+    return shown(explore(hybrid.problem("joint", 0.5), settings(journal, 12), hybrid.measure))
+
+
+def test_a_study_measures_as_many_different_candidates_as_asked(uninterrupted: list) -> None:
+    assert len({architecture for _, architecture, _, _ in uninterrupted}) == 12
+    assert sorted(name for name, *_ in uninterrupted) == [f"joint-{n:03}" for n in range(12)]
+
+
+def test_the_same_seed_gives_the_same_study(
+    hybrid: Teacher, tmp_path: Path, uninterrupted: list
+) -> None:
+    problem = hybrid.problem("joint", 0.5)
+    journal = tmp_path / "journal.log"
+    # A shorter study is the start of a longer one, and asking for fewer gives fewer.
+    short = shown(explore(problem, settings(journal, 3), hybrid.measure))
+    assert shown(explore(problem, settings(journal, 12), hybrid.measure)) == uninterrupted
+    assert shown(explore(problem, settings(journal, 3), hybrid.measure)) == short
+    assert {row[0] for row in short} == {"joint-000", "joint-001", "joint-002"}
+
+
+@pytest.mark.parametrize("after", [0, 5, 10])
+def test_a_study_that_fails_inside_a_measurement_continues_as_if_it_had_not(
+    hybrid: Teacher, tmp_path: Path, uninterrupted: list, after: int
+) -> None:
+    problem, journal = hybrid.problem("joint", 0.5), tmp_path / "journal.log"
+    measured = 0
+
+    def fail_later(candidate: Candidate) -> Iterator[Tensor]:
+        nonlocal measured
+        batches = hybrid.measure(candidate)
+        yield next(batches)
+        if measured == after:
+            raise KeyboardInterrupt
+        measured += 1
+        yield from batches
+
+    with pytest.raises(KeyboardInterrupt):
+        explore(problem, settings(journal, 12), fail_later)
+    assert shown(explore(problem, settings(journal, 12), hybrid.measure)) == uninterrupted
+
+
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.93])
+def test_a_journal_cut_off_anywhere_and_left_locked_is_continued(
+    hybrid: Teacher, tmp_path: Path, uninterrupted: list, share: float, journal: Path, monkeypatch
+) -> None:
+    # A relative path, as runs/ is: the lock then points to nothing.
+    monkeypatch.chdir(tmp_path)
+    problem, left = hybrid.problem("joint", 0.5), Path("study/journal.log")
+    left.parent.mkdir()
+    whole = journal.read_bytes()
+    left.write_bytes(whole[: int(share * len(whole))])
+    Path("study/journal.log.lock").symlink_to("study/journal.log")
+    assert shown(explore(problem, settings(left, 12), hybrid.measure)) == uninterrupted
+
+
+def test_a_small_space_ends_when_there_is_nothing_new(hybrid: Teacher, tmp_path: Path) -> None:
+    problem = hybrid.problem("minipuzzle", 0.9)
+    problem = replace(problem, space=problem.space.model_copy(update={"axes": {}}))
+    found = explore(problem, settings(tmp_path / "journal.log", 100), hybrid.measure)
+    assert 1 < len(found) < 2 ** len(hybrid.architecture.blocks)
+    assert len({trial.candidate.architecture for trial in found}) == len(found)
