@@ -15,11 +15,20 @@ def test_the_two_commands_of_the_readme_are_what_ci_runs() -> None:
     assert f"\n{TEST}\n" in (ROOT / ".ci/run").read_text()
 
 
-def test_every_module_has_a_line_in_the_readme() -> None:
+def test_every_package_has_a_line_in_the_readme() -> None:
     tree = README.split("## The code")[1]
-    for module in (ROOT / "compress").rglob("*.py"):
-        if module.name != "__init__.py":
-            assert re.search(rf"\b{module.name}\b", tree), module
+    for package in (ROOT / "compress").glob("*/__init__.py"):
+        assert re.search(rf"^  {package.parent.name}/ ", tree, flags=re.MULTILINE), package
+    for module in (ROOT / "compress").glob("*.py"):
+        assert module.name == "__init__.py" or f"{module.name} " in tree, module
+
+
+def test_the_notes_are_short_and_their_links_lead_somewhere() -> None:
+    for page in (ROOT / "README.md", ROOT / "runs/README.md", ROOT / "runs/LOG.md"):
+        text = page.read_text()
+        assert page.name == "LOG.md" or len(text.splitlines()) <= 150, page
+        for link in re.findall(r"\]\(([^)#:]+)\)", text):
+            assert (page.parent / link).is_file(), (page, link)
 
 
 def test_flags_in_the_readme_exist() -> None:

@@ -260,8 +260,8 @@ def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format
     costs what was settled. Others are corrected by those on either side and by a cut of nothing:
     the ratio exact / estimate is interpolated linearly over the estimate and its root taken.
     Of what makes a replayed cut dearer than its estimate another cut of the block has only a part,
-    and the replays are of less text (measured: runs/README.md). None is cheaper than a smaller
-    replayed cut, or dearer than a larger one.
+    and the replays are of less text (measured: runs/LOG.md, "Fidelity of scores"). None is
+    cheaper than a smaller replayed cut, or dearer than a larger one.
     """
     cut = change(scores, block, keep, "bf16")
     # Rounding of what stays has nothing to do with what went: their product is noise, of which a

@@ -22,7 +22,7 @@ from compress.student.masks import unit_mask
 from compress.student.units import UNITS, unit_key
 
 # How far slopes are trusted at first and at last. Trusted whole, they prefer units that are better
-# for one kind of text and worse for another (measured: runs/README.md).
+# for one kind of text and worse for another (measured: runs/LOG.md, "Units chosen again").
 MOST_TRUST, LEAST_TRUST = 1 / 2, 1 / 64
 # Chance of taking other units for better that are not; lower ones take more text.
 CERTAIN = 0.05

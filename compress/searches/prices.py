@@ -30,8 +30,8 @@ STEP = "step"
 
 # The share of the Gauss-Newton curvature that predicts finite changes best: drawn labels overrate
 # large steps. And that of the tangents against the teacher's scores: slopes of units that are gone
-# promise too much. Both measured on SmolLM2 at 50 % of its blocks (runs/README.md). The second is
-# another one elsewhere, by about so much, which measured candidates tell.
+# promise too much. Both measured on SmolLM2 at 50 % of its blocks (runs/LOG.md, "Scores at a
+# student"). The second is another one elsewhere, by about so much, which measured candidates tell.
 CURVATURE, TANGENT, TANGENT_DOUBT = 0.55, 0.5, 0.3
 # A tangent is taken anew when the incumbent is so many groups away from it, or after so many steps
 # that found nothing; of the last so many the nearer count more: half for so many groups further.
