@@ -7,7 +7,7 @@ import pytest
 from synthetic_run import TEACHERS, figures, write, write_run
 
 from compress.core.errors import InputError
-from compress.report.content import evaluation_grid
+from compress.report.content import evaluation_grid, worth_listing
 from compress.report.files import read_run
 from compress.report.page import print_report, render, report
 
@@ -92,6 +92,27 @@ def test_tables_on_the_terminal(run: Path, capsys: pytest.CaptureFixture[str]) -
     assert "0.0510 ± 0.0017" in printed
     # The uniform cut minus the chosen student, both distilled: .74 - .051.
     assert "+0.6890 ± 0.0100" in printed
+
+
+@pytest.mark.parametrize("width", [60, 80, 100, 160])
+@pytest.mark.parametrize("without", ["", "table.json"])
+def test_tables_keep_names_and_figures_at_every_width(
+    run: Path,
+    width: int,
+    without: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run / (without or "baselines.json")).unlink()
+    monkeypatch.setattr("compress.core.terminal.PIPE_WIDTH", width)
+    print_report(run)
+    printed = capsys.readouterr().out
+    assert "…" not in printed
+    tables = [line for line in printed.splitlines() if line[:1] in tuple("┏┡│┃└")]
+    assert max(map(len, tables)) <= width
+    names = [student.id for student in worth_listing(read_run(run))] if without else ["uniform"]
+    assert all(f"│ {name} " in printed for name in names)
+    assert "± 0.0017" in printed
 
 
 def test_cards_are_listed_where_they_limit_something(run: Path) -> None:
