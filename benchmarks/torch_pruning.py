@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from benchmarks.common import Clock, Subject, arguments, report, shown, subject
 from compress.core.terminal import note
 from compress.measure.estimates import difference, exponential
-from compress.measure.evaluation import Metrics, final_hidden, on_text, row_bytes
+from compress.measure.evaluation import Metrics, hidden_states, on_text, row_bytes
 from compress.memory.footprint import Deployment, block_bytes, footprint
 from compress.model.architecture import Architecture, Ffn, block_name
 from compress.scores.contributions import contributions
@@ -245,7 +245,7 @@ def main() -> None:
     scoring = clock.seconds
     found = gradients(what.model, rows)
     facts: dict[str, Any] = {"seconds to score": scoring, "seconds of gradients": begun.seconds}
-    hidden = [state for _, state in final_hidden(what.model, final)]
+    hidden = [state for _, state in hidden_states(what.model, final)]
     sizes = row_bytes(final, load_tokenizer(what.path))
     measured: list[dict[str, Any]] = []
     for share in settings.shares:

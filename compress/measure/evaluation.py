@@ -21,6 +21,7 @@ from compress.measure.estimates import Estimate, difference, mean_of, ratio_of
 from compress.measure.lm_eval import TaskResults, Tasks, run_tasks
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.model.build import load_model
+from compress.model.modules import final_hidden, head_of
 
 BATCH_TOKENS = 2048
 # {metric: estimate} of the held-out text, or {task: {metric: estimate}}
@@ -69,7 +70,7 @@ def evaluate(
     resolved = Tasks(tasks, task_rows or {}, task_data) if tasks else None
     bytes_R = row_bytes(rows_RT, tokenizer)
     progress("teacher")
-    teacher_hidden = [hidden.cpu() for _, hidden in final_hidden(teacher, rows_RT)]
+    teacher_hidden = [hidden.cpu() for _, hidden in hidden_states(teacher, rows_RT)]
     measured: dict[str, tuple[int, Metrics, TaskResults]] = {}
     for name, source in models.items():
         progress(name)
@@ -110,12 +111,11 @@ def row_bytes(rows_RT: Tensor, tokenizer: PreTrainedTokenizerBase) -> np.ndarray
 
 
 @torch.no_grad()
-def final_hidden(model: PreTrainedModel, rows_RT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def hidden_states(model: PreTrainedModel, rows_RT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches of rows [batch, T] and the model's normed hidden states [batch, T, D]."""
     for rows_BT in torch.split(rows_RT, max(1, BATCH_TOKENS // rows_RT.shape[1])):
         rows = rows_BT.to(model.device)
-        hidden: Tensor = model.model(input_ids=rows, use_cache=False).last_hidden_state
-        yield rows, hidden
+        yield rows, final_hidden(model, rows)
 
 
 @torch.no_grad()
@@ -129,8 +129,10 @@ def on_text(
     """KL, nats per token and bits per byte, with one value per row."""
     kl_R: list[Tensor] = []
     nats_R: list[Tensor] = []
-    head, teacher_head = model.lm_head.weight, teacher.lm_head.weight.to(model.device)
-    for (rows, hidden), reference in zip(final_hidden(model, rows_RT), teacher_hidden, strict=True):
+    head, teacher_head = head_of(model), head_of(teacher).to(model.device)
+    for (rows, hidden), reference in zip(
+        hidden_states(model, rows_RT), teacher_hidden, strict=True
+    ):
         reference_ND = reference.to(model.device).flatten(0, 1)
         kl_N = kl_from_hidden(hidden.flatten(0, 1), head, reference_ND, teacher_head)
         nats_N = nll_from_hidden(hidden[:, :-1].flatten(0, 1), head, rows[:, 1:].flatten())

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from compress.measure.losses import kl_from_hidden
 from compress.model.checkpoint import Checkpoint
+from compress.model.modules import Head, final_hidden, head_of
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate
 from compress.student.grams import Grams
@@ -25,7 +26,7 @@ class Reference:
     teacher: Checkpoint
     tokens: Tensor
     hidden: Tensor
-    head: Tensor
+    head: Head
 
     def part(self, start: int, end: int) -> "Reference":
         """The same on a range of the sequences."""
@@ -36,11 +37,8 @@ class Reference:
 @torch.no_grad()
 def reference(teacher: Checkpoint, model: Any, tokens: Tensor) -> Reference:
     """Run the teacher's model once on the text."""
-    hidden = [
-        model.model(input_ids=rows, use_cache=False).last_hidden_state
-        for rows in torch.split(tokens, BATCH)
-    ]
-    return Reference(teacher, tokens, torch.cat(hidden), model.lm_head.weight)
+    hidden = [final_hidden(model, rows) for rows in torch.split(tokens, BATCH)]
+    return Reference(teacher, tokens, torch.cat(hidden), head_of(model))
 
 
 @torch.no_grad()
@@ -48,9 +46,9 @@ def sequence_kl(model: Any, text: Reference) -> Iterator[Tensor]:
     """KL(teacher || student) in nats per token of every sequence, a batch [b] at a time."""
     for start in range(0, len(text.tokens), BATCH):
         rows = slice(start, start + BATCH)
-        hidden = model.model(input_ids=text.tokens[rows], use_cache=False).last_hidden_state
+        hidden = final_hidden(model, text.tokens[rows])
         kl = kl_from_hidden(
-            hidden.flatten(0, 1), model.lm_head.weight, text.hidden[rows].flatten(0, 1), text.head
+            hidden.flatten(0, 1), head_of(model), text.hidden[rows].flatten(0, 1), text.head
         )
         yield kl.reshape(hidden.shape[:2]).mean(1)
 

@@ -4,121 +4,117 @@ N tokens, V vocabulary, D hidden (student and teacher may differ). All arithmeti
 full vocabulary, also under autocast.
 """
 
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from compress.model.modules import Head
+
 CHUNK = 512
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """A teacher's final hidden states [N, D] and its head: a distribution for every token."""
+
+    hidden: Tensor
+    head: Head
+
+    def loss(self, rows: slice, student_NV: Tensor) -> Tensor:
+        """KL(teacher || student) given the student's log-probabilities."""
+        teacher_NV = log_probabilities(self.hidden[rows], self.head)
+        return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
+
+    def subtract(self, rows: slice, probability_NV: Tensor) -> None:
+        """Take the teacher's probabilities off the student's, in place."""
+        probability_NV -= log_probabilities(self.hidden[rows], self.head).exp_()
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Target tokens [N]: a one-hot teacher."""
+
+    targets: Tensor
+
+    def loss(self, rows: slice, student_NV: Tensor) -> Tensor:
+        """Negative log-likelihood given the student's log-probabilities."""
+        return nll_loss(student_NV, self.targets[rows], reduction="none")
+
+    def subtract(self, rows: slice, probability_NV: Tensor) -> None:
+        """Take 1 off the targets' probabilities, in place."""
+        probability_NV[torch.arange(len(probability_NV)), self.targets[rows]] -= 1.0
 
 
 def kl_from_hidden(
     student_hidden_ND: Tensor,
-    student_head_VD: Tensor,
+    student_head: Head,
     teacher_hidden_ND: Tensor,
-    teacher_head_VD: Tensor,
+    teacher_head: Head,
     chunk: int = CHUNK,
 ) -> Tensor:
     """KL(teacher || student) of every token, in nats; no more than ``chunk`` rows of logits live.
 
     Differentiable in the student's hidden states and head; the teacher is a constant.
     """
-    apply: Any = _KlFromHidden.apply
-    teacher = (teacher_hidden_ND.detach(), teacher_head_VD.detach())
-    kl_N: Tensor = apply(student_hidden_ND, student_head_VD, *teacher, chunk)
+    frozen = replace(teacher_head, weight=teacher_head.weight.detach())
+    teacher = Teacher(teacher_hidden_ND.detach(), frozen)
+    apply: Any = _FromHidden.apply
+    kl_N: Tensor = apply(student_hidden_ND, student_head.weight, student_head, teacher, chunk)
     return kl_N
 
 
-def nll_from_hidden(
-    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int = CHUNK
-) -> Tensor:
+def nll_from_hidden(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int = CHUNK) -> Tensor:
     """Negative log-likelihood of every target token, in nats; differentiable like the KL."""
-    apply: Any = _NllFromHidden.apply
-    nll_N: Tensor = apply(hidden_ND, head_VD, targets_N, chunk)
+    apply: Any = _FromHidden.apply
+    nll_N: Tensor = apply(hidden_ND, head.weight, head, Labels(targets_N), chunk)
     return nll_N
 
 
-def log_probabilities(hidden_ND: Tensor, head_VD: Tensor) -> Tensor:
+def log_probabilities(hidden_ND: Tensor, head: Head) -> Tensor:
     """Log-softmax of the logits, fp32 whatever the inputs and the surrounding autocast."""
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        return (hidden_ND.float() @ head_VD.float().T).log_softmax(-1)
+    return head.logits(hidden_ND).log_softmax(-1)
 
 
-def pull_back(
-    residual_NV: Tensor, hidden_ND: Tensor, head_VD: Tensor, head_gradient_VD: Tensor | None
-) -> Tensor:
-    """Gradient of the hidden states given that of the logits; the head's is added in place."""
-    with torch.autocast(hidden_ND.device.type, enabled=False):
-        if head_gradient_VD is not None:
-            head_gradient_VD += residual_NV.T @ hidden_ND.float()
-        return residual_NV @ head_VD.float()
-
-
-class _KlFromHidden(torch.autograd.Function):
+class _FromHidden(torch.autograd.Function):
     """The logits are computed again in the backward pass: memory stays at one chunk."""
 
     @staticmethod
     def forward(
-        ctx: Any, student_ND: Tensor, head_VD: Tensor, teacher_ND: Tensor, teacher_head_VD: Tensor,
+        ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, head: Head, target: Teacher | Labels,
         chunk: int,
     ) -> Tensor:  # fmt: skip
-        ctx.save_for_backward(student_ND, head_VD, teacher_ND, teacher_head_VD)
-        ctx.chunk = chunk
-        pieces = []
-        for start in range(0, len(student_ND), chunk):
-            rows = slice(start, start + chunk)
-            teacher_NV = log_probabilities(teacher_ND[rows], teacher_head_VD)
-            student_NV = log_probabilities(student_ND[rows], head_VD)
-            pieces.append((teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1))
-        return torch.cat(pieces) if pieces else student_ND.new_zeros(0, dtype=torch.float32)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        student_ND, head_VD, teacher_ND, teacher_head_VD = ctx.saved_tensors
-        hidden_ND = torch.zeros_like(student_ND, dtype=torch.float32)
-        head_gradient_VD = (
-            torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        )
-        for start in range(0, len(student_ND), ctx.chunk):
-            rows = slice(start, start + ctx.chunk)
-            # The gradient of KL in the student's logits is softmax(student) - softmax(teacher).
-            residual_NV = log_probabilities(student_ND[rows], head_VD).exp_()
-            residual_NV -= log_probabilities(teacher_ND[rows], teacher_head_VD).exp_()
-            residual_NV *= gradients[0][rows, None]
-            hidden_ND[rows] = pull_back(residual_NV, student_ND[rows], head_VD, head_gradient_VD)
-        head = None if head_gradient_VD is None else head_gradient_VD.to(head_VD.dtype)
-        return hidden_ND.to(student_ND.dtype), head, None, None, None
-
-
-class _NllFromHidden(torch.autograd.Function):
-    """As above, with a one-hot teacher."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, chunk: int
-    ) -> Tensor:
-        ctx.save_for_backward(hidden_ND, head_VD, targets_N)
-        ctx.chunk = chunk
+        ctx.save_for_backward(hidden_ND, weight_VD)
+        ctx.head, ctx.target, ctx.chunk = replace(head, weight=weight_VD.detach()), target, chunk
         pieces = []
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
-            log_NV = log_probabilities(hidden_ND[rows], head_VD)
-            pieces.append(nll_loss(log_NV, targets_N[rows], reduction="none"))
+            pieces.append(target.loss(rows, log_probabilities(hidden_ND[rows], head)))
         return torch.cat(pieces) if pieces else hidden_ND.new_zeros(0, dtype=torch.float32)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden_ND, head_VD, targets_N = ctx.saved_tensors
+        hidden_ND, weight_VD = ctx.saved_tensors
+        head: Head = ctx.head
         gradient_ND = torch.zeros_like(hidden_ND, dtype=torch.float32)
-        head_gradient_VD = (
-            torch.zeros_like(head_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
+        gradient_VD = (
+            torch.zeros_like(weight_VD, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         )
         for start in range(0, len(hidden_ND), ctx.chunk):
             rows = slice(start, start + ctx.chunk)
-            residual_NV = log_probabilities(hidden_ND[rows], head_VD).exp_()
-            residual_NV[torch.arange(len(residual_NV)), targets_N[rows]] -= 1.0
+            logits_NV = head.logits(hidden_ND[rows])
+            slope_NV = head.slope(logits_NV)
+            # The gradient in the student's logits is softmax(student) - softmax(teacher).
+            residual_NV = logits_NV.log_softmax(-1).exp_()
+            del logits_NV
+            ctx.target.subtract(rows, residual_NV)
             residual_NV *= gradients[0][rows, None]
-            gradient_ND[rows] = pull_back(residual_NV, hidden_ND[rows], head_VD, head_gradient_VD)
-        head = None if head_gradient_VD is None else head_gradient_VD.to(head_VD.dtype)
-        return gradient_ND.to(hidden_ND.dtype), head, None, None
+            residual_NV *= slope_NV
+            with torch.autocast(hidden_ND.device.type, enabled=False):
+                gradient_ND[rows] = residual_NV @ weight_VD.float()
+                if gradient_VD is not None:
+                    gradient_VD += residual_NV.T @ hidden_ND[rows].float()
+        whole = None if gradient_VD is None else gradient_VD.to(weight_VD.dtype)
+        return gradient_ND.to(hidden_ND.dtype), whole, None, None, None

@@ -1,19 +1,105 @@
-"""Where weights, experts, head and norms sit in a torch model."""
+"""Where weights, experts, head and norms sit in a torch model.
 
+Models are those that ``build_model`` gives, or transformers' own of the same family: the base model
+is ``model.model`` and its layers ``model.model.layers``.
+"""
+
+from dataclasses import dataclass, fields
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from compress.model.architecture import Architecture, Block, Moe
 from compress.model.families import family_of
+from compress.model.families.family import Site
 from compress.model.layout import Slot
+
+# N tokens, V vocabulary, D hidden.
+
+
+@dataclass(frozen=True)
+class Head:
+    """From final hidden states to logits, ``c * tanh(s * h @ W.T / c)``: the only way there.
+
+    ``scale`` s multiplies the product (Granite, Cohere), ``softcap`` c bounds it (Gemma).
+    """
+
+    weight: Tensor  # [V, D]
+    scale: float = 1.0
+    softcap: float | None = None
+
+    def logits(self, hidden_ND: Tensor) -> Tensor:
+        """Logits [N, V] in fp32, whatever the inputs and the surrounding autocast."""
+        with torch.autocast(hidden_ND.device.type, enabled=False):
+            logits_NV = hidden_ND.float() @ self.weight.float().T
+        if self.scale != 1:
+            logits_NV = logits_NV * self.scale
+        if self.softcap is None:
+            return logits_NV
+        return (logits_NV / self.softcap).tanh() * self.softcap
+
+    def slope(self, logits_NV: Tensor) -> Tensor:
+        """Derivative of logits in the product ``h @ W.T``, [N, V] or one number for all."""
+        if self.softcap is None:
+            return logits_NV.new_tensor(self.scale)
+        return (1 - (logits_NV / self.softcap).square()) * self.scale
+
+    def to(self, device: torch.device) -> "Head":
+        """The same head on a device."""
+        return Head(self.weight.to(device), self.scale, self.softcap)
+
+
+def head_of(model: Any) -> Head:
+    """The output head of a model, as its config scales and caps it."""
+    # What the config's class does not declare its model code does not read.
+    declared = {field.name for field in fields(model.config)}
+
+    def setting(key: str) -> float | None:
+        return getattr(model.config, key) if key in declared else None
+
+    scale = (setting("logit_scale") or 1.0) / (setting("logits_scaling") or 1.0)
+    weight = model.get_output_embeddings().weight
+    return Head(weight, scale, setting("final_logit_softcapping"))
+
+
+def final_hidden(model: Any, ids_BT: Tensor) -> Tensor:
+    """Hidden states [B, T, D] after the final norm, without a cache."""
+    hidden_BTD: Tensor = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+    return hidden_BTD
+
+
+def final_norm(model: Any) -> nn.Module:
+    """The norm that the head reads from."""
+    norm: nn.Module = getattr(model.model, family_of(model.config.model_type).final_norm)
+    return norm
+
+
+def layer_of(model: Any, block: Block) -> Any:
+    """The layer module that a block is in."""
+    return model.model.layers[block.layer]
+
+
+def mixer_of(model: Any, block: Block) -> Any:
+    """The module that computes a block's branch."""
+    return getattr(layer_of(model, block), site_of(model, block).mixer)
+
+
+def norm_of(model: Any, block: Block) -> Any:
+    """The norm that feeds a block."""
+    return getattr(layer_of(model, block), site_of(model, block).norm)
+
+
+def site_of(model: Any, block: Block) -> Site:
+    """The names of a block's modules in its layer."""
+    return family_of(model.config.model_type).sites[block.kind]
 
 
 def weights_of(
     model: Any, architecture: Architecture, block: Block
 ) -> dict[str, tuple[Tensor, Slot]]:
     """The block's quantizable weights [out, in] with their slots, by module name in the layer."""
-    layer = model.model.layers[block.layer]
+    layer = layer_of(model, block)
     found = {
         name: (layer.get_submodule(name).weight, slot)
         for name, slot in slots_of(architecture, block, experts=False).items()

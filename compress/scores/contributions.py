@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.formats.table import Format
 from compress.model.architecture import Architecture
+from compress.model.modules import Head, final_hidden, head_of
 from compress.model.tensor_files import save_tensors
 from compress.scores.taps import SQUARES, Taps
 
@@ -80,16 +81,16 @@ def contributions(
 
 def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
     """Contributions of one batch, a dictionary per draw of the labels."""
-    head = taps.model.lm_head.weight
+    head = head_of(taps.model)
     with taps.attached(len(rows)), torch.enable_grad():
-        hidden = taps.model.model(input_ids=rows, use_cache=False).last_hidden_state
+        hidden = final_hidden(taps.model, rows)
         for draw, gradient in enumerate(label_gradients(hidden.detach(), head, rows, draws, seed)):
             yield taps.backward(hidden, gradient, again=draw < draws - 1)
 
 
 @torch.no_grad()
 def label_gradients(
-    hidden_BTD: Tensor, head_VD: Tensor, rows_BT: Tensor, draws: int, seed: int
+    hidden_BTD: Tensor, head: Head, rows_BT: Tensor, draws: int, seed: int
 ) -> Iterator[Tensor]:
     """Gradients [B, T, D] of the log-likelihood of drawn labels at the final hidden states.
 
@@ -98,10 +99,13 @@ def label_gradients(
     """
     labels = torch.empty(draws, *rows_BT.shape, dtype=torch.long)
     expected = torch.empty_like(hidden_BTD)
+    slopes = torch.empty(draws, *rows_BT.shape)
     for row, sequence in enumerate(rows_BT):
         generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
-        probability = (hidden_BTD[row] @ head_VD.T).float().softmax(-1)
+        logits = head.logits(hidden_BTD[row])
+        probability, slope = logits.softmax(-1), head.slope(logits)
         labels[:, row] = torch.multinomial(probability, draws, True, generator=generator).T
-        expected[row] = probability @ head_VD
-    for drawn in labels:
-        yield head_VD[drawn] - expected
+        slopes[:, row] = slope.expand_as(logits).gather(1, labels[:, row].T).T
+        expected[row] = (probability * slope) @ head.weight
+    for drawn, slope in zip(labels, slopes, strict=True):
+        yield head.weight[drawn] * slope[..., None] - expected

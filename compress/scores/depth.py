@@ -17,6 +17,7 @@ from compress.core.errors import InputError
 from compress.core.files import read_json, write_json
 from compress.measure.losses import kl_from_hidden
 from compress.model.architecture import Architecture, Attention
+from compress.model.modules import head_of
 from compress.scores.contributions import Progress
 from compress.scores.replay import Text, entering, run_layers
 
@@ -175,7 +176,7 @@ class Shortened:
 
     def kl_without(self, layer: int) -> float:
         """KL(teacher || this model without one more layer), nats per token."""
-        head = self.model.lm_head.weight
+        head = head_of(self.model)
         found = []
         for inputs, teacher in zip(self.inputs, self.teacher, strict=True):
             after = [number for number in inputs if number > layer]

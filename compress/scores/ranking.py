@@ -14,9 +14,8 @@ from torch import Tensor, nn
 
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
-from compress.model.families import family_of
 from compress.model.layout import parse
-from compress.model.modules import slots_of
+from compress.model.modules import final_norm, layer_of, mixer_of, norm_of, slots_of
 from compress.student.candidate import Ranking
 from compress.student.units import unit_key, units_of
 
@@ -69,14 +68,12 @@ class Forward:
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
         """Hooks in place."""
-        family = family_of(self.architecture.family)
-        norms = [getattr(model.model, family.final_norm)]
+        blocks = self.architecture.blocks
+        norms = [final_norm(model), *(norm_of(model, block) for block in blocks)]
         handles = []
-        for block in self.architecture.blocks:
-            layer, site = model.model.layers[block.layer], family.sites[block.kind]
-            norms.append(getattr(layer, site.norm))
+        for block in blocks:
             for name, slot in slots_of(self.architecture, block, experts=False).items():
-                module, (out, into) = layer.get_submodule(name), parse(slot.shape)
+                module, (out, into) = layer_of(model, block).get_submodule(name), parse(slot.shape)
                 if isinstance(block, Mamba):
                     # Of its weights, in_proj alone writes units: z, then x.
                     if out.count(MAMBA_UNITS) == 2:
@@ -85,7 +82,7 @@ class Forward:
                     hook = self.tap_input(block, into[0])
                     handles.append(module.register_forward_hook(hook))
             if isinstance(block, Moe):
-                experts = getattr(layer, site.mixer).experts
+                experts = mixer_of(model, block).experts
                 handles.append(experts.register_forward_pre_hook(self.tap_experts(block)))
         handles += [
             norm.register_forward_hook(self.tap_norm(number)) for number, norm in enumerate(norms)

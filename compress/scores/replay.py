@@ -20,7 +20,7 @@ from compress.measure.losses import log_probabilities
 from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name
 from compress.model.families import family_of
 from compress.model.layout import parse
-from compress.model.modules import slots_of
+from compress.model.modules import final_hidden, head_of, slots_of
 from compress.model.tensor_files import save_tensors
 from compress.scores.contributions import Progress
 from compress.scores.costs import REMOVAL
@@ -70,7 +70,7 @@ class Text:
         if number not in self.found:
             tokens = self.chunks[number]
             with entering(self.model.model.layers) as caught:
-                final = self.model.model(input_ids=tokens, use_cache=False).last_hidden_state
+                final = final_hidden(self.model, tokens)
             self.found[number] = caught, final
         return self.found[number]
 
@@ -180,7 +180,7 @@ def chunk_costs(
     with computed(model, architecture, block.layer, branches):
         layers = range(block.layer, len(model.model.layers))
         student = run_layers(model, layers, hidden.repeat(len(keeps), 1, 1))
-    head = model.lm_head.weight
+    head = head_of(model)
     teacher = log_probabilities(final, head)
     probability = teacher.exp()
     kl = [

@@ -17,7 +17,7 @@ from compress.formats.table import Format
 from compress.measure.kl import BATCH, Reference
 from compress.measure.losses import kl_from_hidden
 from compress.model.checkpoint import Checkpoint
-from compress.model.modules import weights_of
+from compress.model.modules import final_hidden, weights_of
 from compress.scores.contributions import Contributions
 from compress.scores.taps import Taps
 from compress.student.candidate import Candidate, block_keep
@@ -83,7 +83,7 @@ def turn(text: Reference, number: int, parts: int = 4) -> Reference:
 def tap(taps: Taps, part: Reference, slope: dict[str, list[Tensor]]) -> Tensor:
     """Append the rows of one batch; its KL [sequences], nats per token."""
     with taps.attached(len(part.tokens)), torch.enable_grad():
-        hidden = taps.model.model(input_ids=part.tokens, use_cache=False).last_hidden_state
+        hidden = final_hidden(taps.model, part.tokens)
         kl, gradient = kl_gradient(hidden.detach(), part)
         collect(slope, taps.backward(hidden, gradient, again=False))
     return kl

@@ -20,7 +20,14 @@ from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
 from compress.model.families import family_of
 from compress.model.layout import Slot, parse, shape
-from compress.model.modules import slots_of, weights_of
+from compress.model.modules import (
+    final_norm,
+    layer_of,
+    mixer_of,
+    norm_of,
+    slots_of,
+    weights_of,
+)
 from compress.student.masks import masked, unit_mask
 from compress.student.units import SCALARS, UNITS, unit_key, units_of
 
@@ -73,27 +80,27 @@ class Taps:
         The embedding's output becomes the leaf that gradients flow to.
         """
         self.sequences = sequences
-        family = family_of(self.architecture.family)
-        final = getattr(self.model.model, family.final_norm)
         embedding = self.model.get_input_embeddings()
         handles = [
             embedding.register_forward_hook(lambda m, a, output: output.requires_grad_(True))
         ]
-        handles.append(final.register_forward_hook(self.tap_norm(len(self.architecture.blocks))))
+        last = self.tap_norm(len(self.architecture.blocks))
+        handles.append(final_norm(self.model).register_forward_hook(last))
         patched: list[Any] = []
         masks = ExitStack()
         self.unmasked = masks.enter_context(masked(self.model, self.architecture, self.keep))
         for number, block in enumerate(self.architecture.blocks):
-            layer, site = self.model.model.layers[block.layer], family.sites[block.kind]
-            handles.append(getattr(layer, site.norm).register_forward_hook(self.tap_norm(number)))
+            layer, mixer = layer_of(self.model, block), mixer_of(self.model, block)
+            norm = norm_of(self.model, block)
+            handles.append(norm.register_forward_hook(self.tap_norm(number)))
             for name, slot in slots_of(self.architecture, block, experts=False).items():
                 hook = self.tap_linear(number, name, slot)
                 handles.append(layer.get_submodule(name).register_forward_hook(hook))
             if isinstance(block, Mamba):
-                norm = getattr(layer, site.mixer).norm
-                handles.append(norm.register_forward_pre_hook(self.tap_gated_norm(number)))
+                gated = self.tap_gated_norm(number)
+                handles.append(mixer.norm.register_forward_pre_hook(gated))
             if isinstance(block, Moe):
-                patched.append(getattr(layer, site.mixer).experts)
+                patched.append(mixer.experts)
                 patched[-1].forward = self.experts_forward(number, block, patched[-1])
         try:
             yield

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
-from compress.model.families import family_of
+from compress.model.modules import final_norm, mixer_of, norm_of
 from compress.student.candidate import block_keep
 
 BIAS = "e_score_correction_bias"
@@ -86,15 +86,12 @@ def masked(
     """
     unmasked, handles = Unmasked(), []
     biases: list[tuple[Tensor, Tensor]] = []
-    family = family_of(architecture.family)
-    norms = [getattr(model.model, family.final_norm)]
+    norms = [final_norm(model), *(norm_of(model, block) for block in architecture.blocks)]
     for number, block in enumerate(architecture.blocks):
-        layer, site = model.model.layers[block.layer], family.sites[block.kind]
-        norms.append(getattr(layer, site.norm))
         whole = is_alive(architecture, keep, number)
         if whole and not any(key.startswith(block_name(block) + "/") for key in keep):
             continue
-        mixer = getattr(layer, site.mixer)
+        mixer = mixer_of(model, block)
         for module, axes, repeat in masked_inputs(block):
             values = unit_mask(architecture, keep, number, axes).flatten()
             path, count = module, 1.0

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from compress.core.errors import InputError
 from compress.measure.losses import kl_from_hidden
+from compress.model.modules import final_hidden, head_of
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
 
 # Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
@@ -112,11 +113,8 @@ def kl(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Tensor, bf16:
     ids_BT = ids_BT.to(student.device)
     with torch.autocast(student.device.type, torch.bfloat16, enabled=bf16):
         with torch.no_grad():
-            teacher_BTD = teacher.model(input_ids=ids_BT, use_cache=False).last_hidden_state
-        student_BTD = student.model(input_ids=ids_BT, use_cache=False).last_hidden_state
+            teacher_BTD = final_hidden(teacher, ids_BT)
+        student_BTD = final_hidden(student, ids_BT)
     return kl_from_hidden(
-        student_BTD.flatten(0, 1),
-        student.lm_head.weight,
-        teacher_BTD.flatten(0, 1),
-        teacher.lm_head.weight,
+        student_BTD.flatten(0, 1), head_of(student), teacher_BTD.flatten(0, 1), head_of(teacher)
     ).mean()

@@ -25,6 +25,7 @@ from compress.measure.losses import nll_from_hidden
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint, write_checkpoint
 from compress.model.families import parameters, read_architecture
+from compress.model.modules import final_hidden, head_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import split_documents
@@ -175,9 +176,10 @@ def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> P
 def nll(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Nats of every token that has one before it, flat."""
     ids_BT = ids_BT.to(model.device)
-    hidden_BTD = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state
-    head_VD = model.lm_head.weight
-    return nll_from_hidden(hidden_BTD[:, :-1].flatten(0, 1), head_VD, ids_BT[:, 1:].flatten())
+    hidden_BTD = final_hidden(model, ids_BT)
+    return nll_from_hidden(
+        hidden_BTD[:, :-1].flatten(0, 1), head_of(model), ids_BT[:, 1:].flatten()
+    )
 
 
 class Balance:

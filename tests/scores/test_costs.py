@@ -17,7 +17,7 @@ from compress.measure.losses import kl_from_hidden
 from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
-from compress.model.modules import weights_of
+from compress.model.modules import final_hidden, head_of, weights_of
 from compress.scores.contributions import contributions
 from compress.scores.costs import (
     Scores,
@@ -38,11 +38,11 @@ TOKENS = torch.randint(0, 128, (24, LENGTH), generator=torch.Generator().manual_
 
 
 def hidden_of(model: PreTrainedModel) -> Tensor:
-    return model.model(input_ids=TOKENS, use_cache=False).last_hidden_state.flatten(0, 1)
+    return final_hidden(model, TOKENS).flatten(0, 1)
 
 
 def exact(model: PreTrainedModel, teacher: Tensor) -> float:
-    head = model.lm_head.weight
+    head = head_of(model)
     return float(kl_from_hidden(hidden_of(model), head, teacher, head).mean())
 
 

@@ -13,6 +13,7 @@ from compress.measure.losses import kl_from_hidden
 from compress.model.architecture import block_name
 from compress.model.build import build_model, load_model, student_config
 from compress.model.checkpoint import open_checkpoint
+from compress.model.modules import head_of
 from compress.scores.tangent import tangent
 from compress.scores.taps import Taps
 from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
@@ -69,9 +70,9 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
         handle = module.register_forward_pre_hook(lambda m, a: (a[0] * mask,))
         hidden = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state.flatten(0, 1)
         handle.remove()
-        head = model.lm_head.weight.double()
-        args = (hidden.double(), head, text.hidden.flatten(0, 1).double(), head)
-        return float(kl_from_hidden(*args).double().mean())
+        head = head_of(model)
+        kl = kl_from_hidden(hidden, head, text.hidden.flatten(0, 1), head)
+        return float(kl.double().mean())
 
     assert float(found.kl.mean()) == pytest.approx(kl(0), rel=1e-4)
     assert slope == pytest.approx((kl(0.25) - kl(-0.25)) / 0.5, rel=0.1)
