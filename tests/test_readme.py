@@ -31,6 +31,13 @@ def test_the_notes_are_short_and_their_links_lead_somewhere() -> None:
             assert (page.parent / link).is_file(), (page, link)
 
 
+def test_dependencies_name_files_that_exist() -> None:
+    files = re.findall(r"\b(?:compress|benchmarks)/\S+\.py", (ROOT / "pyproject.toml").read_text())
+    assert files
+    for file in files:
+        assert (ROOT / file).is_file(), file
+
+
 def test_flags_in_the_readme_exist() -> None:
     commands = re.findall(r"^compress .*$", README, flags=re.MULTILINE)
     known = {key.replace("_", "-") for key in Recipe.model_fields}
