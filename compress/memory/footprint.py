@@ -16,8 +16,8 @@ from typing import Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import Format, KvFormat
-from compress.model.architecture import Architecture, Attention, Block, Mamba, Moe, sizes
-from compress.model.families import family_of
+from compress.model.architecture import Architecture, Attention, Block, Mamba, sizes
+from compress.model.families import experts_of, family_of
 from compress.model.layout import Parameter, Slot, shape
 
 SsmFormat = Literal["fp32", "bf16"]
@@ -89,11 +89,11 @@ def parameter_bytes(parameter: Parameter, format: Format) -> int:
 def block_bytes(block: Block, hidden: int, family: str) -> int:
     """Bytes of the weights of one block in its format."""
     axis_sizes = {"hidden": hidden} | sizes(block)
-    total = 0
-    for name, slot in family_of(family).tensors(block).items():
-        copies = block.expert if isinstance(block, Moe) and "{expert}" in name else 1
-        total += copies * tensor_bytes(slot, shape(slot.shape, axis_sizes), block.format)
-    return total
+    return sum(
+        len(experts_of(name, block))
+        * tensor_bytes(slot, shape(slot.shape, axis_sizes), block.format)
+        for name, slot in family_of(family).tensors(block).items()
+    )
 
 
 def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:

@@ -4,18 +4,21 @@ Models are those that ``build_model`` gives, or transformers' own of the same fa
 is ``model.model`` and its layers ``model.model.layers``.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.model.architecture import Architecture, Block, Moe
+from compress.model.architecture import Architecture, Block
 from compress.model.families import family_of
 from compress.model.families.family import Site
 from compress.model.layout import Slot
 
 # N tokens, V vocabulary, D hidden.
+
+EXPERT = ".{expert}."
 
 
 @dataclass(frozen=True)
@@ -104,13 +107,34 @@ def weights_of(
         name: (layer.get_submodule(name).weight, slot)
         for name, slot in slots_of(architecture, block, experts=False).items()
     }
-    if isinstance(block, Moe):
-        for name, slot in slots_of(architecture, block, experts=True).items():
-            path, _, matrix = name.partition(".{expert}.")
-            stacked = getattr(layer.get_submodule(path), matrix)
-            for expert in range(block.expert):
-                found[name.format(expert=expert)] = (stacked[expert], slot)
+    for name, slot in slots_of(architecture, block, experts=True).items():
+        path, _, matrix = name.partition(EXPERT)
+        stacked = getattr(layer.get_submodule(path), matrix)
+        for expert in range(len(stacked)):
+            found[name.format(expert=expert)] = (stacked[expert], slot)
     return found
+
+
+def fused_experts(model: Any, architecture: Architecture, block: Block) -> Any | None:
+    """The module of a block's routed experts, their weights stacked; None if it has none.
+
+    It is called with flattened tokens [n, D], chosen experts and their weights [n, top-k].
+    """
+    layer = layer_of(model, block)
+    paths = [name.partition(EXPERT)[0] for name in slots_of(architecture, block, experts=True)]
+    return layer.get_submodule(paths[0]) if paths else None
+
+
+def routed(
+    module: Any, x: Tensor, index: Tensor, weight: Tensor
+) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Of each of the fused experts its tokens [t], their neurons [t, width] and weights [t, 1].
+
+    The arguments are those that the module is called with.
+    """
+    for expert, up in enumerate(module.up_proj):
+        token, choice = torch.where(index == expert)
+        yield token, module.act_fn(x[token] @ up.T), weight[token, choice, None]
 
 
 def slots_of(architecture: Architecture, block: Block, *, experts: bool) -> dict[str, Slot]:

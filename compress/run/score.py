@@ -313,7 +313,7 @@ def print_scores(session: Session, scores: Scores) -> None:
 
 def units(block: Block) -> Iterator[str]:
     """Keys of a block's unit arrays."""
-    yield from (unit_key(block, axes) for axes in UNITS[block.kind])
+    yield from (unit_key(block, found) for found in UNITS[block.kind])
 
 
 def unit_rows(scores: Scores, blocks: tuple[Block, ...]) -> Iterator[tuple[str, ...]]:

@@ -1,6 +1,6 @@
 """What every decision costs, in nats per token: estimated from contributions, exact for blocks.
 
-With the contribution C[s, u] of every unit and format (``gates``), the KL of a change is about
+With the contribution C[s, u] of every unit and format (``taps``), the KL of a change is about
 1/(2T) times the mean over sequences and draws of (sum over changed gates of change * C)^2, the
 Fisher form of the second-order expansion. It underrates big cuts, so removing a whole block is
 scored exactly by ``replay`` and the estimates of its thinner cuts are anchored to that.
@@ -23,8 +23,8 @@ from compress.scores.contributions import Contributions
 from compress.scores.ranking import activation_importance
 from compress.scores.taps import SQUARES
 from compress.student.candidate import Ranking
-from compress.student.masks import alive
-from compress.student.units import AXES, SCALARS, UNITS, unit_key
+from compress.student.masks import alive, summed
+from compress.student.units import AXES, UNITS, Units, array_of, unit_key
 
 REMOVAL = "removed"
 
@@ -94,57 +94,44 @@ def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
     if block is None:
         rows = scores.contributions["hidden"]
     else:
-        rows = axis_rows(scores.contributions, block, axis)
+        units = array_of(block, axis)
+        rows = summed(scores.contributions[unit_key(block, units)], units, axis)
     return kl_of_each(rows, scores.length)
 
 
 def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:
     """What orders units: ``importance`` with far less noise, where a unit is numbers of its own.
 
-    Activations and gradients are taken as independent: tokens times the mean square of the one
-    times the mean square of the other (the diagonal of K-FAC's Fisher; Martens and Grosse 2015),
-    summed over the numbers that a unit consists of. ``importance`` has one number per sequence and
-    draw instead. Query heads and KV groups keep that one.
+    ``importance`` has one number per sequence and draw, ``kfac_diagonal`` all tokens. Query heads
+    and KV groups keep the former.
     """
     if block is None:
         found = scores.contributions
         norms = sorted({key.partition("/")[0] for key in found if key.startswith("hidden@")})
-        return torch.stack([independent(scores, norm) for norm in norms]).sum(0)
-    axes = next(axes for axes in UNITS[block.kind] if axis in axes)
-    if axes[-1] not in SCALARS:
+        return torch.stack([kfac_diagonal(scores, norm) for norm in norms]).sum(0)
+    units = array_of(block, axis)
+    if not units.scalar:
         return importance(scores, block, axis)
-    key = unit_key(block, axes)
-    return axis_rows({key: independent(scores, key)[None]}, block, axis)[0]
+    return summed(kfac_diagonal(scores, unit_key(block, units)), units, axis)
 
 
-def unit_saliency(scores: Scores, block: Block, axes: tuple[str, ...]) -> Tensor:
-    """The same of a block's finest units, [*axes]."""
-    key = unit_key(block, axes)
-    return (
-        independent(scores, key)
-        if axes[-1] in SCALARS
-        else kl_of_each(scores.contributions[key], scores.length)
-    )
+def unit_saliency(scores: Scores, block: Block, units: Units) -> Tensor:
+    """The same of a block's finest units, [*units.axes]."""
+    key = unit_key(block, units)
+    if units.scalar:
+        return kfac_diagonal(scores, key)
+    return kl_of_each(scores.contributions[key], scores.length)
 
 
-def independent(scores: Scores, key: str) -> Tensor:
-    """Predicted KL of losing each unit [*units] from squares of its independent factors."""
+def kfac_diagonal(scores: Scores, key: str) -> Tensor:
+    """Predicted KL of losing each unit [*units] if its activation and gradient are independent.
+
+    Tokens times the mean square of the one times the mean square of the other: the diagonal of
+    K-FAC's Fisher (Martens and Grosse 2015).
+    """
     activation, slope, tokens = (scores.contributions[key + suffix][0] for suffix in SQUARES)
     rows = len(scores.contributions["hidden"])
     return activation * slope / tokens.clamp(min=1) / (2 * rows * scores.length)
-
-
-def axis_rows(found: Contributions, block: Block, axis: str) -> Tensor:
-    """Contributions of an axis' units, from the finest ones."""
-    axes = next(axes for axes in UNITS[block.kind] if axis in axes)
-    rows = found.get(unit_key(block, axes))
-    if rows is None:
-        raise KeyError(f"no contributions for {unit_key(block, axes)}")
-    if axis == "kv_head" or axis == "expert":
-        return rows.sum(2)
-    if axis == "head":
-        return rows.sum(3)
-    return rows.sum((1, 2)) if axis == "channel" else rows
 
 
 def priority(
@@ -156,14 +143,13 @@ def priority(
 ) -> Tensor:
     """What orders the units of an axis under a ranking, highest kept; shapes as ``importance``.
 
-    ``router`` ranks experts, and is ``contribution`` elsewhere. ``keep`` is what the block keeps
-    on axes that are decided already.
+    ``router`` ranks routed units, and is ``contribution`` elsewhere. ``keep`` is what the block
+    keeps on axes that are decided already.
     """
-    if ranking == "contribution" or (ranking == "router" and axis != "expert"):
-        return saliency(scores, block, axis)
-    if ranking == "router":
-        assert block is not None
+    if ranking == "router" and block is not None and AXES[block.kind][axis].routed:
         return scores.rankings[f"{block_name(block)}/router"]
+    if ranking != "activation":
+        return saliency(scores, block, axis)
     return activation_importance(scores.rankings, block, axis, keep or {})
 
 
@@ -178,16 +164,15 @@ def choose(
 ) -> dict[str, Tensor]:
     """Kept indices of a block by axis, the most important units of each; whole axes are left out.
 
-    ``target`` gives counts by axis. KV heads and experts come first, what is inside them after;
-    Mamba's heads come after the channels, over which some rankings add them up.
+    ``target`` gives counts by axis. What is within others comes after what all share: it is chosen
+    in those that are kept, and some rankings add it up over what is.
     """
     keep: dict[str, Tensor] = {}
-    for axis in sorted(AXES[block.kind], key=lambda axis: axis == "head"):
+    for axis, rule in sorted(AXES[block.kind].items(), key=lambda item: item[1].within is not None):
         count = target.get(axis, sizes(block)[axis])
         values = priority(scores, block, axis, ranking, keep)
-        parent = {"query": "kv_head", "expert_ffn": "expert"}.get(axis)
-        if parent in keep:
-            values = values[keep[parent]]
+        if rule.within in keep:
+            values = values[keep[rule.within]]
         if count < values.shape[-1]:
             keep[axis] = top(values, count)
     return keep
@@ -200,9 +185,9 @@ def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: For
     """
     found = scores.contributions
     total = torch.zeros(len(found["hidden"]))
-    for axes in UNITS[block.kind]:
-        key = unit_key(block, axes)
-        mask = alive(block, axes, keep).flatten()
+    for units in UNITS[block.kind]:
+        key = unit_key(block, units)
+        mask = alive(block, units, keep).flatten()
         total -= found[key].flatten(1) @ (1 - mask)
         if format != "bf16":
             total += found[f"{key}/{format}"].flatten(1) @ mask
@@ -230,9 +215,7 @@ def removed(scores: Scores, block: Block) -> float:
 
 def whole(scores: Scores, block: Block) -> Tensor:
     """Summed contributions [rows] of losing all units of a block."""
-    rows = [
-        scores.contributions[unit_key(block, axes)].flatten(1).sum(1) for axes in UNITS[block.kind]
-    ]
+    rows = [scores.contributions[unit_key(block, u)].flatten(1).sum(1) for u in UNITS[block.kind]]
     return torch.stack(rows).sum(0)
 
 

@@ -7,19 +7,18 @@ norm over sequences. What a decision costs is still predicted from contributions
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.core.errors import InputError
-from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
+from compress.model.architecture import Architecture, Block, block_name
 from compress.model.layout import parse
-from compress.model.modules import final_norm, layer_of, mixer_of, norm_of, slots_of
+from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, routed, slots_of
 from compress.student.candidate import Ranking
-from compress.student.units import unit_key, units_of
-
-MAMBA_UNITS = ("group", "head", "channel")
+from compress.student.units import AXES, Projection, array_of, projections, unit_key
 
 
 def activation_scores(
@@ -30,11 +29,10 @@ def activation_scores(
     Keys and shapes, ``<block>`` being the block's name:
 
     - ``hidden`` [hidden]: outputs of every residual norm, summed over the norms.
-    - ``<block>/ffn``, ``<block>/shared_ffn`` [width] and ``<block>/expert_ffn`` [expert, width]:
-      inputs of the down projection; an expert is 0 at tokens that are not routed to it.
-    - ``<block>/query`` [kv_head, query]: L2 norm of a head's output at a token.
-    - ``<block>/group.head.channel``: x of ``[z x B C dt] = in_proj(norm(X))``, from which the
-      scores of Mamba's heads and channels are made (Taghibakhshi et al. 2025, Minitron-SSM).
+    - of the finest units, by ``unit_key``: neurons; an expert's are 0 at tokens that are not routed
+      to it. L2 norm of a query head's output at a token. Mamba's x of ``[z x B C dt] =
+      in_proj(norm(X))``, which heads and channels are made from (Taghibakhshi et al. 2025,
+      Minitron-SSM).
     - ``<block>/expert`` [expert]: router weight times L2 norm of an expert's output at a token.
     - ``<block>/router`` [expert]: the same averaged over the tokens that are routed to the expert
       (Lasby et al. 2025, REAP); 0 for one that has none.
@@ -72,17 +70,12 @@ class Forward:
         norms = [final_norm(model), *(norm_of(model, block) for block in blocks)]
         handles = []
         for block in blocks:
-            for name, slot in slots_of(self.architecture, block, experts=False).items():
-                module, (out, into) = layer_of(model, block).get_submodule(name), parse(slot.shape)
-                if isinstance(block, Mamba):
-                    # Of its weights, in_proj alone writes units: z, then x.
-                    if out.count(MAMBA_UNITS) == 2:
-                        handles.append(module.register_forward_hook(self.tap_mamba(block)))
-                elif units_of(into[0], block) is not None:
-                    hook = self.tap_input(block, into[0])
-                    handles.append(module.register_forward_hook(hook))
-            if isinstance(block, Moe):
-                experts = mixer_of(model, block).experts
+            for projection in projections(self.architecture, block):
+                if projection.expert is None:
+                    name, tap = self.tap_units(block, projection)
+                    module = layer_of(model, block).get_submodule(name)
+                    handles.append(module.register_forward_hook(tap))
+            if experts := fused_experts(model, self.architecture, block):
                 handles.append(experts.register_forward_pre_hook(self.tap_experts(block)))
         handles += [
             norm.register_forward_hook(self.tap_norm(number)) for number, norm in enumerate(norms)
@@ -107,50 +100,44 @@ class Forward:
 
         return hook
 
-    def tap_input(self, block: Block, product: tuple[str, ...]) -> Callable[..., None]:
-        """Hook of a linear module that reads units: neurons, or heads of ``head_dim`` each."""
-        axis_sizes = sizes(block)
-        shape = [axis_sizes[axis] for axis in product]
+    def tap_units(self, block: Block, projection: Projection) -> tuple[str, Callable[..., None]]:
+        """The module where the units of an output projection are seen, and its hook.
+
+        After a gated norm they are what went into it: of the weight that writes them twice, the
+        gate and what it gates, the second half.
+        """
+        units, shape = projection.units, projection.units.shape(block)
+        table = slots_of(self.architecture, block, experts=False)
+        writers = [n for n, slot in table.items() if parse(slot.shape)[0].count(units.axes) == 2]
+        gated = projection.norm is not None
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            value = args[0].reshape(*args[0].shape[:2], *shape)
-            if product[-1] == "head_dim":
-                self.add(f"{block_name(block)}/query", l2(value, -1).mean(1))
+            value = output[..., prod(shape) : 2 * prod(shape)] if gated else args[0]
+            value = value.reshape(*value.shape[:2], *shape, projection.features)
+            if units.scalar:
+                self.add(unit_key(block, units), value[..., 0].abs().mean(1))
             else:
-                self.add(f"{block_name(block)}/{product[-1]}", value.abs().mean(1))
+                self.add(unit_key(block, units), l2(value, -1).mean(1))
 
-        return hook
+        return (writers[0] if gated else projection.module), hook
 
-    def tap_mamba(self, block: Mamba) -> Callable[..., None]:
-        """Hook of a Mamba block's in_proj."""
-        shape = (block.group, block.head, block.channel)
-        width = block.group * block.head * block.channel
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            x = output[..., width : 2 * width].abs().mean(1)
-            self.add(unit_key(block, MAMBA_UNITS), x.reshape(-1, *shape))
-
-        return hook
-
-    def tap_experts(self, block: Moe) -> Callable[..., None]:
+    def tap_experts(self, block: Block) -> Callable[..., None]:
         """Hook of the fused experts, which see flattened tokens; their outputs are made again."""
-        name = block_name(block)
+        name, units = block_name(block), array_of(block, "expert")
+        shape = units.shape(block)
 
         def hook(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            x, index, weight = args
+            x = args[0]
             sequences = len(x) // self.length
-            neurons = x.new_zeros(sequences, block.expert, block.expert_ffn)
-            saliency = x.new_zeros(sequences, block.expert)
-            count = torch.zeros(block.expert, dtype=torch.float64)
-            for expert in range(block.expert):
-                token, choice = torch.where(index == expert)
+            neurons, saliency = x.new_zeros(sequences, *shape), x.new_zeros(sequences, shape[0])
+            count = torch.zeros(shape[0], dtype=torch.float64)
+            for expert, (token, inner, weight) in enumerate(routed(module, *args)):
                 row = token // self.length
-                inner = module.act_fn(x[token] @ module.up_proj[expert].T)
                 norm = l2(inner @ module.down_proj[expert].T, -1)
                 neurons[:, expert].index_add_(0, row, inner.abs())
-                saliency[:, expert].index_add_(0, row, norm * weight[token, choice])
+                saliency[:, expert].index_add_(0, row, norm * weight[:, 0])
                 count[expert] = len(token)
-            self.add(f"{name}/expert_ffn", neurons / self.length)
+            self.add(unit_key(block, units), neurons / self.length)
             self.add(f"{name}/expert", saliency / self.length)
             total, before = self.routed.get(f"{name}/router", (torch.zeros(()), torch.zeros(())))
             self.routed[f"{name}/router"] = total + saliency.double().sum(0), before + count
@@ -163,21 +150,21 @@ def activation_importance(
 ) -> Tensor:
     """Scores of the units of an axis from ``activation_scores``, shaped as ``importance`` is.
 
-    A KV group is the L2 norm of its heads (Minitron ranks none). A Mamba channel is the L2 norm
-    over all heads, which share the ranking, and a Mamba head that over the kept channels.
+    What has none of its own is the L2 norm of its finest units: a KV group that of its heads
+    (Minitron ranks none), a Mamba channel that over all heads, which share the ranking, and a Mamba
+    head that over the kept channels.
     """
     if block is None:
         return found["hidden"]
-    name = block_name(block)
-    if axis == "kv_head":
-        return l2(found[f"{name}/query"], 1)
-    if isinstance(block, Mamba):
-        units = found[unit_key(block, MAMBA_UNITS)]
-        if axis == "channel":
-            return l2(units.flatten(0, 1), 0)
-        kept = keep.get("channel")
-        return l2(units if kept is None else units[..., kept], -1)
-    return found[f"{name}/{axis}"]
+    if (own := found.get(f"{block_name(block)}/{axis}")) is not None:
+        return own
+    units = array_of(block, axis)
+    values, others = found[unit_key(block, units)], units.others(axis)
+    for at in others:
+        index = keep.get(units.axes[at])
+        if index is not None and index.dim() == 1:
+            values = values.index_select(at, index)
+    return values.square().sum(others).sqrt() if others else values
 
 
 def l2(values: Tensor, dim: int) -> Tensor:
@@ -187,7 +174,8 @@ def l2(values: Tensor, dim: int) -> Tensor:
 
 def require_ranked(architecture: Architecture, ranking: Ranking) -> None:
     """Refuse a ranking that has nothing to rank in a model; InputError says which do."""
-    if ranking == "router" and not any(isinstance(b, Moe) for b in architecture.blocks):
+    axes = [axis for block in architecture.blocks for axis in AXES[block.kind].values()]
+    if ranking == "router" and not any(axis.routed for axis in axes):
         raise InputError(
             "ranking router ranks experts and this teacher has none; "
             "--ranking contribution and activation rank every axis"

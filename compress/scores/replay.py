@@ -19,13 +19,12 @@ from torch import Tensor, nn
 from compress.measure.losses import log_probabilities
 from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name
 from compress.model.families import family_of
-from compress.model.layout import parse
-from compress.model.modules import final_hidden, head_of, slots_of
+from compress.model.modules import final_hidden, head_of
 from compress.model.tensor_files import save_tensors
 from compress.scores.contributions import Progress
 from compress.scores.costs import REMOVAL
 from compress.student.masks import alive
-from compress.student.units import units_of
+from compress.student.units import Units, projections
 
 # What an option keeps of its block by axis; None when the block goes.
 Keep = Mapping[str, Tensor] | None
@@ -229,7 +228,7 @@ def branch_outputs(
     The branch of this block has its options' units only; those before it are the teacher's.
     """
     family, layer = family_of(architecture.family), model.model.layers[block.layer]
-    axes, name = masked_site(architecture, block)
+    units, name = masked_site(architecture, block)
     caught: dict[str, tuple[Any, ...]] = {}
     outputs: dict[str, Any] = {}
     handles = [
@@ -255,21 +254,17 @@ def branch_outputs(
     kept = [
         torch.zeros_like(own)
         if keep is None
-        else masked_branch(layer, block, name, caught["inner"], own, alive(block, axes, keep))
+        else masked_branch(layer, block, name, caught["inner"], own, alive(block, units, keep))
         for keep in keeps
     ]
     repeated = {kind: plain[kind].repeat(len(keeps), 1, 1) for kind in kinds[:-1]}
     return repeated | {block.kind: torch.cat(kept)}
 
 
-def masked_site(architecture: Architecture, block: Block) -> tuple[tuple[str, ...], str]:
+def masked_site(architecture: Architecture, block: Block) -> tuple[Units, str]:
     """The unit array whose mask is a cut of a block, and the module of the layer that reads it."""
-    for name, slot in slots_of(architecture, block, experts=False).items():
-        axes = units_of(parse(slot.shape)[1][0], block)
-        if axes is not None:
-            # Mamba's gated norm averages over units: they are masked before it, not after.
-            return axes, name.replace("out_proj", "norm") if isinstance(block, Mamba) else name
-    raise ValueError(f"{block_name(block)} has no output projection")
+    found = projections(architecture, block)
+    return next((found.units, found.masked) for found in found if found.expert is None)
 
 
 def masked_branch(

@@ -14,12 +14,12 @@ from scipy.stats import wilcoxon
 from torch import Tensor
 
 from compress.measure.kl import Reference
-from compress.model.architecture import Architecture, Block, Mamba, block_name
+from compress.model.architecture import Architecture, block_name
 from compress.scores.costs import Scores, saliency, top, unit_saliency
 from compress.scores.tangent import Tangent
 from compress.student.candidate import Candidate, block_keep
-from compress.student.masks import unit_mask
-from compress.student.units import UNITS, unit_key
+from compress.student.masks import summed, unit_mask
+from compress.student.units import UNITS, Units, unit_key
 
 # How far slopes are trusted at first and at last. Trusted whole, they prefer units that are better
 # for one kind of text and worse for another (measured: runs/LOG.md, "Units chosen again").
@@ -105,9 +105,9 @@ def moved(before: Candidate, after: Candidate, teacher: Architecture) -> int:
             torch.isin(before.keep["hidden"], after.keep["hidden"]).sum()
         )
     for number in before.keep["blocks"].tolist():
-        for axes in UNITS[teacher.blocks[number].kind]:
-            lost = unit_mask(teacher, before.keep, number, axes)
-            lost *= 1 - unit_mask(teacher, after.keep, number, axes)
+        for units in UNITS[teacher.blocks[number].kind]:
+            lost = unit_mask(teacher, before.keep, number, units)
+            lost *= 1 - unit_mask(teacher, after.keep, number, units)
             count += int(lost.sum())
     return count
 
@@ -126,22 +126,22 @@ def reselected(
     if "hidden" in keep:
         kept = torch.zeros(teacher.hidden).index_fill_(0, keep["hidden"], 1)
         half = saliency(scores, None, "hidden") / trust
-        values = worth(at.slope["hidden"], half, kept, at.length)
+        values = gain_of_keeping(at.slope["hidden"], half, kept, at.length)
         keep["hidden"] = top(values, len(keep["hidden"]))
     for number in keep["blocks"].tolist():
         block = teacher.blocks[number]
         own = block_keep(candidate.keep, block)
-        for axes in UNITS[block.kind]:
-            kept = unit_mask(teacher, candidate.keep, number, axes)
-            half = unit_saliency(scores, block, axes) / trust
-            values = worth(at.slope[unit_key(block, axes)], half, kept, at.length)
-            for axis, index in best_units(block, axes, own, values, kept).items():
+        for units in UNITS[block.kind]:
+            kept = unit_mask(teacher, candidate.keep, number, units)
+            half = unit_saliency(scores, block, units) / trust
+            values = gain_of_keeping(at.slope[unit_key(block, units)], half, kept, at.length)
+            for axis, index in best_units(units, own, values, kept).items():
                 keep[f"{block_name(block)}/{axis}"] = index
     return replace(candidate, keep=keep)
 
 
-def worth(slope: Tensor, half: Tensor, kept: Tensor, length: int) -> Tensor:
-    """What the KL would lose if a unit were not there, or gain if it were, nats per token.
+def gain_of_keeping(slope: Tensor, half: Tensor, kept: Tensor, length: int) -> Tensor:
+    """How much lower the KL is with a unit than without it, nats per token: highest are kept.
 
     Of a slope counts what exceeds its standard error over the sequences; of one sequence nothing.
     """
@@ -153,21 +153,28 @@ def worth(slope: Tensor, half: Tensor, kept: Tensor, length: int) -> Tensor:
 
 
 def best_units(
-    block: Block, axes: tuple[str, ...], own: Mapping[str, Tensor], values: Tensor, kept: Tensor
+    units: Units, own: Mapping[str, Tensor], values: Tensor, kept: Tensor
 ) -> dict[str, Tensor]:
-    """Indices of the best units of one array [*axes] by axis, as many as ``own`` has."""
-    if isinstance(block, Mamba):
-        # A head is worth what its kept channels are, a channel what it is in the kept heads.
-        heads, channels = kept.amax(2, keepdim=True), kept.amax((0, 1))
-        sums = {"head": (values * channels).sum(2), "channel": (values * heads).sum((0, 1))}
-        return {axis: top(sums[axis], own[axis].shape[-1]) for axis in sums if axis in own}
-    found, inner = {}, axes[-1]
+    """Indices of the best units of one array by axis, as many as ``own`` has.
+
+    ``values`` and ``kept`` are of the finest units. Those within an axis that shrinks too are
+    chosen everywhere, and that axis by what they add up to; where two axes do not depend on each
+    other, the units of one are worth what they are in those kept of the other.
+    """
+    inner = [*units.cut][-1]
+    outer = units.cut[inner].within
+    if outer is None or outer not in units.cut:
+        found = {}
+        for axis in units.cut.keys() & own.keys():
+            others = units.others(axis)
+            there = kept.amax([at for at in range(-kept.dim(), 0) if at not in others], True)
+            found[axis] = top(summed(values * there, units, axis), own[axis].shape[-1])
+        return found
     count = own[inner].shape[-1] if inner in own else values.shape[-1]
     order = top(values, count)
-    if axes[0] == "kv_head" and "kv_head" in own:
-        groups = values.gather(-1, order).sum(-1)
-        found["kv_head"] = top(groups, len(own["kv_head"]))
-        order = order[found["kv_head"]]
-    elif axes[0] == "expert" and "expert" in own:
-        order = order[own["expert"]]
+    found = {}
+    if outer in own:
+        sums = values.gather(-1, order).sum(-1)
+        found[outer] = own[outer] if units.cut[outer].routed else top(sums, len(own[outer]))
+        order = order[found[outer]]
     return found | ({inner: order} if inner in own else {})

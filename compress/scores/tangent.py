@@ -20,9 +20,10 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.modules import final_hidden, weights_of
 from compress.scores.contributions import Contributions
 from compress.scores.taps import Taps
-from compress.student.candidate import Candidate, block_keep
-from compress.student.grams import Grams, projections
-from compress.student.repair import expert_keep, kept_columns, repaired
+from compress.student.candidate import Candidate, block_keep, expert_keep
+from compress.student.grams import Grams
+from compress.student.repair import kept_columns, refitted_weight
+from compress.student.units import projections
 
 
 @dataclass(frozen=True)
@@ -104,10 +105,10 @@ def refitted(
             own = expert_keep(keep, block, projection.expert)
             if own is None:
                 continue
-            weight, _ = weights[projection.name.removesuffix(".weight")]
+            weight, _ = weights[projection.module]
             rows = keep.get("hidden", torch.arange(len(weight)))
             before.append((weight, weight.clone()))
-            student = repaired(teacher, grams, block, projection, own)
+            student = refitted_weight(teacher, grams, block, projection, own)
             weight[rows[:, None], kept_columns(projection, block, own)] = student.to(weight.dtype)
     try:
         yield

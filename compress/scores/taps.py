@@ -15,21 +15,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.formats.fake import fake_quantize_block, takes
+from compress.formats.fake import fake_quantize_block
 from compress.formats.table import Format
-from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
-from compress.model.families import family_of
-from compress.model.layout import Slot, parse, shape
+from compress.memory.footprint import block_takes
+from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.layout import Slot, parse
 from compress.model.modules import (
     final_norm,
+    fused_experts,
     layer_of,
-    mixer_of,
     norm_of,
     slots_of,
     weights_of,
 )
 from compress.student.masks import masked, unit_mask
-from compress.student.units import SCALARS, UNITS, unit_key, units_of
+from compress.student.units import Units, array_of, projections, unit_key, units_of
 
 # What is kept of those besides contributions: sums over tokens of the squares of activations and of
 # gradients, and how many tokens there were.
@@ -90,18 +90,19 @@ class Taps:
         masks = ExitStack()
         self.unmasked = masks.enter_context(masked(self.model, self.architecture, self.keep))
         for number, block in enumerate(self.architecture.blocks):
-            layer, mixer = layer_of(self.model, block), mixer_of(self.model, block)
-            norm = norm_of(self.model, block)
+            layer, norm = layer_of(self.model, block), norm_of(self.model, block)
             handles.append(norm.register_forward_hook(self.tap_norm(number)))
             for name, slot in slots_of(self.architecture, block, experts=False).items():
                 hook = self.tap_linear(number, name, slot)
                 handles.append(layer.get_submodule(name).register_forward_hook(hook))
-            if isinstance(block, Mamba):
-                gated = self.tap_gated_norm(number)
-                handles.append(mixer.norm.register_forward_pre_hook(gated))
-            if isinstance(block, Moe):
-                patched.append(mixer.experts)
-                patched[-1].forward = self.experts_forward(number, block, patched[-1])
+            for projection in projections(self.architecture, block):
+                if projection.norm:
+                    before = layer.get_submodule(projection.masked)
+                    tap = self.tap_gated_norm(number, projection.units)
+                    handles.append(before.register_forward_pre_hook(tap))
+            if experts := fused_experts(self.model, self.architecture, block):
+                patched.append(experts)
+                experts.forward = self.experts_forward(number, experts)
         try:
             yield
         finally:
@@ -142,18 +143,17 @@ class Taps:
 
         return hook
 
-    def tap_gated_norm(self, number: int) -> Callable[..., None]:
-        """Hook for a Mamba block's dead units: out_proj never sees them, the norm's input does."""
-        block, axes = self.architecture.blocks[number], UNITS["mamba"][0]
-        gone = 1 - unit_mask(self.architecture, self.keep, number, axes)
+    def tap_gated_norm(self, number: int, units: Units) -> Callable[..., None]:
+        """Hook for dead units before a norm: the output projection after it never sees them."""
+        key = unit_key(self.architecture.blocks[number], units)
+        gone = 1 - unit_mask(self.architecture, self.keep, number, units)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             if (value := self.unmasked.inputs.get(module)) is None or not args[0].requires_grad:
                 return
 
             def rows(grad: Tensor) -> None:
-                found = (value * grad).sum(1).reshape(-1, *gone.shape)
-                self.add(unit_key(block, axes), found * gone)
+                self.add(key, (value * grad).sum(1).reshape(-1, *gone.shape) * gone)
 
             on_gradient(args[0], rows)
 
@@ -188,19 +188,19 @@ class Taps:
         }
         if (current := self.current.get(number, "bf16")) != "bf16":
             y = y + x @ found[current].float().T
-        axes = units_of(parse(slot.shape)[1][0], block)
-        reads_units = axes is not None
+        units = units_of(parse(slot.shape)[1][0], block)
+        reads_units = units is not None
 
-        def units(grad: Tensor) -> None:
+        def read(grad: Tensor) -> None:
             self.add_units(block, slot, 1, gather(value * grad), "")
-            if self.squares and axes and axes[-1] in SCALARS:
+            if self.squares and units and units.scalar:
                 self.add_units(block, slot, 1, gather(value.square()), SQUARES[0])
                 self.add_units(block, slot, 1, gather(grad.square()), SQUARES[1])
                 ones = torch.ones_like(value[..., :1])
-                self.add(unit_key(block, axes) + SQUARES[2], gather(ones))
+                self.add(unit_key(block, units) + SQUARES[2], gather(ones))
 
         if reads_units and x.requires_grad:
-            on_gradient(x, units)
+            on_gradient(x, read)
         if not found or not y.requires_grad:
             return y
         # The side that is made of units keeps its index; there are no units on the other one.
@@ -221,32 +221,31 @@ class Taps:
         for product in parse(slot.shape)[side]:
             length = prod(axis_sizes[axis] for axis in product)
             part, offset = rows[..., offset : offset + length], offset + length
-            axes = units_of(product, block)
-            if axes is None:
+            units = units_of(product, block)
+            if units is None:
                 self.add(f"{block_name(block)}/rest{suffix}", part.flatten(1).sum(1))
-            elif experts:
-                self.add(unit_key(block, axes) + suffix, part)
-            else:
-                shaped = to_units(part, product, axes, axis_sizes)
-                self.add(unit_key(block, axes) + suffix, shaped)
+                continue
+            shaped = part if experts else to_units(part, product, units.axes, axis_sizes)
+            self.add(unit_key(block, units) + suffix, shaped)
 
-    def experts_forward(self, number: int, block: Moe, module: Any) -> Callable[..., Tensor]:
+    def experts_forward(self, number: int, module: Any) -> Callable[..., Tensor]:
         """The fused experts' forward, expert by expert, with taps on each one's two matrices."""
+        block = self.architecture.blocks[number]
         slots = slots_of(self.architecture, block, experts=True)
         (up, up_slot), (down, down_slot) = slots.items()
-        kept = unit_mask(self.architecture, self.keep, number, UNITS["moe"][0])
+        kept = unit_mask(self.architecture, self.keep, number, array_of(block, "expert"))
 
         def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
             length = x.shape[0] // self.sequences
             output = torch.zeros_like(x)
-            for expert in range(block.expert):
+            for expert in range(len(kept)):
                 token, choice = torch.where(index == expert)
                 if not len(token):
                     continue
                 row = token // length
 
                 def gather(value: Tensor, expert: int = expert, row: Tensor = row) -> Tensor:
-                    rows = value.new_zeros(self.sequences, block.expert, value.shape[-1])
+                    rows = value.new_zeros(self.sequences, len(kept), value.shape[-1])
                     rows[:, expert] = rows[:, expert].index_add(0, row, value)
                     return rows
 
@@ -287,19 +286,12 @@ def to_units(
     return (shaped / share).expand(len(rows), *(axis_sizes[axis] for axis in axes))
 
 
-def takes_format(architecture: Architecture, block: Block, format: Format) -> bool:
-    """Whether every quantizable weight of a block can be stored in a format."""
-    axis_sizes = sizes(block) | {"hidden": architecture.hidden}
-    table = family_of(architecture.family).tensors(block).values()
-    return all(takes(shape(slot.shape, axis_sizes), format) for slot in table if slot.fused)
-
-
 def rounding_errors(
     model: Any, architecture: Architecture, number: int, format: Format
 ) -> dict[str, Tensor]:
     """What a format adds to a block's weights, bf16, by module; empty if a shape refuses it."""
     block = architecture.blocks[number]
-    if not takes_format(architecture, block, format):
+    if not block_takes(block, architecture.hidden, architecture.family, format):
         return {}
     weights = weights_of(model, architecture, block)
     exact = {name: weight for name, (weight, _) in weights.items()}

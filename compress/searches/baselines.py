@@ -1,7 +1,7 @@
 """What people do without a search, at the same bytes: uniform cuts, random cuts, one lever only."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import numpy as np
 
@@ -14,15 +14,15 @@ from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.searches.program import Floats
 from compress.searches.space import Option, Space, admissible, resized
 from compress.student.candidate import Candidate
-from compress.student.units import AXES
+from compress.student.units import AXES, UNITS
 
-FFN_AXES = ("ffn", "expert_ffn", "shared_ffn")
+FFN_AXES = {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
 # Shares of the uniform cut, in steps of 1/256 of a width.
 STEPS = 256
 # Grouped matrix products, which stock loaders run experts with, want rows of 16 bytes.
 EXPERT_STEP = 8
 # Axes that groups of NVFP4 run along: a width that is no multiple of a group stays BF16.
-GROUPED_AXES = (*FFN_AXES, "channel")
+GROUPED_AXES = {u.axes[-1] for arrays in UNITS.values() for u in arrays if u.scalar}
 KINDS = ("joint", "prune_then_quantize", "prune", "formats", "uniform", "random")
 
 
@@ -67,7 +67,7 @@ def uniform(problem: Problem, format: Format = "bf16") -> list[tuple[Candidate, 
     found: list[tuple[Candidate, float]] = []
     for kv_format in problem.space.kv_formats:
         chosen = Globals(kv_format=kv_format)
-        for axes in (FFN_AXES, tuple({axis for found in AXES.values() for axis in found})):
+        for axes in (FFN_AXES, {axis for found in AXES.values() for axis in found}):
             fitting = widest(problem, chosen, axes, format)
             if fitting is not None:
                 found.append(
@@ -81,7 +81,7 @@ def uniform(problem: Problem, format: Format = "bf16") -> list[tuple[Candidate, 
 
 
 def widest(
-    problem: Problem, chosen: Globals, axes: Sequence[str], format: Format
+    problem: Problem, chosen: Globals, axes: Collection[str], format: Format
 ) -> list[Choice] | None:
     """The largest uniform share of the axes that is within the budget."""
     low, high = 0, STEPS
@@ -94,7 +94,7 @@ def widest(
 
 
 def at_share(
-    problem: Problem, share: float, axes: Sequence[str], format: Format = "bf16"
+    problem: Problem, share: float, axes: Collection[str], format: Format = "bf16"
 ) -> list[Choice]:
     """Every block with this share of its axes, at least one unit (top-k experts) of each.
 

@@ -13,13 +13,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, Format, KvFormat
 from compress.memory.footprint import block_takes
-from compress.model.architecture import Architecture, Attention, Block, Moe, sizes
+from compress.model.architecture import Architecture, Attention, Block, sizes
 from compress.model.find import shipped
 from compress.student.units import AXES
 
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
-WIDTHS = {"hidden", "ffn", "expert_ffn", "shared_ffn"}
+WIDTHS = {"hidden"} | {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
 
 
 class Axis(BaseModel):
@@ -106,9 +106,12 @@ def counts(axis: str, size: int, shares: tuple[float, ...]) -> list[int]:
 
 def admissible(block: Block, target: Mapping[str, int]) -> bool:
     """Whether routing still works: at least top-k experts, divisible by the routing groups."""
-    if isinstance(block, Moe) and "expert" in target:
-        return target["expert"] >= block.top_k and target["expert"] % block.routing_group == 0
-    return True
+    own, rules = sizes(block), AXES[block.kind]
+    return all(
+        count >= own.get(rules[axis].least or "", 1)
+        and count % own.get(rules[axis].multiple or "", 1) == 0
+        for axis, count in target.items()
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
 from compress.formats.table import Format, KvFormat
-from compress.model.architecture import Architecture, Block, Moe, block_name
+from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.student.units import AXES
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -77,7 +78,15 @@ def student_architecture(
     )
 
 
-def kept_experts(keep: "Mapping[str, Tensor]", teacher_block: Moe) -> list[int]:
-    """Teacher numbers of the experts that survive."""
-    index = keep.get(block_name(teacher_block) + "/expert")
-    return list(range(teacher_block.expert)) if index is None else index.tolist()
+def expert_keep(
+    keep: "Mapping[str, Tensor]", block: Block, expert: int | None
+) -> "dict[str, Tensor] | None":
+    """A block's kept indices as one of its experts sees them; None for an expert that goes."""
+    if expert is None:
+        return dict(keep)
+    survivors = keep["expert"].tolist() if "expert" in keep else range(sizes(block)["expert"])
+    if expert not in survivors:
+        return None
+    own = {axis for axis, rule in AXES[block.kind].items() if rule.within == "expert"}
+    row = survivors.index(expert)
+    return {axis: index[row] if axis in own else index for axis, index in keep.items()}

@@ -1,9 +1,8 @@
 """What output projections read, as Gram matrices: all that repair needs of a teacher's text."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, field
-from math import prod
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -11,11 +10,11 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from compress.model.architecture import Architecture, Block, Moe, block_name, sizes
-from compress.model.families import family_of
-from compress.model.layout import Slot, parse, shape
+from compress.model.architecture import Architecture, sizes
+from compress.model.layout import shape
+from compress.model.modules import fused_experts, routed
 from compress.model.tensor_files import save_tensors
-from compress.student.units import units_of
+from compress.student.units import projections
 
 Half = Literal["fit", "check"]
 HALVES: tuple[Half, ...] = get_args(Half)
@@ -23,48 +22,6 @@ HALVES: tuple[Half, ...] = get_args(Half)
 RIDGE = 0.1
 # A refit takes up to a second and the candidates of a search share most of theirs.
 CACHE_BYTES = 512 * 2**20
-
-
-@dataclass(frozen=True, kw_only=True)
-class Projection:
-    """An output projection: ``name`` is its tensor's in the layer, ``key`` its Gram matrix's.
-
-    ``norm`` is the gated norm whose output it reads, in ``groups``; ``after`` the projection that
-    its own output goes through on its way to the residual stream; None where there is none.
-    """
-
-    key: str
-    name: str
-    slot: Slot
-    expert: int | None
-    norm: str | None
-    groups: int
-    after: str | None
-
-
-def projections(architecture: Architecture, block: Block) -> Iterator[Projection]:
-    """The output projections of a block: the weights that read the units it can lose."""
-    table = family_of(architecture.family).tensors(block)
-    matrices = {name: parse(slot.shape) for name, slot in table.items()}
-    for name, slot in table.items():
-        rows, columns = matrices[name][0], matrices[name][1:]
-        if slot.fused is None or units_of(columns[0][0], block) is None:
-            continue
-        norm = next((n for n in table if table[n].normalizes and matrices[n] == columns), None)
-        normalized = table[norm].normalizes if norm else columns[0][0]
-        after = next((n for n, dims in matrices.items() if dims == ((("hidden",),), rows)), None)
-        routed = isinstance(block, Moe) and "{expert}" in name
-        for expert in range(block.expert) if isinstance(block, Moe) and routed else [None]:
-            part = f"expert.{expert}" if routed else "shared"
-            yield Projection(
-                key=block_name(block) + (f"/{part}" if isinstance(block, Moe) else ""),
-                name=name.format(expert=expert),
-                slot=slot,
-                expert=expert,
-                norm=norm,
-                groups=prod(sizes(block)[axis] for axis in columns[0][0] if axis not in normalized),
-                after=after,
-            )
 
 
 @torch.no_grad()
@@ -97,29 +54,25 @@ def gram_matrices(
 
     def experts(keys: list[str]) -> Callable[..., None]:
         def hook(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            x, index, weight = args
-            for expert, key in enumerate(keys):
-                token, choice = torch.where(index == expert)
-                inner = module.act_fn(x[token] @ module.up_proj[expert].T)
-                inner *= weight[token, choice, None]
+            for key, (_, inner, weight) in zip(keys, routed(module, *args), strict=True):
+                inner *= weight
                 found[key].addmm_(inner.T, inner)
 
         return hook
 
     handles = []
     for block in architecture.blocks:
-        layer, routed = model.model.layers[block.layer], []
+        layer, keys = model.model.layers[block.layer], []
         for projection in projections(architecture, block):
             width = shape(projection.slot.shape, {"hidden": 0} | sizes(block))[1]
             found[projection.key] = torch.zeros(width, width)
             if projection.expert is None:
-                module = layer.get_submodule(projection.name.removesuffix(".weight"))
+                module = layer.get_submodule(projection.module)
                 handles.append(module.register_forward_pre_hook(linear(projection.key)))
             else:
-                routed.append(projection.key)
-                fused = layer.get_submodule(projection.name.partition(f".{projection.expert}.")[0])
-        if routed:
-            handles.append(fused.register_forward_pre_hook(experts(routed)))
+                keys.append(projection.key)
+        if fused := fused_experts(model, architecture, block):
+            handles.append(fused.register_forward_pre_hook(experts(keys)))
     try:
         for rows in torch.split(tokens, batch):
             model.model(input_ids=rows, use_cache=False)

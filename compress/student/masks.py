@@ -4,56 +4,58 @@ Dead units are computed and then multiplied by zero, so that a gradient still sa
 them back would change. Experts that are gone are never routed to; theirs has no gradient.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.model.architecture import Architecture, Block, Mamba, Moe, block_name, sizes
-from compress.model.modules import final_norm, mixer_of, norm_of
+from compress.model.architecture import Architecture, Block
+from compress.model.modules import final_norm, layer_of, mixer_of, norm_of
 from compress.student.candidate import block_keep
+from compress.student.units import Units, projections
 
 BIAS = "e_score_correction_bias"
 
 
-def alive(block: Block, axes: Sequence[str], keep: Mapping[str, Tensor]) -> Tensor:
+def summed(values: Tensor, units: Units, axis: str) -> Tensor:
+    """Values of an axis' units from those of the finest ones [..., *units.axes]."""
+    others = units.others(axis)
+    return values.sum(others) if others else values
+
+
+def alive(block: Block, units: Units, keep: Mapping[str, Tensor]) -> Tensor:
     """Mask over a unit array: 1 where the unit is kept."""
-    axis_sizes = sizes(block)
-    mask = torch.ones([axis_sizes[axis] for axis in axes])
-    if isinstance(block, Mamba):
-        if "head" in keep:
-            mask *= torch.zeros(mask.shape[:2]).scatter_(1, keep["head"], 1)[..., None]
-        if "channel" in keep:
-            mask *= torch.zeros(mask.shape[2]).index_fill_(0, keep["channel"], 1)
-        return mask
-    outer, inner = (axes[0], axes[-1]) if len(axes) > 1 else (None, axes[0])
-    parents = keep.get(outer) if outer else None
-    if inner in keep and outer is None:
-        return torch.zeros_like(mask).index_fill_(0, keep[inner], 1)
-    if inner in keep:
-        rows = torch.arange(len(mask)) if parents is None else parents
-        mask = torch.zeros_like(mask)
-        mask[rows] = mask[rows].scatter(1, keep[inner], 1)
-    elif parents is not None:
-        mask = torch.zeros_like(mask).index_fill_(0, parents, 1)
+    shape = units.shape(block)
+    mask = torch.ones(shape)
+    for name, axis in units.cut.items():
+        if name not in keep:
+            continue
+        at = units.axes.index(name)
+        if axis.within is None:
+            own = torch.zeros(shape[at]).index_fill_(0, keep[name], 1)
+        else:
+            own = torch.zeros(shape[at - 1], shape[at])
+            rows = keep.get(axis.within, torch.arange(len(own)))
+            own[rows] = own[rows].scatter(1, keep[name], 1)
+        mask *= own.reshape(*own.shape, *[1] * (len(shape) - at - 1))
     return mask
 
 
-def is_alive(architecture: Architecture, keep: Mapping[str, Tensor], number: int) -> bool:
+def is_alive(keep: Mapping[str, Tensor], number: int) -> bool:
     """Whether a block of the teacher survives."""
     return "blocks" not in keep or number in keep["blocks"].tolist()
 
 
 def unit_mask(
-    architecture: Architecture, keep: Mapping[str, Tensor], number: int, axes: Sequence[str]
+    architecture: Architecture, keep: Mapping[str, Tensor], number: int, units: Units
 ) -> Tensor:
     """Mask over one of a block's unit arrays; all zero where the block is gone."""
     block = architecture.blocks[number]
-    if not is_alive(architecture, keep, number):
-        return torch.zeros([sizes(block)[axis] for axis in axes])
-    return alive(block, axes, block_keep(keep, block))
+    if not is_alive(keep, number):
+        return torch.zeros(units.shape(block))
+    return alive(block, units, block_keep(keep, block))
 
 
 class Unmasked:
@@ -82,34 +84,35 @@ def masked(
 ) -> Iterator[Unmasked]:
     """The teacher as the student of ``keep``, all but the widths of routed experts.
 
-    Those are inside a fused module, whose forward ``gates.Taps`` replaces anyway.
+    Those are inside a fused module, whose forward ``taps.Taps`` replaces anyway.
     """
     unmasked, handles = Unmasked(), []
     biases: list[tuple[Tensor, Tensor]] = []
     norms = [final_norm(model), *(norm_of(model, block) for block in architecture.blocks)]
     for number, block in enumerate(architecture.blocks):
-        whole = is_alive(architecture, keep, number)
-        if whole and not any(key.startswith(block_name(block) + "/") for key in keep):
+        whole, own = is_alive(keep, number), block_keep(keep, block)
+        if whole and own.keys() <= {"hidden"}:
             continue
-        mixer = mixer_of(model, block)
-        for module, axes, repeat in masked_inputs(block):
-            values = unit_mask(architecture, keep, number, axes).flatten()
-            path, count = module, 1.0
-            if isinstance(block, Mamba):
-                # Surgery scales the gated norm's weight by this where fewer units are averaged;
-                # before the norm it does the same, eps included. A whole block leaves none.
-                path = module if whole else "out_proj"
-                count = float(len(values) / values.sum()) ** 0.5 if whole else 1.0
-            values = values.repeat_interleave(repeat)
-            handles.append(unmasked.mask(mixer.get_submodule(path), values, count))
-        if isinstance(block, Moe) and f"{block_name(block)}/expert" in keep and whole:
-            bias = getattr(mixer.gate, BIAS)
+        for projection in projections(architecture, block):
+            if projection.expert is not None:
+                continue
+            mask = unit_mask(architecture, keep, number, projection.units).flatten()
+            # A block that is gone leaves no units that a norm could average over.
+            averaged = whole and projection.norm is not None
+            path = projection.masked if averaged else projection.module
+            # Surgery scales the gated norm's weight by this where fewer units are averaged; before
+            # the norm it does the same, eps included.
+            count = float(len(mask) / mask.sum()) ** 0.5 if averaged else 1.0
+            values = mask.repeat_interleave(projection.features)
+            module = layer_of(model, block).get_submodule(path)
+            handles.append(unmasked.mask(module, values, count))
+        if whole and "expert" in own:
+            bias = getattr(mixer_of(model, block).gate, BIAS)
             biases.append((bias, bias.clone()))
-            survivors = keep[f"{block_name(block)}/expert"]
-            bias[dropped(survivors, block.expert)] = -torch.inf
+            bias[dropped(own["expert"], len(bias))] = -torch.inf
     if "hidden" in keep:
         kept = torch.zeros(architecture.hidden).index_fill_(0, keep["hidden"], 1)
-        # Only norms read the residual stream; surgery folds their changed width (prune.cut).
+        # Only norms read the residual stream; surgery folds their changed width (``surgery.cut``).
         handles += [unmasked.mask(norm, kept) for norm in norms]
     try:
         yield unmasked
@@ -118,18 +121,6 @@ def masked(
             handle.remove()
         for bias, before in biases:
             bias.copy_(before)
-
-
-def masked_inputs(block: Block) -> list[tuple[str, tuple[str, ...], int]]:
-    """Modules of a mixer whose input is made of units: path, unit axes, features of a unit."""
-    if block.kind == "attention":
-        return [("o_proj", ("kv_head", "query"), sizes(block)["head_dim"])]
-    if block.kind == "ffn":
-        return [("down_proj", ("ffn",), 1)]
-    if block.kind == "moe":
-        return [("shared_experts.down_proj", ("shared_ffn",), 1)]
-    # Before the gated norm, which averages over a group's channels.
-    return [("norm", ("group", "head", "channel"), 1)]
 
 
 def dropped(kept: Tensor, size: int) -> Tensor:

@@ -16,11 +16,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from compress.model.architecture import Architecture, Block, Moe, sizes
+from compress.model.architecture import Architecture, Block, sizes
 from compress.model.checkpoint import Checkpoint
 from compress.model.families import family_of
 from compress.model.layout import kept_positions, parse, take
-from compress.student.grams import HALVES, Grams, Projection, projections
+from compress.student.candidate import expert_keep
+from compress.student.grams import HALVES, Grams
+from compress.student.units import Projection, projections
 
 
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float, scale: Tensor) -> Tensor:
@@ -85,7 +87,7 @@ def kept_columns(projection: Projection, block: Block, keep: Mapping[str, Tensor
     return kept_positions(parse(projection.slot.shape)[1], sizes(block), keep)
 
 
-def repaired(
+def refitted_weight(
     teacher: Checkpoint,
     grams: Grams,
     block: Block,
@@ -133,19 +135,6 @@ def repair_ratio(
         cut, fitted = grams.errors[key]
         before, after = before + cut, after + fitted
     return after / before if before > 0 else 1.0
-
-
-def expert_keep(
-    keep: Mapping[str, Tensor], block: Block, expert: int | None
-) -> dict[str, Tensor] | None:
-    """A block's kept indices as one expert sees them; None for an expert that goes."""
-    if expert is None or not isinstance(block, Moe):
-        return dict(keep)
-    experts = keep["expert"].tolist() if "expert" in keep else list(range(block.expert))
-    if expert not in experts:
-        return None
-    widths = keep.get("expert_ffn")
-    return dict(keep) if widths is None else {**keep, "expert_ffn": widths[experts.index(expert)]}
 
 
 def errors(

@@ -11,16 +11,17 @@ from torch import Tensor
 
 from compress.core.files import atomic_directory, write_text
 from compress.formats.fake import fake_quantize_block
-from compress.model.architecture import Architecture, Moe, from_json, sizes, to_json
+from compress.model.architecture import Architecture, from_json, sizes, to_json
 from compress.model.build import student_config
 from compress.model.checkpoint import Checkpoint, write_checkpoint
 from compress.model.config import ARCHITECTURE
-from compress.model.families import family_of, parameters
+from compress.model.families import experts_of, family_of, parameters
 from compress.model.layout import Slot, take
 from compress.model.tensor_files import save_tensors
-from compress.student.candidate import Candidate, block_keep, kept_experts
-from compress.student.grams import Grams, projections
-from compress.student.repair import repaired
+from compress.student.candidate import Candidate, block_keep, expert_keep
+from compress.student.grams import Grams
+from compress.student.repair import refitted_weight
+from compress.student.units import projections
 
 KEEP = "keep.safetensors"
 # Beside the kept indices in the same file: the teacher's blocks that are repaired.
@@ -65,17 +66,12 @@ def student_tensors(
             if number in candidate.repaired
         }
         for name, slot in family.tensors(original).items():
-            per_expert = isinstance(original, Moe) and "{expert}" in name
-            experts = (
-                kept_experts(keep, original) if per_expert and isinstance(original, Moe) else [0]
-            )
-            for row, expert in enumerate(experts):
-                own = dict(kept)
-                if per_expert and "expert_ffn" in own:
-                    own["expert_ffn"] = own["expert_ffn"][row]
+            parts = ((e, expert_keep(kept, original, e)) for e in experts_of(name, original))
+            survivors = [(expert, own) for expert, own in parts if own is not None]
+            for row, (expert, own) in enumerate(survivors):
                 if projection := refitted.get(name.format(expert=expert)):
                     assert grams is not None, "a repaired candidate needs its teacher's Grams"
-                    student = repaired(teacher, grams, original, projection, own)
+                    student = refitted_weight(teacher, grams, original, projection, own)
                 else:
                     tensor = teacher[source + name.format(expert=expert)]
                     student = cut(tensor, slot, axis_sizes, own)

@@ -1,39 +1,152 @@
-"""What a block is made of: the axes it can lose, and its finest units."""
+"""What a block is made of: the one table of units that can go, and the weights that read them.
 
-from collections.abc import Mapping, Sequence
+A kind of block is an entry here and the tables of its families; no torch.
+"""
 
-from compress.model.architecture import Block, block_name
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
 
-# The finest units a block can lose, as the axes of their array; coarser ones are sums of these.
-UNITS: Mapping[str, tuple[tuple[str, ...], ...]] = {
-    "attention": (("kv_head", "query"),),
-    "ffn": (("ffn",),),
-    "mamba": (("group", "head", "channel"),),
-    "moe": (("expert", "expert_ffn"), ("shared_ffn",)),
+from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.families import experts_of, family_of
+from compress.model.layout import Slot, parse
+
+
+@dataclass(frozen=True, kw_only=True)
+class Axis:
+    """An axis that may shrink: its size is a number of indices into the teacher's.
+
+    Every kept position of the axis ``within``, the one before it, has kept indices of its own;
+    None: all share them. A ``width`` is rounded to what matrix products like. ``routed`` units see
+    the tokens that a router sends them and, once gone, none: no mask on what they put out cuts
+    them. ``least`` and ``multiple`` name sizes of the block that bound and that divide a count.
+    """
+
+    within: str | None = None
+    width: bool = False
+    routed: bool = False
+    least: str | None = None
+    multiple: str | None = None
+
+
+@dataclass(frozen=True)
+class Units:
+    """The finest units that a block can lose, an array over ``axes``; coarser ones are their sums.
+
+    ``cut`` are the axes that may shrink. ``scalar`` units are one number per token each, and number
+    formats may group them along the last axis; a query head is many.
+    """
+
+    axes: tuple[str, ...]
+    cut: Mapping[str, Axis] = field(hash=False)
+    scalar: bool = True
+
+    def shape(self, block: Block) -> tuple[int, ...]:
+        """Sizes of the array."""
+        axis_sizes = sizes(block)
+        return tuple(axis_sizes[axis] for axis in self.axes)
+
+    def others(self, axis: str) -> list[int]:
+        """Dimensions, from the last, over which the units of an axis add up the finest ones."""
+        own = (axis, self.cut[axis].within)
+        return [at - len(self.axes) for at, name in enumerate(self.axes) if name not in own]
+
+
+UNITS: Mapping[str, tuple[Units, ...]] = {
+    "attention": (
+        Units(
+            ("kv_head", "query"),
+            {"kv_head": Axis(), "query": Axis(within="kv_head")},
+            scalar=False,
+        ),
+    ),
+    "ffn": (Units(("ffn",), {"ffn": Axis(width=True)}),),
+    "moe": (
+        Units(
+            ("expert", "expert_ffn"),
+            {
+                "expert": Axis(routed=True, least="top_k", multiple="routing_group"),
+                "expert_ffn": Axis(within="expert", width=True),
+            },
+        ),
+        Units(("shared_ffn",), {"shared_ffn": Axis(width=True)}),
+    ),
+    "mamba": (
+        Units(("group", "head", "channel"), {"head": Axis(within="group"), "channel": Axis()}),
+    ),
+}
+AXES: Mapping[str, Mapping[str, Axis]] = {
+    kind: {name: axis for units in arrays for name, axis in units.cut.items()}
+    for kind, arrays in UNITS.items()
 }
 
 
-# Last axes of unit arrays whose units are one number per token each; a query head is many.
-SCALARS = ("ffn", "shared_ffn", "expert_ffn", "channel")
-
-
-def unit_key(block: Block, axes: Sequence[str]) -> str:
+def unit_key(block: Block, units: Units) -> str:
     """Name of a unit array: ``layers.7.attention/kv_head.query``."""
-    return f"{block_name(block)}/{'.'.join(axes)}"
+    return f"{block_name(block)}/{'.'.join(units.axes)}"
 
 
-def units_of(product: Sequence[str], block: Block) -> tuple[str, ...] | None:
+def array_of(block: Block, axis: str) -> Units:
+    """The unit array that an axis is one of."""
+    return next(units for units in UNITS[block.kind] if axis in units.axes)
+
+
+def units_of(product: Sequence[str], block: Block) -> Units | None:
     """The unit array that a product of axes belongs to: the one with an axis that can be cut."""
-    for axes in UNITS[block.kind]:
-        if any(axis in AXES[block.kind] and axis in axes for axis in product):
-            return axes
-    return None
+    return next((u for u in UNITS[block.kind] if not u.cut.keys().isdisjoint(product)), None)
 
 
-# Which sizes are indices into the teacher's axis, and so may shrink.
-AXES: Mapping[str, tuple[str, ...]] = {
-    "attention": ("kv_head", "query"),
-    "ffn": ("ffn",),
-    "moe": ("expert", "expert_ffn", "shared_ffn"),
-    "mamba": ("head", "channel"),
-}
+@dataclass(frozen=True, kw_only=True)
+class Projection:
+    """An output projection: ``name`` is its tensor's in the layer, ``key`` its Gram matrix's.
+
+    It reads ``units`` of ``features`` numbers each. ``norm`` is the gated norm whose output it
+    reads, in ``groups``; ``after`` the projection that its own output goes through on its way to
+    the residual stream; None where there is none.
+    """
+
+    key: str
+    name: str
+    slot: Slot
+    units: Units
+    features: int
+    expert: int | None
+    norm: str | None
+    groups: int
+    after: str | None
+
+    @property
+    def module(self) -> str:
+        """Its module in the layer; an expert's is a part of the fused one."""
+        return self.name.removesuffix(".weight")
+
+    @property
+    def masked(self) -> str:
+        """The module before which dead units are zero: a norm averages over them, or itself."""
+        return (self.norm or self.name).removesuffix(".weight")
+
+
+def projections(architecture: Architecture, block: Block) -> Iterator[Projection]:
+    """The output projections of a block: the weights that read the units it can lose."""
+    table, axis_sizes = family_of(architecture.family).tensors(block), sizes(block)
+    matrices = {name: parse(slot.shape) for name, slot in table.items()}
+    several = len(UNITS[block.kind]) > 1
+    for name, slot in table.items():
+        rows, columns = matrices[name][0], matrices[name][1:]
+        if slot.fused is None or (units := units_of(columns[0][0], block)) is None:
+            continue
+        norm = next((n for n in table if table[n].normalizes and matrices[n] == columns), None)
+        normalized = table[norm].normalizes if norm else columns[0][0]
+        for expert in experts_of(name, block):
+            part = "/shared" if expert is None else f"/expert.{expert}"
+            yield Projection(
+                key=block_name(block) + (part if several else ""),
+                name=name.format(expert=expert),
+                slot=slot,
+                units=units,
+                features=prod(axis_sizes[axis] for axis in columns[0][0] if axis not in units.axes),
+                expert=expert,
+                norm=norm,
+                groups=prod(axis_sizes[axis] for axis in columns[0][0] if axis not in normalized),
+                after=next((n for n, m in matrices.items() if m == ((("hidden",),), rows)), None),
+            )

@@ -18,7 +18,7 @@ from compress.scores.tangent import tangent
 from compress.scores.taps import Taps
 from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.student.surgery import student_tensors
-from compress.student.units import unit_key
+from compress.student.units import array_of, unit_key
 
 LENGTH = 16
 TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -61,7 +61,7 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
     student = candidate(architecture, {"layers.1.ffn/ffn": torch.arange(64)})
     found = tangent(model, student, text, [])
     block = architecture.blocks[3]
-    slope = float(found.slope[unit_key(block, ("ffn",))][:, unit].mean()) / LENGTH
+    slope = float(found.slope[unit_key(block, array_of(block, "ffn"))][:, unit].mean()) / LENGTH
 
     def kl(step: float) -> float:
         mask = torch.zeros(96).index_fill_(0, torch.arange(64), 1)

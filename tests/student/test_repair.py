@@ -28,11 +28,10 @@ from compress.searches.problem import Globals, Problem
 from compress.searches.proposals import decode, neutral
 from compress.searches.space import load_space
 from compress.student.assemble import student_model
-from compress.student.candidate import Candidate, student_architecture
-from compress.student.grams import Grams, Projection, gram_matrices, projections, save_grams
+from compress.student.candidate import Candidate, expert_keep, student_architecture
+from compress.student.grams import Grams, gram_matrices, save_grams
 from compress.student.repair import (
     energy_scale,
-    expert_keep,
     kept_columns,
     refit,
     repair_ratio,
@@ -45,6 +44,7 @@ from compress.student.surgery import (
     save_candidate,
     student_tensors,
 )
+from compress.student.units import Projection, projections
 
 TEACHERS = TINY | {"latent": TINY["hybrid"] | {"moe_latent_size": 32}}
 DEPLOYMENT = Deployment(context=64)

@@ -1,13 +1,13 @@
 """The model families, and the one way to find one. Adding a family is one file of tables."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
 from math import prod
 from typing import Any
 
 from compress.core.errors import InputError
-from compress.model.architecture import Architecture, Block, Moe, sizes
+from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.family import Family
 from compress.model.families.llama import LLAMA
 from compress.model.families.nemotron_h import NEMOTRON_H
@@ -47,10 +47,7 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
         prefix = family.layer.format(layer=block.layer)
         axis_sizes = shared | sizes(block)
         for name, slot in family.tensors(block).items():
-            experts = (
-                range(block.expert) if isinstance(block, Moe) and "{expert}" in name else [None]
-            )
-            for expert in experts:
+            for expert in experts_of(name, block):
                 yield Parameter(
                     name=prefix + name.format(expert=expert),
                     slot=slot,
@@ -58,6 +55,11 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
                     block=number,
                     expert=expert,
                 )
+
+
+def experts_of(name: str, block: Block) -> Sequence[int | None]:
+    """The experts that have a tensor of this name in a table; [None] where it is not theirs."""
+    return range(sizes(block)["expert"]) if "{expert}" in name else [None]
 
 
 def count_parameters(architecture: Architecture) -> int:
@@ -71,8 +73,7 @@ def block_active(block: Block, hidden: int, family: str) -> int:
     """Parameters of one block that one token uses: of the routed experts only ``top_k``."""
     axis_sizes = {"hidden": hidden} | sizes(block)
     return sum(
-        (block.top_k if isinstance(block, Moe) and "{expert}" in name else 1)
-        * prod(shape(slot.shape, axis_sizes))
+        (axis_sizes["top_k"] if "{expert}" in name else 1) * prod(shape(slot.shape, axis_sizes))
         for name, slot in family_of(family).tensors(block).items()
     )
 
