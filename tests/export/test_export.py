@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from conftest import HYBRID, LLAMA
+from quantized import fake_quantized_logits, uneven, with_formats, write_student
 from safetensors.torch import load_file, save_file
-from test_quantize import fake_quantized_logits, uneven, with_formats, write_student
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuts import candidate
+from quantized import with_formats
 from safetensors.torch import load_file
-from test_quantize import with_formats
-from test_surgery import candidate
 
 from compress.export.student import export_student
 from compress.formats.table import Format

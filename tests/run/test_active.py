@@ -4,7 +4,6 @@ import random
 from dataclasses import replace
 
 import pytest
-from test_search import DEPLOYMENT, Teacher, first_candidates
 
 from compress.core.errors import Infeasible, InputError
 from compress.model.families import block_active, count_active, outside_active, parameters
@@ -13,6 +12,7 @@ from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import value
 from compress.searches.problem import Globals, Problem, total_bytes
 from compress.searches.proposals import require_feasible, seeds
+from teachers import DEPLOYMENT, Teacher, first_candidates
 
 
 @pytest.fixture(scope="module", params=["llama", "hybrid"])

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from conftest import LLAMA, ONE_THREAD, search_command, write_tiny
-from test_pipeline import again, rows_of, same
 
 from compress.core.errors import InputError
 from compress.core.files import read_json
@@ -27,6 +26,7 @@ from compress.run.recipe import read_recipe
 from compress.run.search import selection_text
 from compress.run.session import Session
 from compress.train.distill import DistillSettings, distill
+from runs import again, rows_of, same
 
 TOKENS = 1024
 

@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from synthetic_run import write, write_run
-from test_pipeline import again, command, rows_of, same, stamps
 
 from compress.core.errors import InputError
 from compress.report.page import report
@@ -15,6 +14,7 @@ from compress.report.pareto import front
 from compress.run.directory import Run
 from compress.run.guide import next_step
 from compress.run.recipe import check
+from runs import again, command, rows_of, same, stamps
 
 
 @pytest.mark.parametrize("seed", range(20))

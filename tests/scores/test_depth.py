@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import QUICK, TINY, write_tiny
-from test_search import Teacher as Searched
 from transformers import PreTrainedModel
 
 from compress.core.errors import InputError
@@ -38,6 +37,7 @@ from compress.searches.problem import Globals, Problem
 from compress.searches.proposals import key_of, neutral, seeds, unconditional
 from compress.searches.space import load_space
 from compress.student.candidate import Candidate, student_architecture
+from teachers import Teacher as Searched
 
 TOKENS = torch.randint(0, 128, (6, 16), generator=torch.Generator().manual_seed(11))
 MIXERS = ["linear_attention", "moe", "full_attention", "mlp", "linear_attention", "mlp",

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import TINY, write_tiny
-from test_surgery import CASES, candidate
+from cuts import CASES, candidate
 from torch import Tensor
 
 from compress.measure.kl import Reference, measure, reference

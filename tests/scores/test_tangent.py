@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import TINY, write_tiny
-from test_surgery import CASES, candidate
+from cuts import CASES, candidate
 
 from compress.measure.kl import Reference, measure, reference
 from compress.measure.losses import kl_from_hidden

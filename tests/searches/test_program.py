@@ -6,7 +6,7 @@ from unittest.mock import Mock
 
 import numpy as np
 import pytest
-from test_knapsack import check_best, every_choice, limited
+from knapsacks import check_best, every_choice, limited
 
 from compress.searches import program as programs
 from compress.searches.knapsack import (

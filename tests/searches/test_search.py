@@ -8,61 +8,27 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import Infeasible, InputError
-from compress.export.targets import Target, restricted
 from compress.formats.table import Format
-from compress.measure.kl import Reference, measure, reference, sequence_kl
-from compress.memory.budget import teacher_bytes
-from compress.memory.footprint import Deployment, footprint
+from compress.measure.kl import sequence_kl
+from compress.memory.footprint import footprint
 from compress.model.architecture import Attention, Moe
-from compress.model.build import is_plain, load_model
-from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.build import is_plain
+from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters, parameters
-from compress.scores.contributions import contributions
-from compress.scores.costs import Scores
-from compress.scores.replay import removal_costs
 from compress.searches.baselines import main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
-from compress.searches.problem import Globals, Problem, total_bytes
+from compress.searches.problem import Globals, total_bytes
 from compress.searches.proposals import decode, neutral, seeds
 from compress.searches.space import load_space, shipped_spaces
-from compress.searches.study import StudySettings, Trial, explore
+from compress.searches.study import explore
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate
 from compress.student.surgery import prune
+from teachers import DEPLOYMENT, TOKENS, Teacher, first_candidates, settings, shown
 
-LENGTH = 16
-DEPLOYMENT = Deployment(context=64)
-TOKENS = torch.randint(0, 128, (16, LENGTH), generator=torch.Generator().manual_seed(5))
 SPACES = sorted(shipped_spaces())
 # What a space must reach of each tiny teacher; formats alone save least.
 SHARE = {"formats": 0.9, "joint": 0.5, "puzzle": 0.75, "minitron": 0.75, "minipuzzle": 0.75}
-
-
-# Spaces on both families
-class Teacher:
-    """A tiny teacher with its scores and its predictions on a text."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.checkpoint: Checkpoint = open_checkpoint(path)
-        self.architecture = self.checkpoint.architecture
-        model = load_model(path)
-        formats = ["fp8", "nvfp4"]
-        found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
-        exact = removal_costs(model, self.architecture, TOKENS[:4])
-        self.scores = Scores(found, exact, 1e-3, LENGTH)
-        self.text: Reference = reference(self.checkpoint, model, TOKENS)
-        self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
-
-    def problem(self, space: str, share: float, target: Target = "compress") -> Problem:
-        return self.within(space, int(self.bytes * share), target)
-
-    def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
-        loaded = restricted(load_space(space), target)
-        return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
-
-    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
-        return measure(candidate, self.text)
 
 
 @pytest.fixture(scope="module", params=["llama", "hybrid"])
@@ -73,13 +39,6 @@ def teacher(request: pytest.FixtureRequest) -> Teacher:
 @pytest.fixture(scope="module")
 def hybrid(tiny_hybrid: Path) -> Teacher:
     return Teacher(tiny_hybrid)
-
-
-def first_candidates(problem: Problem) -> list[Candidate]:
-    return [
-        problem.candidate(f"x-{number}", "x", proposal.picked, proposal.chosen)
-        for number, (_, proposal) in enumerate(seeds(problem))
-    ]
 
 
 @pytest.mark.parametrize("space", SPACES)
@@ -258,17 +217,6 @@ def test_baselines_are_those_that_the_searched_kind_is_not(space: str) -> None:
 
 
 # The study
-
-
-def settings(journal: Path, trials: int, seed: int = 0) -> StudySettings:
-    return StudySettings(
-        name="joint", kind="joint", trials=trials, journal=journal,
-        tokens_per_sequence=LENGTH, seed=seed,
-    )  # fmt: skip
-
-
-def shown(trials: list[Trial]) -> list[object]:
-    return [(t.candidate.id, t.candidate.architecture, t.values, t.complete) for t in trials]
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
-from test_search import Teacher, settings, shown
 
 from compress.model.build import load_model
 from compress.scores.costs import kl_of, whole
@@ -32,6 +31,7 @@ from compress.searches.space import REMOVED, Option
 from compress.searches.steps import REACH, belief_of, formats_kept, stepped
 from compress.searches.study import explore
 from compress.student.candidate import Candidate
+from teachers import Teacher, settings, shown
 
 
 @pytest.fixture(scope="module")

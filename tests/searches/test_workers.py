@@ -16,7 +16,6 @@ import optuna
 import pytest
 from conftest import ONE_THREAD, search_command
 from optuna.storages.journal import JournalFileBackend
-from test_search import Teacher, settings
 from torch import Tensor
 
 from compress import cli
@@ -26,6 +25,7 @@ from compress.searches.journal import alone, open_study
 from compress.searches.study import finished, results, take_part
 from compress.searches.workers import crew
 from compress.student.candidate import Candidate
+from teachers import Teacher, settings
 
 TRIALS = 10
 

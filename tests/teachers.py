@@ -1,0 +1,70 @@
+"""Tiny teachers with what a search knows of them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from compress.export.targets import Target, restricted
+from compress.measure.kl import Reference, measure, reference
+from compress.memory.budget import teacher_bytes
+from compress.memory.footprint import Deployment
+from compress.model.build import load_model
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.scores.contributions import contributions
+from compress.scores.costs import Scores
+from compress.scores.replay import removal_costs
+from compress.searches.problem import Problem
+from compress.searches.proposals import seeds
+from compress.searches.space import load_space
+from compress.searches.study import StudySettings, Trial
+from compress.student.candidate import Candidate
+
+LENGTH = 16
+DEPLOYMENT = Deployment(context=64)
+TOKENS = torch.randint(0, 128, (16, LENGTH), generator=torch.Generator().manual_seed(5))
+
+
+class Teacher:
+    """A tiny teacher with its scores and its predictions on a text."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.checkpoint: Checkpoint = open_checkpoint(path)
+        self.architecture = self.checkpoint.architecture
+        model = load_model(path)
+        formats = ["fp8", "nvfp4"]
+        found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
+        exact = removal_costs(model, self.architecture, TOKENS[:4])
+        self.scores = Scores(found, exact, 1e-3, LENGTH)
+        self.text: Reference = reference(self.checkpoint, model, TOKENS)
+        self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
+
+    def problem(self, space: str, share: float, target: Target = "compress") -> Problem:
+        return self.within(space, int(self.bytes * share), target)
+
+    def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
+        loaded = restricted(load_space(space), target)
+        return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
+
+    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
+        return measure(candidate, self.text)
+
+
+def first_candidates(problem: Problem) -> list[Candidate]:
+    return [
+        problem.candidate(f"x-{number}", "x", proposal.picked, proposal.chosen)
+        for number, (_, proposal) in enumerate(seeds(problem))
+    ]
+
+
+def settings(journal: Path, trials: int, seed: int = 0) -> StudySettings:
+    return StudySettings(
+        name="joint", kind="joint", trials=trials, journal=journal,
+        tokens_per_sequence=LENGTH, seed=seed,
+    )  # fmt: skip
+
+
+def shown(trials: list[Trial]) -> list[object]:
+    return [(t.candidate.id, t.candidate.architecture, t.values, t.complete) for t in trials]
