@@ -119,7 +119,8 @@ class Session:
     def rows(self, split: Split, tokens: int, length: int | None = None) -> Tensor:
         """Packed rows of a split, [rows, sequence length]."""
         length = length or self.recipe.sequence_length
-        return pack(self.splits[split], self.tokenizer, length, tokens, self.recipe.seed)
+        texts, what = self.splits[split], self.origin(split)
+        return pack(texts, self.tokenizer, length, tokens, self.recipe.seed, what)
 
     def training_rows(self, tokens: int, length: int) -> Tensor:
         """Rows to train on: as many as ``tokens`` asks for, or all that there are."""
@@ -127,7 +128,14 @@ class Session:
         # Far more than a token per 8 characters: then there is no need to tokenize everything.
         plenty = sum(len(text) for text in texts) > 8 * tokens
         wanted = tokens if plenty else None
-        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed)
+        what = self.origin("train")
+        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed, what)
+
+    def origin(self, split: Split) -> str:
+        """What errors call the text of a split."""
+        recipe = self.recipe
+        file = (split == "final" and recipe.eval_data) or recipe.data or "the embedded text"
+        return f"split {split} of {file}"
 
     def identity(self) -> dict[str, Any]:
         """What recognizes the same teacher and text: settings, file sizes and times.

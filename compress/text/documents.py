@@ -1,8 +1,10 @@
 """Documents of a JSONL file, or the text that every Python carries."""
 
 import ast
+import codecs
 import importlib
 import json
+import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,45 +16,58 @@ SKIPPED = {
     "ensurepip", "__pycache__",
 }  # fmt: skip
 
-
 SHORTEST = 200
-
-
+# JSON may hold halves of a UTF-16 pair ("\ud800"), which no encoding and no tokenizer takes.
+LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 
 
 def read_documents(path: Path | None) -> list[str]:
-    """Documents of a JSONL file with a ``text`` in every row; None is the embedded text.
+    """Texts of a JSONL file, one in the ``text`` of every row; None is the embedded text.
+
+    Texts of white space alone are left out, and a lone surrogate becomes the replacement character.
 
     Raises:
-        InputError: the file is missing, empty, or a row (named by its line) has no text.
+        InputError: the file is missing or empty, or a row (named by its line) has no text.
     """
     if path is None:
         return embedded_documents()
     if not path.is_file():
         raise InputError(f"{path} does not exist; data is a JSONL file with a text in every row")
-    documents = []
-    with path.open(encoding="utf-8") as lines:
-        try:
-            for number, line in enumerate(lines, 1):
-                if line.strip():
-                    documents.append(text_of(line, f"{path}:{number}"))
-        except UnicodeDecodeError as error:
-            raise InputError(f"{path} is not UTF-8 text: {error}") from error
-    if not documents:
+    with path.open("rb") as lines:
+        texts = [
+            text_of(line, f"{path}:{number}")
+            for number, line in enumerate(lines, 1)
+            if line.removeprefix(codecs.BOM_UTF8).strip()
+        ]
+    if not (documents := [text for text in texts if text.strip()]):
         raise InputError(f"{path} holds no documents; data is a JSONL file with a text in each row")
     return documents
 
 
-def text_of(line: str, where: str) -> str:
+def text_of(line: bytes, where: str) -> str:
     """The text of one JSONL row."""
     try:
-        row = json.loads(line)
-    except ValueError as error:
+        row = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        raise InputError(f"{where} is not UTF-8 text: {error}") from error
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{where} is not JSON: {error}") from error
     if not isinstance(row, dict) or not isinstance(row.get("text"), str):
         raise InputError(f'{where} has no text; a row looks like {{"text": "..."}}')
-    return str(row["text"])
+    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", row["text"])
+
+
+def pieces(text: str, characters: int) -> Iterator[str]:
+    """A text in pieces of at most so many characters, cut after white space where there is some."""
+    start = 0
+    while start < len(text):
+        end = start + characters
+        if end < len(text):
+            space = max(text.rfind(white, start, end) for white in " \n")
+            end = space + 1 if space > start else end
+        yield text[start:end]
+        start = end
 
 
 def embedded_documents() -> list[str]:

@@ -1,27 +1,16 @@
 """Text to packed rows of tokens. Without a file, the text is the one that every Python carries."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerFast
 
 from compress.core.errors import InputError
+from compress.text.documents import pieces
 
 # Characters of a piece per token of a row: English has 4 to 5 a token, so a piece is about a row.
 PIECE_CHARACTERS = 6
-
-
-def pieces(text: str, characters: int) -> Iterator[str]:
-    """A text in pieces of at most so many characters, cut after white space where there is some."""
-    start = 0
-    while start < len(text):
-        end = start + characters
-        if end < len(text):
-            space = max(text.rfind(white, start, end) for white in " \n")
-            end = space + 1 if space > start else end
-        yield text[start:end]
-        start = end
 
 
 def pack(
@@ -30,12 +19,13 @@ def pack(
     length: int,
     tokens: int | None = None,
     seed: int = 0,
+    what: str = "the text",
 ) -> Tensor:
     """Rows of ``length`` tokens, int64: documents shuffled, each followed by EOS, cut into rows.
 
     With ``tokens``, the first rows that hold at least so many, of pieces of documents that are
     little longer than a row: a few thousand tokens then come from as many documents as they can,
-    not from one book. Otherwise every whole row.
+    not from one book. Otherwise every whole row. ``what`` names the text in the error.
 
     Raises:
         InputError: there are fewer tokens than that.
@@ -54,8 +44,8 @@ def pack(
         stream.append(tokenizer.eos_token_id)
     if len(stream) < needed:
         raise InputError(
-            f"the text gives {len(stream)} tokens in {len(documents)} documents of this split, "
-            f"{needed} are needed; give more text or ask for fewer tokens"
+            f"{what} gives {len(stream)} tokens in {len(documents)} documents, "
+            f"{needed} are needed; give more text, in more rows, or ask for fewer tokens"
         )
     rows = len(stream) // length if rows is None else rows
     return torch.tensor(stream[: rows * length]).view(rows, length)

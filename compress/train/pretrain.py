@@ -211,7 +211,8 @@ class HeldOut:
     def __init__(
         self, documents: list[str], tokenizer: PreTrainedTokenizerFast, length: int
     ) -> None:
-        self.rows = pack(documents, tokenizer, length)[: HELD_OUT_TOKENS // length]
+        rows = pack(documents, tokenizer, length, what="the held-out text")
+        self.rows = rows[: HELD_OUT_TOKENS // length]
         texts = tokenizer.batch_decode(self.rows[:, 1:], skip_special_tokens=True)
         self.bytes = sum(len(text.encode()) for text in texts)
 

@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from compress.core.errors import InputError
-from compress.text.documents import SHORTEST, docstrings, read_documents
-from compress.text.packing import pack, pieces
-from compress.text.splits import split_documents
+from compress.text.documents import SHORTEST, docstrings, pieces, read_documents
+from compress.text.packing import pack
+from compress.text.splits import SPLITS, split_documents
 from compress.text.tokenizer import load_tokenizer
 
 
@@ -31,7 +31,12 @@ def test_rows_of_a_file_are_its_texts(tmp_path: Path) -> None:
         (['{"text": "fine"}', "{broken"], r"jsonl:2 is not JSON"),
         (['{"txt": "a"}'], "jsonl:1 has no text"),
         (['{"text": 3}'], "jsonl:1 has no text"),
+        (['{"text": "fine"}', '{"text": null}'], "jsonl:2 has no text"),
+        (['{"text": ["a", "list"]}'], "jsonl:1 has no text"),
         (['"text"'], "jsonl:1 has no text"),
+        (['{"text": ""}', '{"text": " \\t\\n"}'], "holds no documents"),
+        (["[" * 100_000], "jsonl:1 is not JSON"),
+        (['{"text": "fine"}', "\0"], "jsonl:2 is not JSON"),
     ],
 )
 def test_text_that_cannot_be_used_is_named_by_line(
@@ -44,9 +49,32 @@ def test_text_that_cannot_be_used_is_named_by_line(
 def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="does not exist"):
         read_documents(tmp_path / "nothing.jsonl")
-    (tmp_path / "binary.jsonl").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(InputError, match="not UTF-8"):
+    (tmp_path / "binary.jsonl").write_bytes(b'{"text": "fine"}\n\xff\xfe\x00')
+    with pytest.raises(InputError, match="jsonl:2 is not UTF-8"):
         read_documents(tmp_path / "binary.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("content", "texts"),
+    [
+        (b'\xef\xbb\xbf{"text": "one"}\r\n\r\n{"text": "two"}\r\n', ["one", "two"]),
+        (b'{"text": "one"}\n\xef\xbb\xbf{"text": "two"}\n\xef\xbb\xbf', ["one", "two"]),
+        (b'{"text": "a \\ud800 b"}', ["a \N{REPLACEMENT CHARACTER} b"]),
+        (b'{"text": "\\ude00\\ud83d"}', [2 * "\N{REPLACEMENT CHARACTER}"]),
+        (b'{"text": "\\ud83d\\ude00"}', ["\N{GRINNING FACE}"]),
+        (b'{"text": "a\\u0000b"}', ["a\0b"]),
+        (b'{"text": ""}\n{"text": " \\n"}\n{"text": "one"}', ["one"]),
+        ('{"text": "einer\u2028zwei\x85"}'.encode(), ["einer\u2028zwei\x85"]),
+    ],
+)
+def test_text_as_people_have_it_is_read_and_can_be_used(
+    tmp_path: Path, tiny_llama: Path, content: bytes, texts: list[str]
+) -> None:
+    (tmp_path / "data.jsonl").write_bytes(content)
+    documents = read_documents(tmp_path / "data.jsonl")
+    assert documents == texts
+    assert sum(map(len, split_documents(documents).values())) == len(texts)
+    assert len(pack(documents, load_tokenizer(tiny_llama), length=1)) > len(texts)
 
 
 def test_docstrings_come_from_the_top_and_code_is_not_run() -> None:
@@ -74,6 +102,25 @@ def test_a_document_is_in_one_split_whatever_the_others_are() -> None:
     for split, share in {"train": 0.85, "score": 0.05, "select": 0.05, "final": 0.05}.items():
         assert len(splits[split]) / 4000 == pytest.approx(share, abs=0.015)
         assert split_documents(splits[split][:7])[split] == splits[split][:7]
+
+
+@pytest.mark.parametrize(("count", "characters"), [(1, 400_000), (8, 90_000), (30, 20_000)])
+def test_a_few_long_documents_fill_every_split_with_their_pieces(
+    count: int, characters: int
+) -> None:
+    documents = [
+        " ".join(f"{number}.{place}" for place in range(characters // 7)) for number in range(count)
+    ]
+    splits = split_documents(documents)
+    total = sum(map(len, documents))
+    assert sum(len(text) for split in SPLITS for text in splits[split]) == total
+    assert all(sum(map(len, splits[split])) > total / 100 for split in SPLITS)
+
+
+def test_long_documents_stay_whole_where_every_split_has_some() -> None:
+    documents = [f"{number} word " * 1000 for number in range(400)]
+    splits = split_documents(documents)
+    assert sorted(text for split in SPLITS for text in splits[split]) == sorted(documents)
 
 
 def test_packing_keeps_every_token_and_separates_documents(tiny_llama: Path) -> None:
@@ -117,7 +164,7 @@ def test_pieces_are_the_text_cut_after_white_space() -> None:
 
 def test_too_little_text_says_how_much_there_is(tiny_llama: Path) -> None:
     tokenizer = load_tokenizer(tiny_llama)
-    with pytest.raises(InputError, match=r"gives 10 tokens in 2 documents .* 64 are needed"):
+    with pytest.raises(InputError, match=r"gives 10 tokens in 2 documents, 64 are needed"):
         pack(["abcd", "efgh"], tokenizer, 32, tokens=50)
     with pytest.raises(InputError, match="gives 0 tokens"):
         pack([], tokenizer, 32)
