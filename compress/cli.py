@@ -6,6 +6,7 @@ Nothing here imports torch; a stage does when it runs.
 import errno
 import json as jsonlib
 import sys
+from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -315,6 +316,10 @@ def fetch_model(name: Annotated[str, typer.Argument(help="smollm2-135m")]) -> No
 
 def main() -> None:
     """Run a command; exits with 0, a documented code, or 130 when interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            # UTF-8 as in the files, whatever the locale; the bytes of a path stay what they are.
+            stream.reconfigure(encoding="utf-8", errors="surrogateescape")
     # Without arguments typer takes help for a usage error.
     arguments = sys.argv[1:] or ["--help"]
     try:

@@ -25,7 +25,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from compress.core.errors import InputError, VerificationFailed
-from compress.core.files import atomic_directory
+from compress.core.files import atomic_directory, write_text
 from compress.export.card import model_card
 from compress.export.modelopt import open_files, repaired, stored_names
 from compress.export.quantize import modelopt, quantize, quietly, token_rows
@@ -74,7 +74,7 @@ def export_student(
             )
         facts = verify(directory, architecture, expected, rows)
         facts = {"target": target, "formats": sorted(architecture.formats), **facts}
-        (directory / "README.md").write_text(model_card(out.name, architecture, facts, card))
+        write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
         for file in directory.iterdir():
             file.rename(partial / file.name)
         directory.rmdir()
@@ -157,8 +157,8 @@ def write_quantized(
         with quietly():
             modelopt("export").export_hf_checkpoint(model, dtype=torch.float32, export_dir=scratch)
         files = open_files(Path(scratch), stack)
-        details = repaired(json.loads((Path(scratch) / QUANT_CONFIG).read_text()))
-        exported = json.loads((Path(scratch) / "config.json").read_text())
+        details = repaired(json.loads((Path(scratch) / QUANT_CONFIG).read_text(encoding="utf-8")))
+        exported = json.loads((Path(scratch) / "config.json").read_text(encoding="utf-8"))
         quantization = repaired(exported["quantization_config"])
         if architecture.kv_format == "fp8":
             # Without calibrated scales: servers then use 1.
@@ -175,7 +175,7 @@ def write_quantized(
             }
         tensors = packed(files, architecture)
         write_checkpoint(directory, tensors, config, checkpoint.path, to_json(architecture))
-    (directory / QUANT_CONFIG).write_text(json.dumps(details, indent=2))
+    write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
     if target == "vllm":
         hide_from_stock_loaders(directory)
     return expected

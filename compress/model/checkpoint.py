@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.files import atomic_directory, read_json
+from compress.core.files import atomic_directory, read_json, write_text
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, read_config
 from compress.model.families import parameters
@@ -126,7 +126,7 @@ def write_checkpoint(
     with atomic_directory(directory) as partial:
         write_files(partial, tensors, config, source)
         if architecture_json is not None:
-            (partial / ARCHITECTURE).write_text(architecture_json)
+            write_text(partial / ARCHITECTURE, architecture_json)
         finish(partial)
 
 
@@ -152,8 +152,8 @@ def write_files(
             (partial / f"shard-{number}").rename(partial / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-        (partial / INDEX).write_text(json.dumps(index, indent=1))
-    (partial / CONFIG).write_text(json.dumps(dict(config), indent=2))
+        write_text(partial / INDEX, json.dumps(index, indent=1))
+    write_text(partial / CONFIG, json.dumps(dict(config), indent=2))
     for name in COMPANIONS if source else ():
         if source and (source / name).is_file():
             shutil.copyfile(source / name, partial / name)

@@ -20,7 +20,7 @@ def read_config(path: Path) -> dict[str, Any]:
     if not file.is_file():
         raise InputError(f"{file} does not exist; a model is a directory with config.json")
     try:
-        config = json.loads(file.read_text())
+        config = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise InputError(f"{file} is not JSON: {error}") from error
     if not isinstance(config, dict):
@@ -33,7 +33,7 @@ def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
     beside = (path.parent if path.suffix == ".json" else path) / ARCHITECTURE
     if beside.is_file():
         try:
-            return from_json(beside.read_text())
+            return from_json(beside.read_text(encoding="utf-8"))
         except ValueError as error:
             raise InputError(f"{beside} is not JSON: {error}") from error
     if config.get("model_type") == "compress":

@@ -128,7 +128,7 @@ def optional(file: Path) -> Any:
 
 def text_of(file: Path) -> str | None:
     """The text of a file, None if it is not there."""
-    return file.read_text() if file.is_file() else None
+    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def rows_of(file: Path, *keys: str) -> Rows:
@@ -165,7 +165,7 @@ def read_results(file: Path) -> dict[str, Any] | None:
 
 def read_lines(file: Path) -> Rows:
     """JSON lines; a last line that a killed process left half-written is ignored."""
-    lines = file.read_text().splitlines()
+    lines = file.read_text(encoding="utf-8").splitlines()
     rows: Rows = []
     for number, line in enumerate(lines, start=1):
         try:

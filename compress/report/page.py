@@ -79,7 +79,9 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         "words": words,
         "short": short,
     }
-    template = environment.from_string((files("compress.report") / "page.html.j2").read_text())
+    template = environment.from_string(
+        (files("compress.report") / "page.html.j2").read_text(encoding="utf-8")
+    )
     selected = run.selected
     picture = (
         layer_map(run.teacher.architecture, selected.architecture, run.keep)

@@ -67,7 +67,7 @@ class Run:
         """The lines of events.jsonl; half-written ones are left out."""
         file = self.path / "events.jsonl"
         found = []
-        for line in file.read_text().splitlines() if file.exists() else ():
+        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
             try:
                 found.append(json.loads(line))
             except ValueError:

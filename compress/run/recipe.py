@@ -144,7 +144,7 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file; keys that are not there have their defaults."""
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise InputError(f"recipe {path} cannot be read: {error.strerror}") from error
     except (yaml.YAMLError, UnicodeDecodeError) as error:

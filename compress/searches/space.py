@@ -68,7 +68,7 @@ def load_space(name: str) -> Space:
     if not path.is_file():
         raise InputError(f"space {name!r} is neither a file nor one of {', '.join(shipped)}")
     try:
-        settings = yaml.safe_load(path.read_text())
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
         if not isinstance(settings, dict):
             raise InputError(f"{path} holds no keys; a space has {', '.join(Space.model_fields)}")
         space = Space.model_validate(settings)

@@ -148,7 +148,7 @@ def load_candidate(directory: Path, kind: str) -> Candidate:
     return Candidate(
         id=directory.name,
         kind=kind,
-        architecture=from_json((directory / ARCHITECTURE).read_text()),
+        architecture=from_json((directory / ARCHITECTURE).read_text(encoding="utf-8")),
         keep=keep,
         repaired=frozenset(repaired_blocks.tolist()),
     )

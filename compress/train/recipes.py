@@ -44,7 +44,7 @@ def read_recipe(path: Path) -> PretrainRecipe:
     if not path.is_file():
         raise InputError(f"{path} does not exist; a pretraining recipe is a YAML file")
     try:
-        return PretrainRecipe.model_validate(yaml.safe_load(path.read_text()))
+        return PretrainRecipe.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
     except yaml.YAMLError as error:
         raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
     except ValidationError as error:
