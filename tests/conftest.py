@@ -1,12 +1,13 @@
 """Tiny models, small enough to print: a llama and a hybrid with all four kinds of block."""
 
+import fcntl
 import json
 import math
 import os
 import random
 import shutil
-import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -19,6 +20,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
+from compress import cli
 from compress.model.checkpoint import write_checkpoint
 from compress.model.families import parameters, read_architecture
 from compress.model.layout import Parameter
@@ -109,14 +111,38 @@ def write_tiny(
     return directory
 
 
-@pytest.fixture(scope="session")
-def tiny_llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "llama", LLAMA)
+# Makes what all processes of a test run share, and says where it is; made once, by whom needs it
+# first, while the others wait. It must not be changed: tests work on copies.
+Shared = Callable[[str, Callable[[Path], object]], Path]
 
 
 @pytest.fixture(scope="session")
-def tiny_hybrid(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_tiny(tmp_path_factory.mktemp("tiny") / "hybrid", HYBRID)
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent
+    (base / "shared").mkdir(exist_ok=True)
+
+    def made(name: str, make: Callable[[Path], object]) -> Path:
+        path, done = base / "shared" / name, base / "shared" / f"{name}.done"
+        with (base / "shared" / f"{name}.lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not done.exists():
+                make(path)
+                done.touch()
+        return path
+
+    return made
+
+
+@pytest.fixture(scope="session")
+def tiny_llama(shared: Shared) -> Path:
+    return shared("llama", lambda path: write_tiny(path, LLAMA))
+
+
+@pytest.fixture(scope="session")
+def tiny_hybrid(shared: Shared) -> Path:
+    return shared("hybrid", lambda path: write_tiny(path, HYBRID))
 
 
 @pytest.fixture(scope="session", params=["llama", "hybrid"])
@@ -133,11 +159,10 @@ def words(seed: int, count: int) -> str:
 
 
 @pytest.fixture(scope="session")
-def text_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text_file(shared: Shared) -> Path:
     """JSONL text that fills every split of a tiny run."""
-    file = tmp_path_factory.mktemp("text") / "text.jsonl"
-    file.write_text("".join(json.dumps({"text": words(n, 60)}) + "\n" for n in range(400)))
-    return file
+    rows = (json.dumps({"text": words(n, 60)}) + "\n" for n in range(400))
+    return shared("text.jsonl", lambda file: file.write_text("".join(rows)))
 
 
 # A search of seconds on a tiny model.
@@ -149,23 +174,29 @@ QUICK = {
 }  # fmt: skip
 
 
-def search_command(model: Path, run: Path, text: Path) -> list[str]:
-    """The command line of a quick search."""
+def search_arguments(model: Path, run: Path, text: Path) -> list[str]:
+    """What follows ``compress`` on the command line of a quick search."""
     flags = [part for key, value in (QUICK | {"data": text, "run": run}).items()
              for part in (f"--{key.replace('_', '-')}", str(value))]  # fmt: skip
-    return [sys.executable, "-m", "compress.cli", "search", str(model), *flags]
+    return ["search", str(model), *flags]
+
+
+def search_command(model: Path, run: Path, text: Path) -> list[str]:
+    """The command line of a quick search."""
+    return [sys.executable, "-m", "compress.cli", *search_arguments(model, run, text)]
 
 
 ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
 
 
 @pytest.fixture(scope="session")
-def searched(tiny_hybrid: Path, text_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run after its search, made on the command line; tests work on copies."""
-    run = tmp_path_factory.mktemp("runs") / "searched"
-    command = search_command(tiny_hybrid, run, text_file)
-    subprocess.run(command, env=ONE_THREAD, check=True, capture_output=True)
-    return run
+def searched(tiny_hybrid: Path, text_file: Path, shared: Shared) -> Path:
+    """A run after its search, made by the command; tests work on copies."""
+
+    def search(run: Path) -> None:
+        cli.app(search_arguments(tiny_hybrid, run, text_file), standalone_mode=False)
+
+    return shared("searched", search)
 
 
 @pytest.fixture
