@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from conftest import drawn
+from tiny_models import drawn
 from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import QUICK
+from tiny_models import QUICK
 
 import compress
 from compress.core.errors import InputError

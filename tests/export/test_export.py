@@ -8,9 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import HYBRID, LLAMA
 from quantized import fake_quantized_logits, uneven, with_formats, write_student
 from safetensors.torch import load_file, save_file
+from tiny_models import HYBRID, LLAMA
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

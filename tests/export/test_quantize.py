@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import HYBRID, LLAMA
 from quantized import fake_quantized_logits, uneven, with_formats, write_student
+from tiny_models import HYBRID, LLAMA
 
 from compress.export.quantize import quantize, token_rows
 from compress.formats.table import Format

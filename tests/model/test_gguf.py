@@ -3,7 +3,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import LLAMA
+from tiny_models import LLAMA
 
 from compress.core.errors import InputError
 from compress.model.build import load_model

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
+from tiny_models import TINY, write_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from compress.model.build import load_model

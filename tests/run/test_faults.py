@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA
 from safetensors.torch import load_file, save_file
+from tiny_models import LLAMA
 
 from compress.cli import main
 

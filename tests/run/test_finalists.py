@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import LLAMA, ONE_THREAD, search_command, write_tiny
+from tiny_models import LLAMA, ONE_THREAD, search_command, write_tiny
 
 from compress.core.errors import InputError
 from compress.core.files import read_json

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ONE_THREAD, search_command
+from tiny_models import ONE_THREAD, search_command
 
 from compress.core.errors import InputError
 from compress.core.files import read_json

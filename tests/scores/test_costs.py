@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
 from scipy.stats import spearmanr
+from tiny_models import TINY, write_tiny
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 

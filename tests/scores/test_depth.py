@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import QUICK, TINY, write_tiny
+from tiny_models import QUICK, TINY, write_tiny
 from transformers import PreTrainedModel
 
 from compress.core.errors import InputError

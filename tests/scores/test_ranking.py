@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
+from tiny_models import TINY, write_tiny
 
 from compress.core.errors import InputError
 from compress.memory.footprint import Deployment

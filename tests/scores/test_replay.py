@@ -5,7 +5,7 @@ from statistics import median
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
+from tiny_models import TINY, write_tiny
 from torch import Tensor
 from transformers import PreTrainedModel
 

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
 from cuts import CASES, candidate
+from tiny_models import TINY, write_tiny
 from torch import Tensor
 
 from compress.measure.kl import Reference, measure, reference

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
 from cuts import CASES, candidate
+from tiny_models import TINY, write_tiny
 
 from compress.measure.kl import Reference, measure, reference
 from compress.measure.losses import kl_from_hidden

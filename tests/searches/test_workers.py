@@ -14,8 +14,8 @@ from pathlib import Path
 
 import optuna
 import pytest
-from conftest import ONE_THREAD, search_command
 from optuna.storages.journal import JournalFileBackend
+from tiny_models import ONE_THREAD, search_command
 from torch import Tensor
 
 from compress import cli

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
+from tiny_models import TINY, write_tiny
 from torch import Tensor
 
 from compress.measure.kl import measure, reference, sequence_kl

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, write_tiny
 from cuts import CASES, FFN, candidate
+from tiny_models import TINY, write_tiny
 from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError

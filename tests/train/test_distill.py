@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import LLAMA, write_tiny
+from tiny_models import LLAMA, write_tiny
 from torch import Tensor
 
 from compress.core.errors import InputError

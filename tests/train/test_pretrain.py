@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from conftest import TINY
 from safetensors.torch import load_file
+from tiny_models import TINY
 from torch import nn
 from transformers import AutoModelForCausalLM
 

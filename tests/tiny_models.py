@@ -1,0 +1,139 @@
+"""Tiny models, small enough to print: a llama and a hybrid with all four kinds of block.
+
+And a search of seconds on them.
+"""
+
+import json
+import math
+import os
+import random
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+
+from compress.model.checkpoint import write_checkpoint
+from compress.model.families import parameters, read_architecture
+from compress.model.layout import Parameter
+
+VOCAB = 128
+LLAMA = {
+    "model_type": "llama",
+    "architectures": ["LlamaForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "max_position_embeddings": 512,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+    "dtype": "bfloat16",
+}
+HYBRID = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "vocab_size": VOCAB,
+    "hidden_size": 64,
+    "layers_block_type": ["linear_attention", "moe", "full_attention", "mlp", "linear_attention"],
+    "intermediate_size": 96,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "mamba_num_heads": 8,
+    "mamba_head_dim": 16,
+    "n_groups": 2,
+    "ssm_state_size": 16,
+    "conv_kernel": 4,
+    "chunk_size": 16,
+    "n_routed_experts": 6,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 32,
+    "moe_shared_expert_intermediate_size": 48,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 512,
+    "eos_token_id": 0,
+    "bos_token_id": 0,
+    "pad_token_id": 0,
+    "dtype": "bfloat16",
+}
+TINY = {"llama": LLAMA, "hybrid": HYBRID}
+
+
+def drawn(parameter: Parameter, generator: torch.Generator) -> Tensor:
+    """Random weights that make a model whose blocks all matter."""
+    noise = torch.randn(parameter.shape, generator=generator)
+    if parameter.slot.normalizes:
+        return 1 + 0.1 * noise
+    if parameter.name.endswith("A_log"):
+        return torch.log(1 + 3 * torch.rand(parameter.shape, generator=generator))
+    if len(parameter.shape) == 1:
+        return 0.1 * noise
+    fan_in = math.prod(parameter.shape[1:])
+    return noise * (0.3 if "embed" in parameter.name else 1.5 / math.sqrt(fan_in))
+
+
+def write_tiny(
+    directory: Path, config: dict[str, object], seed: int = 0, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """A whole checkpoint of random weights with a character tokenizer."""
+    generator = torch.Generator().manual_seed(seed)
+    tensors = (
+        (p.name, drawn(p, generator).to(torch.float32 if p.slot.float32 else dtype))
+        for p in parameters(read_architecture(config))
+    )
+    write_checkpoint(directory, tensors, config, None)
+    characters = {chr(code): code - 30 for code in range(32, 127)}
+    vocabulary = {"<|end|>": 0, "<unk>": 1, **characters, "\n": 97}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("", "isolated")
+    tokenizer.decoder = decoders.Fuse()
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text(
+        '{"eos_token": "<|end|>", "unk_token": "<unk>"}'
+    )
+    return directory
+
+
+def words(seed: int, count: int) -> str:
+    """Text with something to learn: a few words, again and again."""
+    draw = random.Random(seed)
+    known = ["small", "model", "weights", "in", "a", "budget", "of", "bytes", "keep", "what", "is"]
+    return " ".join(draw.choice(known) for _ in range(count)) + "."
+
+
+def write_words(file: Path) -> None:
+    """JSONL text that fills every split of a tiny run."""
+    file.write_text("".join(json.dumps({"text": words(n, 60)}) + "\n" for n in range(400)))
+
+
+# A search of seconds on a tiny model.
+QUICK = {
+    "budget": "36%", "space": "joint", "context": "64", "sequence_length": 32,
+    "score_tokens": 256, "score_length": 32, "draws": 2, "replay_tokens": 128, "repair_tokens": 256,
+    "select_tokens": 160, "final_tokens": 256, "trials": 6, "finalists": 1,
+    "short_distill_tokens": 256, "distill_batch_tokens": 128, "distill_length": 32,
+}  # fmt: skip
+
+
+def search_arguments(model: Path, run: Path, text: Path) -> list[str]:
+    """What follows ``compress`` on the command line of a quick search."""
+    flags = [part for key, value in (QUICK | {"data": text, "run": run}).items()
+             for part in (f"--{key.replace('_', '-')}", str(value))]  # fmt: skip
+    return ["search", str(model), *flags]
+
+
+def search_command(model: Path, run: Path, text: Path) -> list[str]:
+    """The command line of a quick search."""
+    return [sys.executable, "-m", "compress.cli", *search_arguments(model, run, text)]
+
+
+ONE_THREAD = os.environ | {"OMP_NUM_THREADS": "1"}
