@@ -6,7 +6,7 @@ norm over sequences. What a decision costs is still predicted from contributions
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from math import prod
 from typing import Any
 
@@ -68,23 +68,19 @@ class Forward:
         """Hooks in place."""
         blocks = self.architecture.blocks
         norms = [final_norm(model), *(norm_of(model, block) for block in blocks)]
-        handles = []
-        for block in blocks:
-            for projection in projections(self.architecture, block):
-                if projection.expert is None:
-                    name, tap = self.tap_units(block, projection)
-                    module = layer_of(model, block).get_submodule(name)
-                    handles.append(module.register_forward_hook(tap))
-            if experts := fused_experts(model, self.architecture, block):
-                handles.append(experts.register_forward_pre_hook(self.tap_experts(block)))
-        handles += [
-            norm.register_forward_hook(self.tap_norm(number)) for number, norm in enumerate(norms)
-        ]
-        try:
+        with ExitStack() as stack:
+            for number, norm in enumerate(norms):
+                stack.callback(norm.register_forward_hook(self.tap_norm(number)).remove)
+            for block in blocks:
+                for projection in projections(self.architecture, block):
+                    if projection.expert is None:
+                        name, tap = self.tap_units(block, projection)
+                        module = layer_of(model, block).get_submodule(name)
+                        stack.callback(module.register_forward_hook(tap).remove)
+                if experts := fused_experts(model, self.architecture, block):
+                    tap = self.tap_experts(block)
+                    stack.callback(experts.register_forward_pre_hook(tap).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
     def add(self, key: str, means: Tensor) -> None:
         """Add sequences' means [b, *units]."""

@@ -41,8 +41,8 @@ WHOLE: Mapping[str, Tensor] = MappingProxyType({})  # what a teacher keeps: ever
 class Taps:
     """Hooks on a frozen teacher that collect contributions while gradients flow backwards.
 
-    After a forward inside ``attached()`` and a backward, ``rows`` maps every key to [sequences,
-    *unit shape]: ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
+    After a forward inside ``attached()``, ``backward`` maps every key to [sequences, *unit shape]:
+    ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
     whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``. With
     ``squares`` also, for units that are one number z per token, ``<block>/<units>/activation`` and
     ``.../slope``, the sums over tokens of the squares of z and of dL/dz, with ``.../tokens``; for
@@ -79,48 +79,39 @@ class Taps:
 
         The embedding's output becomes the leaf that gradients flow to.
         """
-        self.sequences = sequences
-        embedding = self.model.get_input_embeddings()
-        handles = [
-            embedding.register_forward_hook(lambda m, a, output: output.requires_grad_(True))
-        ]
-        last = self.tap_norm(len(self.architecture.blocks))
-        handles.append(final_norm(self.model).register_forward_hook(last))
-        patched: list[Any] = []
-        masks = ExitStack()
-        self.unmasked = masks.enter_context(masked(self.model, self.architecture, self.keep))
-        for number, block in enumerate(self.architecture.blocks):
-            layer, norm = layer_of(self.model, block), norm_of(self.model, block)
-            handles.append(norm.register_forward_hook(self.tap_norm(number)))
-            for name, slot in slots_of(self.architecture, block, experts=False).items():
-                hook = self.tap_linear(number, name, slot)
-                handles.append(layer.get_submodule(name).register_forward_hook(hook))
-            for projection in projections(self.architecture, block):
-                if projection.norm:
-                    before = layer.get_submodule(projection.masked)
-                    tap = self.tap_gated_norm(number, projection.units)
-                    handles.append(before.register_forward_pre_hook(tap))
-            if experts := fused_experts(self.model, self.architecture, block):
-                patched.append(experts)
-                experts.forward = self.experts_forward(number, experts)
-        try:
+        self.sequences, blocks = sequences, self.architecture.blocks
+        with ExitStack() as stack:
+
+            def after(module: Any, hook: Callable[..., Any]) -> None:
+                stack.callback(module.register_forward_hook(hook).remove)
+
+            embedding = self.model.get_input_embeddings()
+            after(embedding, lambda module, args, output: output.requires_grad_(True))
+            after(final_norm(self.model), self.tap_norm(len(blocks)))
+            self.unmasked = stack.enter_context(masked(self.model, self.architecture, self.keep))
+            for number, block in enumerate(blocks):
+                layer = layer_of(self.model, block)
+                after(norm_of(self.model, block), self.tap_norm(number))
+                for name, slot in slots_of(self.architecture, block, experts=False).items():
+                    after(layer.get_submodule(name), self.tap_linear(number, name, slot))
+                for projection in projections(self.architecture, block):
+                    if projection.norm:
+                        norm = layer.get_submodule(projection.masked)
+                        tap = self.tap_gated_norm(number, projection.units)
+                        stack.callback(norm.register_forward_pre_hook(tap).remove)
+                if experts := fused_experts(self.model, self.architecture, block):
+                    experts.forward = self.experts_forward(number, experts)
+                    stack.callback(delattr, experts, "forward")  # the class's own shows again
             yield
-        finally:
-            masks.close()
-            for handle in handles:
-                handle.remove()
-            for module in patched:
-                del module.forward  # the class's own shows again
-            self.rows = {}
 
     def backward(self, hidden: Tensor, gradient: Tensor, *, again: bool) -> dict[str, Tensor]:
         """One row per sequence of every gate, from the gradient at the final hidden states.
 
         ``again`` keeps the graph for another gradient.
         """
-        self.rows = {}
         torch.autograd.backward(hidden, gradient, retain_graph=again)
-        return {key: value.detach() for key, value in self.rows.items()}
+        found, self.rows = self.rows, {}
+        return {key: value.detach() for key, value in found.items()}
 
     def add(self, key: str, value: Tensor) -> None:
         """Add rows; several norms share the hidden channels, several matrices a unit's rounding."""
@@ -275,15 +266,11 @@ def to_units(
 ) -> Tensor:
     """[B, product of axes] as [B, *units]: other axes are summed, missing ones share equally."""
     shaped = rows.reshape(len(rows), *(axis_sizes[axis] for axis in product))
-    for number in reversed(range(len(product))):
-        if product[number] not in axes:
-            shaped = shaped.sum(number + 1)
-    share = 1
-    for number, axis in enumerate(axes):
-        if axis not in product:
-            shaped = shaped.unsqueeze(number + 1)
-            share *= axis_sizes[axis]
-    return (shaped / share).expand(len(rows), *(axis_sizes[axis] for axis in axes))
+    others = [number + 1 for number, axis in enumerate(product) if axis not in axes]
+    shaped = shaped.sum(others) if others else shaped
+    shape = [axis_sizes[axis] for axis in axes]
+    known = [axis_sizes[axis] if axis in product else 1 for axis in axes]
+    return (shaped.reshape(-1, *known) / (prod(shape) // prod(known))).expand(-1, *shape)
 
 
 def rounding_errors(

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 
 from compress.model.architecture import Architecture, sizes
 from compress.model.layout import shape
-from compress.model.modules import fused_experts, routed
+from compress.model.modules import fused_experts, layer_of, routed
 from compress.model.tensor_files import save_tensors
 from compress.student.units import projections
 
@@ -60,26 +61,23 @@ def gram_matrices(
 
         return hook
 
-    handles = []
-    for block in architecture.blocks:
-        layer, keys = model.model.layers[block.layer], []
-        for projection in projections(architecture, block):
-            width = shape(projection.slot.shape, {"hidden": 0} | sizes(block))[1]
-            found[projection.key] = torch.zeros(width, width)
-            if projection.expert is None:
-                module = layer.get_submodule(projection.module)
-                handles.append(module.register_forward_pre_hook(linear(projection.key)))
-            else:
-                keys.append(projection.key)
-        if fused := fused_experts(model, architecture, block):
-            handles.append(fused.register_forward_pre_hook(experts(keys)))
-    try:
+    with ExitStack() as stack:
+        for block in architecture.blocks:
+            keys = []
+            for projection in projections(architecture, block):
+                width = shape(projection.slot.shape, {"hidden": 0} | sizes(block))[1]
+                found[projection.key] = torch.zeros(width, width)
+                if projection.expert is None:
+                    module = layer_of(model, block).get_submodule(projection.module)
+                    tap = linear(projection.key)
+                    stack.callback(module.register_forward_pre_hook(tap).remove)
+                else:
+                    keys.append(projection.key)
+            if fused := fused_experts(model, architecture, block):
+                stack.callback(fused.register_forward_pre_hook(experts(keys)).remove)
         for rows in torch.split(tokens, batch):
             model.model(input_ids=rows, use_cache=False)
             progress(len(rows))
-    finally:
-        for handle in handles:
-            handle.remove()
     return found
 
 

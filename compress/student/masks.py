@@ -5,7 +5,7 @@ them back would change. Experts that are gone are never routed to; theirs has no
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -86,41 +86,36 @@ def masked(
 
     Those are inside a fused module, whose forward ``taps.Taps`` replaces anyway.
     """
-    unmasked, handles = Unmasked(), []
-    biases: list[tuple[Tensor, Tensor]] = []
-    norms = [final_norm(model), *(norm_of(model, block) for block in architecture.blocks)]
-    for number, block in enumerate(architecture.blocks):
-        whole, own = is_alive(keep, number), block_keep(keep, block)
-        if whole and own.keys() <= {"hidden"}:
-            continue
-        for projection in projections(architecture, block):
-            if projection.expert is not None:
+    unmasked, norms = Unmasked(), [final_norm(model)]
+    with ExitStack() as stack:
+        for number, block in enumerate(architecture.blocks):
+            norms.append(norm_of(model, block))
+            whole, own = is_alive(keep, number), block_keep(keep, block)
+            if whole and own.keys() <= {"hidden"}:
                 continue
-            mask = unit_mask(architecture, keep, number, projection.units).flatten()
-            # A block that is gone leaves no units that a norm could average over.
-            averaged = whole and projection.norm is not None
-            path = projection.masked if averaged else projection.module
-            # Surgery scales the gated norm's weight by this where fewer units are averaged; before
-            # the norm it does the same, eps included.
-            count = float(len(mask) / mask.sum()) ** 0.5 if averaged else 1.0
-            values = mask.repeat_interleave(projection.features)
-            module = layer_of(model, block).get_submodule(path)
-            handles.append(unmasked.mask(module, values, count))
-        if whole and "expert" in own:
-            bias = getattr(mixer_of(model, block).gate, BIAS)
-            biases.append((bias, bias.clone()))
-            bias[dropped(own["expert"], len(bias))] = -torch.inf
-    if "hidden" in keep:
-        kept = torch.zeros(architecture.hidden).index_fill_(0, keep["hidden"], 1)
-        # Only norms read the residual stream; surgery folds their changed width (``surgery.cut``).
-        handles += [unmasked.mask(norm, kept) for norm in norms]
-    try:
+            for projection in projections(architecture, block):
+                if projection.expert is not None:
+                    continue
+                mask = unit_mask(architecture, keep, number, projection.units).flatten()
+                # A block that is gone leaves no units that a norm could average over.
+                averaged = whole and projection.norm is not None
+                path = projection.masked if averaged else projection.module
+                # Surgery scales the gated norm's weight by this where fewer units are averaged;
+                # before the norm it does the same, eps included.
+                count = float(len(mask) / mask.sum()) ** 0.5 if averaged else 1.0
+                values = mask.repeat_interleave(projection.features)
+                module = layer_of(model, block).get_submodule(path)
+                stack.callback(unmasked.mask(module, values, count).remove)
+            if whole and "expert" in own:
+                bias = getattr(mixer_of(model, block).gate, BIAS)
+                stack.callback(bias.copy_, bias.clone())
+                bias[dropped(own["expert"], len(bias))] = -torch.inf
+        if "hidden" in keep:
+            kept = torch.zeros(architecture.hidden).index_fill_(0, keep["hidden"], 1)
+            # Only norms read the residual stream; surgery folds their changed width.
+            for norm in norms:
+                stack.callback(unmasked.mask(norm, kept).remove)
         yield unmasked
-    finally:
-        for handle in handles:
-            handle.remove()
-        for bias, before in biases:
-            bias.copy_(before)
 
 
 def dropped(kept: Tensor, size: int) -> Tensor:
