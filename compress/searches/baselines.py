@@ -12,7 +12,7 @@ from compress.model.families import count_active
 from compress.searches.knapsack import Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.searches.program import Floats
-from compress.searches.space import Option, Space, admissible, resized
+from compress.searches.space import Option, Space, admissible, last_attention_must_stay, resized
 from compress.student.candidate import Candidate
 from compress.student.units import AXES, UNITS
 
@@ -154,11 +154,8 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
             if more.min() >= 0 and more.max() > 0 and (more <= left).all():
                 choice[group], left = option, left - more
         picked = [options[i] for options, i in zip(groups, choice, strict=True)]
-        alive = any(
-            o.removed is False and problem.teacher.blocks[n].kind == "attention"
-            for c in picked
-            for n, o in c
-        )
+        attention = last_attention_must_stay(problem.teacher)
+        alive = any(not o.removed and n in attention for choice in picked for n, o in choice)
         if left.min() >= 0 and alive:
             found.append(
                 (
