@@ -233,9 +233,9 @@ def rounded(model: Any, architecture: Architecture, block: Block, format: Format
     """The model with one block's weights as they come out of a format."""
     weights = weights_of(model, architecture, block)
     plain = {name: weight.clone() for name, (weight, _) in weights.items()}
-    slots = {name: slot for name, (_, slot) in weights.items()}
+    fused = {name: slot.fused for name, (_, slot) in weights.items()}
     # A format is of the BF16 weights on disk, whose values these fp32 ones have.
-    for name, value in fake_quantize_block(plain, slots, format).items():
+    for name, value in fake_quantize_block(plain, fused, format).items():
         weights[name][0].copy_(value)
     try:
         yield

@@ -39,7 +39,7 @@ from compress.core.errors import Infeasible, InputError
 from compress.core.files import fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
-from compress.formats.table import FORMATS, KV_FORMATS, Format
+from compress.formats.table import FORMATS, Format
 from compress.measure.kl import Reference, measure, reference, sequence_kl
 from compress.model.families import count_parameters
 from compress.run.bench import Bench, Row, open_bench
@@ -212,7 +212,8 @@ def explored(bench: Bench, space: Space, kind: str) -> list[Row]:
     Raises:
         Infeasible: nothing of the kind is within the budget.
     """
-    spaces = variants(space, FORMATS, KV_FORMATS)
+    offered = load_space("joint")
+    spaces = variants(space, offered.formats, offered.kv_formats)
     if kind in BLIND:
         # What people do without a search, they do without repair.
         problem = bench.problem(spaces["prune"].model_copy(update={"repair": False}))

@@ -51,7 +51,7 @@ def scored(what: Subject) -> Scores:
     rows = what.rows("score", settings.score_tokens)
     found = contributions(what.model, architecture, rows, settings.draws, [], settings.seed)
     rankings = activation_scores(what.model, architecture, rows)
-    return Scores(found, {}, 0.0, rows.shape[1], rankings)
+    return Scores(found, {}, {}, rows.shape[1], rankings)
 
 
 def compared(

@@ -48,7 +48,7 @@ def main() -> None:
     architecture, model = found.checkpoint.architecture, found.model
     rows = found.rows("score", settings.score_tokens)
     scored = contributions(model, architecture, rows, 2, [], settings.seed)
-    scores = Scores(scored, {}, 0.0, rows.shape[1])
+    scores = Scores(scored, {}, {}, rows.shape[1])
     select, final = (
         reference(found.checkpoint, model, found.rows(split, tokens))
         for split, tokens in (("select", settings.select_tokens), ("final", settings.final_tokens))

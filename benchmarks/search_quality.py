@@ -113,7 +113,7 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
         save_grams(halves, file)
         rankings = activation_scores(found.model, architecture, rows)
         yield (
-            Scores(made, exact, 0.0, settings.score_length, rankings),
+            Scores(made, exact, {}, settings.score_length, rankings),
             cost.token_forwards,
             Grams(file),
         )

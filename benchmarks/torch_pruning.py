@@ -203,7 +203,7 @@ def scored(what: Subject, rows: Tensor) -> Scores:
     settings, architecture = what.settings, what.checkpoint.architecture
     found = contributions(what.model, architecture, rows, settings.draws, [], settings.seed)
     exact = removal_costs(what.model, architecture, rows[: settings.replay_rows])
-    return Scores(found, exact, 0.0, rows.shape[1])
+    return Scores(found, exact, {}, rows.shape[1])
 
 
 def students(what: Subject, share: float, scores: Scores, found: Mapping[str, Tensor]) -> Iterator[

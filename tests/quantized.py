@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file
 from tiny_models import drawn
 from torch import Tensor
 
@@ -63,8 +64,16 @@ def fake_quantized_logits(path: Path, architecture: Architecture, rows: Tensor) 
         own = {p.name: p for p in listed if p.block == number}
         tensors = {name: checkpoint[name].float() for name in own}
         if number is not None:
-            slots = {name: p.slot for name, p in own.items()}
-            tensors = fake_quantize_block(tensors, slots, architecture.blocks[number].format)
+            fused = {name: p.slot.fused for name, p in own.items()}
+            tensors = fake_quantize_block(tensors, fused, architecture.blocks[number].format)
         found |= tensors
     logits: Tensor = build_model(checkpoint.config, architecture, found.items())(rows).logits
     return logits
+
+
+def stored(directory: Path) -> dict[str, Tensor]:
+    """Every tensor of a directory as stored."""
+    found: dict[str, Tensor] = {}
+    for file in sorted(directory.glob("*.safetensors")):
+        found |= load_file(file)
+    return found

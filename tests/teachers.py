@@ -37,7 +37,7 @@ class Teacher:
         formats = ["fp8", "nvfp4"]
         found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
         exact = removal_costs(model, self.architecture, TOKENS[:4])
-        self.scores = Scores(found, exact, 1e-3, LENGTH)
+        self.scores = Scores(found, exact, {"fp8": 1e-3}, LENGTH)
         self.text: Reference = reference(self.checkpoint, model, TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
 

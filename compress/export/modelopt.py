@@ -1,97 +1,91 @@
-"""ModelOpt's checkpoint layout: which tensors it holds, read back to plain ones, its JSON repaired.
+"""ModelOpt's JSON: which layers of a checkpoint are in which format, for the servers that read it.
 
-========  ==========================  ==========================  =====================
-format    ``weight``                  ``weight_scale``            ``weight_scale_2``
-========  ==========================  ==========================  =====================
-FP8       E4M3 [out, in]              F32 [] of the tensor        -
-NVFP4     U8 [out, in/2], two codes   E4M3 [out, in/16]           F32 [] of the tensor
-========  ==========================  ==========================  =====================
-
-Both have ``input_scale`` F32 [], which servers that quantize activations use and reading back does
-not. Everything else is stored as it is, under the family's names.
+The layout is that of ModelOpt 0.47.0, with the names on disk: what it writes itself for Nemotron-H
+matches no module (a sentinel stays in its names).
 """
 
-import re
-from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
+from collections.abc import Mapping
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from compress.formats.table import FORMATS, KV_BYTES, Format
+from compress.model.architecture import Architecture
+from compress.model.families import family_of, parameters
 
-from compress.core.errors import InputError
-from compress.formats import fp8, nvfp4
-from compress.formats.table import Format
-from compress.model.layout import Parameter
-
-SCALES: dict[Format, tuple[str, ...]] = {
-    "bf16": (),
-    "fp8": ("weight_scale", "input_scale"),
-    "nvfp4": ("weight_scale", "weight_scale_2", "input_scale"),
-}
-SUFFIXES = tuple("." + scale for scale in SCALES["nvfp4"])
+# Servers know the layout by this.
+PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 
 
-def stored_names(parameter: Parameter, format: Format) -> list[str]:
-    """The tensors that hold one parameter of a block of this format: itself, then its scales."""
-    stem = parameter.name.removesuffix("weight")
-    scales = SCALES[format] if parameter.slot.fused else ()
-    return [parameter.name, *(stem + scale for scale in scales)]
-
-
-def dequantized_tensors(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of an export under its plain name, quantized ones as FP32 values.
-
-    Raises:
-        InputError: no safetensors file, a corrupt one, or a quantized weight without its scale.
-    """
-    with ExitStack() as stack:
-        files = open_files(directory, stack)
-
-        def scale(name: str, suffix: str) -> Tensor:
-            scale_name = name.removesuffix("weight") + suffix
-            if scale_name not in files:
-                raise InputError(f"{directory} has no tensor {scale_name}, which {name} needs")
-            tensor: Tensor = files[scale_name].get_tensor(scale_name)
-            return tensor
-
-        for name, file in files.items():
-            if name.endswith(SUFFIXES):
-                continue
-            tensor: Tensor = file.get_tensor(name)
-            if tensor.dtype == torch.uint8:
-                scales, second = scale(name, "weight_scale"), scale(name, "weight_scale_2")
-                tensor = nvfp4.unpack(tensor, scales, second)
-            elif tensor.dtype == torch.float8_e4m3fn:
-                tensor = fp8.unpack(tensor, scale(name, "weight_scale"))
-            yield name, tensor
-
-
-def open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open safetensors file of every tensor of a directory; ``stack`` closes them."""
-    found: dict[str, Any] = {}
-    # By pattern, not by index: exports for servers carry none (see export.py).
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
-        except SafetensorError as error:
-            raise InputError(f"{path} is corrupt: {error}") from error
-        found |= dict.fromkeys(file.keys(), file)
-    if not found:
-        raise InputError(f"{directory} holds no safetensors file")
+def layer_formats(architecture: Architecture) -> dict[str, Format]:
+    """The format of every module on disk with a matrix; a layer's experts are one module."""
+    found: dict[str, Format] = {family_of(architecture.family).head.removesuffix(".weight"): "bf16"}
+    for each in parameters(architecture):
+        if len(each.shape) > 1:
+            module = each.name.removesuffix(".weight")
+            if each.expert is not None:
+                module = module.rpartition(f".{each.expert}.")[0]
+            quantized = each.block is not None and each.slot.fused
+            found[module] = architecture.blocks[each.block or 0].format if quantized else "bf16"
     return found
 
 
-def repaired(value: Any) -> Any:
-    """ModelOpt's JSON with the module names of Nemotron-H mended, in keys and values.
+def excluded(layers: Mapping[str, Format]) -> list[str]:
+    """The BF16 modules, by the shortest path of theirs that no quantized one begins with, starred.
 
-    ModelOpt 0.47.0 maps names back to those on disk with a sentinel that it does not take out
-    again: a dot, a NUL character and ``backbone.pt_name_sentinel``. Servers then match nothing.
+    The head comes first.
     """
-    if isinstance(value, dict):
-        return {repaired(key): repaired(entry) for key, entry in value.items()}
-    if isinstance(value, list):
-        return [repaired(entry) for entry in value]
-    return re.sub(r"\.\x00[^*]*", "", value) if isinstance(value, str) else value
+    quantized = [name for name, format in layers.items() if format != "bf16"]
+    found: set[str] = set()
+    for name in (name for name, format in layers.items() if format == "bf16"):
+        parts = name.split(".")
+        paths = (".".join(parts[:count]) for count in range(1, len(parts)))
+        free = (path for path in paths if not any(each.startswith(path) for each in quantized))
+        shortest = next(free, None)
+        found.add(name if shortest is None else f"{shortest}*")
+    return sorted(found, key=lambda name: ("." in name, name))
+
+
+def algorithm(format: Format) -> dict[str, Any]:
+    """How the layout calls a format."""
+    row = FORMATS[format]
+    group = {"group_size": row.group} if row.group > 1 else {}
+    return {"quant_algo": row.modelopt or format.upper()} | group
+
+
+def config_group(format: Format, targets: list[str]) -> dict[str, Any]:
+    """An entry of ``config_groups``: how weights, and inputs if they have scales, are rounded."""
+    row = FORMATS[format]
+    group = {"group_size": row.group} if row.group > 1 else {}
+    numbers = {"dynamic": False, "num_bits": row.bits, "type": row.kind} | group
+    inputs = {"input_activations": numbers} if row.modelopt else {}
+    return {**inputs, "weights": numbers, "targets": targets}
+
+
+def quantization_json(architecture: Architecture) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The quantization of config.json, and hf_quant_config.json, of a student with formats."""
+    layers, kv_format = layer_formats(architecture), architecture.kv_format
+    used = list(dict.fromkeys(format for format in layers.values() if format != "bf16"))
+    details: dict[str, Any] = {"kv_cache_quant_algo": None}
+    config: dict[str, Any] = {}
+    if len(used) == 1:
+        details |= algorithm(used[0]) | {"exclude_modules": excluded(layers)}
+        config["config_groups"] = {"group_0": config_group(used[0], ["Linear"])}
+    else:
+        quantized = {name: algorithm(f) for name, f in layers.items() if f != "bf16"}
+        details |= {"quant_algo": "MIXED_PRECISION", "quantized_layers": quantized}
+        config["config_groups"] = {
+            f"group_{number}": config_group(f, sorted(n for n in layers if layers[n] == f))
+            for number, f in enumerate(used)
+        }
+        config["quantized_layers"] = quantized
+    config |= {
+        "ignore": details.get("exclude_modules", []),
+        "quant_algo": details["quant_algo"],
+        "producer": PRODUCER,
+        "quant_method": "modelopt",
+    }
+    if kv_format != "bf16":
+        # Without calibrated scales: servers then use 1.
+        details["kv_cache_quant_algo"] = kv_format.upper()
+        bits = 8 * KV_BYTES[kv_format]
+        config["kv_cache_scheme"] = {"dynamic": False, "num_bits": bits, "type": "float"}
+    return config, {"producer": PRODUCER, "quantization": details}

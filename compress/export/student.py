@@ -1,8 +1,8 @@
 """Exports: a Hugging Face directory that was read back and computes what it should.
 
-BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout: ModelOpt packs a model
-in FP32 (in BF16 it would round FP8 weights twice), we write its tensors under the family's names,
-the unquantized ones in BF16 as they were. ``target`` decides who may read the result:
+BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout, packed by us a block at
+a time under the family's names; what is not quantized is in BF16 as it was. ``target`` decides who
+may read the result:
 
 - ``transformers``: plain BF16, nothing else.
 - ``vllm``: the stock ``model_type`` with ModelOpt's quantization config. Stock transformers would
@@ -14,9 +14,7 @@ the unquantized ones in BF16 as they were. ``target`` decides who may read the r
 
 import dataclasses
 import json
-import tempfile
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +25,17 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from compress.core.errors import InputError, VerificationFailed
 from compress.core.files import atomic_directory, write_text
 from compress.export.card import model_card
-from compress.export.modelopt import open_files, repaired, stored_names
-from compress.export.quantize import modelopt, quantize, quietly, token_rows
+from compress.export.inputs import Group, input_ranges, token_rows
+from compress.export.modelopt import quantization_json
+from compress.export.targets import LOADERS, Target
+from compress.formats.packed import pack_block
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import build_model, is_plain, load_model
 from compress.model.checkpoint import INDEX, Checkpoint, open_checkpoint, write_checkpoint
 from compress.model.families import parameters
+from compress.student.surgery import by_block, quantized
 
-TARGETS = ("compress", "transformers", "vllm")
 QUANT_CONFIG = "hf_quant_config.json"
 # Written and read models run the same arithmetic; a wrong scale or a lost tensor is far above this.
 TOLERANCE = 1e-3
@@ -45,7 +45,7 @@ def export_student(
     student: Path,
     out: Path,
     architecture: Architecture,
-    target: str,
+    target: Target,
     card: Mapping[str, Any],
     calibration: Tensor | None = None,
 ) -> dict[str, Any]:
@@ -81,23 +81,28 @@ def export_student(
     return {"path": str(out), **facts}
 
 
-def check_target(architecture: Architecture, target: str) -> None:
+def check_target(architecture: Architecture, target: Target) -> None:
     """InputError when no reader of ``target`` could load this student."""
-    if target not in TARGETS:
-        raise InputError(f"target {target!r} is not among {', '.join(TARGETS)}")
-    if target != "compress" and not is_plain(architecture):
+    if target not in LOADERS:
+        raise InputError(f"target {target!r} is not among {', '.join(LOADERS)}")
+    loader = LOADERS[target]
+    if not loader.uneven and not is_plain(architecture):
         raise InputError(
             f"target {target!r} takes students whose blocks all have the same sizes; "
             "export this one with --target compress"
         )
-    if target == "transformers" and (architecture.formats, architecture.kv_format) != (
-        {"bf16"},
-        "bf16",
-    ):
+    fits = architecture.formats <= set(loader.formats)
+    if not fits or architecture.kv_format not in loader.kv_formats:
         formats = ", ".join(sorted(architecture.formats))
+        others = " or ".join(
+            name
+            for name, other in LOADERS.items()
+            if architecture.formats <= set(other.formats)
+            and architecture.kv_format in other.kv_formats
+        )
         raise InputError(
-            f"target 'transformers' takes bf16 only, this student has {formats} weights and "
-            f"{architecture.kv_format} KV; use --target vllm or compress"
+            f"target {target!r} takes {', '.join(loader.formats)} only, this student has {formats} "
+            f"weights and {architecture.kv_format} KV; use --target {others}"
         )
 
 
@@ -144,57 +149,46 @@ def write_quantized(
     checkpoint: Checkpoint,
     architecture: Architecture,
     directory: Path,
-    target: str,
+    target: Target,
     rows: Tensor,
     calibration: Tensor | None,
 ) -> Tensor:
     """Write a student in its formats; returns the logits of the fake-quantized model."""
+    plain = build_model(checkpoint.config, architecture, stored(checkpoint))
+    calibration = token_rows(architecture) if calibration is None else calibration
+    inputs = input_ranges(plain, architecture, calibration)
+    del plain
+    tensors = quantized(stored(checkpoint), architecture)
+    expected = logits(build_model(checkpoint.config, architecture, tensors), rows)
     base = bf16_config(checkpoint.config.get("base_config", checkpoint.config))
-    model = build_model(checkpoint.config, architecture, stored(checkpoint))
-    model = quantize(model, architecture, calibration)
-    expected = logits(model, rows)
-    with tempfile.TemporaryDirectory(dir=directory.parent) as scratch, ExitStack() as stack:
-        with quietly():
-            modelopt("export").export_hf_checkpoint(model, dtype=torch.float32, export_dir=scratch)
-        files = open_files(Path(scratch), stack)
-        details = repaired(json.loads((Path(scratch) / QUANT_CONFIG).read_text(encoding="utf-8")))
-        exported = json.loads((Path(scratch) / "config.json").read_text(encoding="utf-8"))
-        quantization = repaired(exported["quantization_config"])
-        if architecture.kv_format == "fp8":
-            # Without calibrated scales: servers then use 1.
-            details["quantization"]["kv_cache_quant_algo"] = "FP8"
-            quantization["kv_cache_scheme"] = {"dynamic": False, "num_bits": 8, "type": "float"}
-        if target == "vllm":
-            config = {**base, "quantization_config": quantization}
-        else:
-            config = {
-                "model_type": "compress",
-                "architectures": base.get("architectures"),
-                "base_config": base,
-                "quantization": quantization,
-            }
-        tensors = packed(files, architecture)
-        write_checkpoint(directory, tensors, config, checkpoint.path, to_json(architecture))
+    quantization, details = quantization_json(architecture)
+    if target == "vllm":
+        config = {**base, "quantization_config": quantization}
+    else:
+        config = {
+            "model_type": "compress",
+            "architectures": base.get("architectures"),
+            "base_config": base,
+            "quantization": quantization,
+        }
+    made = packed(stored(checkpoint), architecture, inputs)
+    write_checkpoint(directory, made, config, checkpoint.path, to_json(architecture))
     write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
     if target == "vllm":
         hide_from_stock_loaders(directory)
     return expected
 
 
-def packed(files: Mapping[str, Any], architecture: Architecture) -> Iterator[tuple[str, Tensor]]:
-    """ModelOpt's tensors in the order of the tables, unquantized ones as an export stores them."""
-    left = dict(files)
-    for parameter in parameters(architecture):
-        block = None if parameter.block is None else architecture.blocks[parameter.block]
-        for name in stored_names(parameter, "bf16" if block is None else block.format):
-            if name not in left:
-                raise VerificationFailed(f"ModelOpt wrote no tensor {name}")
-            tensor: Tensor = left.pop(name).get_tensor(name)
-            if name == parameter.name and tensor.dtype == torch.float32:
-                tensor = tensor if parameter.slot.float32 else tensor.bfloat16()
-            yield name, tensor
-    if left:
-        raise VerificationFailed(f"ModelOpt wrote tensor {min(left)}, which no table knows")
+def packed(
+    tensors: Iterable[tuple[str, Tensor]],
+    architecture: Architecture,
+    inputs: Mapping[Group, Tensor],
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors in their formats; ``inputs`` is what ``input_ranges`` gives."""
+    for number, found, fused in by_block(tensors, architecture):
+        format = "bf16" if number is None else architecture.blocks[number].format
+        own = {group: amax for (block, group), amax in inputs.items() if block == number}
+        yield from pack_block(found, fused, format, own)
 
 
 def hide_from_stock_loaders(directory: Path) -> None:

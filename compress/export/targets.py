@@ -1,26 +1,59 @@
 """Who a student is for, and what each of them loads."""
 
-from typing import Literal, get_args
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Literal
 
+from compress.core.errors import InputError
+from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.searches.space import Space
 
 Target = Literal["compress", "transformers", "vllm"]
 
 
-TARGETS: tuple[Target, ...] = get_args(Target)
+@dataclass(frozen=True, kw_only=True)
+class Loader:
+    """What a loader builds: weight and KV formats, and blocks that differ (``uneven``)."""
+
+    formats: tuple[Format, ...]
+    kv_formats: tuple[KvFormat, ...]
+    uneven: bool
+
+
+# vLLM reads formats by its ModelOpt loader.
+LOADERS: Mapping[Target, Loader] = {
+    "compress": Loader(formats=tuple(FORMATS), kv_formats=KV_FORMATS, uneven=True),
+    "transformers": Loader(formats=("bf16",), kv_formats=("bf16",), uneven=False),
+    "vllm": Loader(
+        formats=("bf16", *(name for name, row in FORMATS.items() if row.modelopt)),
+        kv_formats=KV_FORMATS,
+        uneven=False,
+    ),
+}
+TARGETS: tuple[Target, ...] = tuple(LOADERS)
 
 
 def restricted(space: Space, target: Target) -> Space:
     """The space with only what the target's loader builds from a config.
 
-    Stock loaders want one value per width and whole layers; stock transformers no formats besides.
+    Stock loaders want one value per width and whole layers. A loader of BF16 only leaves the other
+    formats of a space out.
+
+    Raises:
+        InputError: the space lists a format that a loader of several does not know.
     """
-    if target == "compress":
-        return space
-    axes = {name: axis.model_copy(update={"scope": "global"}) for name, axis in space.axes.items()}
-    remove = "layer" if space.remove == "block" else space.remove
-    formats = ("bf16",) if target == "transformers" else space.formats
-    kv_formats = ("bf16",) if target == "transformers" else space.kv_formats
-    return space.model_copy(
-        update={"axes": axes, "remove": remove, "formats": formats, "kv_formats": kv_formats}
-    )
+    loader = LOADERS[target]
+    update: dict[str, object] = {}
+    if not loader.uneven:
+        update["axes"] = {
+            name: axis.model_copy(update={"scope": "global"}) for name, axis in space.axes.items()
+        }
+        update["remove"] = "layer" if space.remove == "block" else space.remove
+    if loader.formats == ("bf16",):
+        update |= {"formats": loader.formats, "kv_formats": loader.kv_formats}
+    elif foreign := [format for format in space.formats if format not in loader.formats]:
+        raise InputError(
+            f"target {target!r} loads {', '.join(loader.formats)}, the space lists {foreign[0]}; "
+            "use --target compress or a space without it"
+        )
+    return space.model_copy(update=update)

@@ -1,20 +1,12 @@
 """Weight-only fake quantization: what a weight becomes after its format and back."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from math import prod
 
 import torch
 from torch import Tensor
 
-from compress.core.errors import InputError
-from compress.formats import fp8, nvfp4
-from compress.formats.table import Format
-from compress.model.layout import Slot
-
-
-def takes(shape: Sequence[int], format: Format) -> bool:
-    """Whether a linear weight [out, in] can be stored in a format: NVFP4 needs in % 16 == 0."""
-    return format != "nvfp4" or shape[-1] % nvfp4.BLOCK == 0
+from compress.formats.table import FORMATS, Format
 
 
 def group_amax(weights: Sequence[Tensor]) -> Tensor:
@@ -23,8 +15,13 @@ def group_amax(weights: Sequence[Tensor]) -> Tensor:
     return torch.stack([torch.maximum(-e.min, e.max).float() for e in extremes]).amax()
 
 
+def shared(weights: Sequence[Tensor], format: Format) -> tuple[Tensor, ...]:
+    """What the weights of a fused group round by together: their largest magnitude, or nothing."""
+    return (group_amax(weights),) if FORMATS[format].shared else ()
+
+
 def fake_quantize(weights: Sequence[Tensor], format: Format) -> list[Tensor]:
-    """Quantize and dequantize a fused group under one tensor scale; dtypes stay.
+    """Quantize and dequantize a fused group; dtypes stay.
 
     Raises:
         InputError: a shape that cannot take the format.
@@ -32,29 +29,32 @@ def fake_quantize(weights: Sequence[Tensor], format: Format) -> list[Tensor]:
     if format == "bf16" or not weights:
         return list(weights)
     for weight in weights:
-        if not takes(weight.shape, format):
-            raise InputError(
-                f"a weight of shape {list(weight.shape)} cannot be stored as {format}: "
-                f"its input width must divide by {nvfp4.BLOCK}"
-            )
-    amax = group_amax(weights)
-    fake = nvfp4.fake if format == "nvfp4" else fp8.fake
-    return [fake(weight, amax) for weight in weights]
+        FORMATS[format].require(weight.shape)
+    common = shared(weights, format)
+    return [FORMATS[format].numerics.fake(weight, *common) for weight in weights]
+
+
+def fused_groups(
+    tensors: Mapping[str, Tensor], fused: Mapping[str, str | None]
+) -> Iterator[list[str]]:
+    """Names of the tensors of every fused group of a block, in their order."""
+    groups: dict[str, list[str]] = {}
+    for name in tensors:
+        if (group := fused[name]) is not None:
+            groups.setdefault(group, []).append(name)
+    yield from groups.values()
 
 
 def fake_quantize_block(
-    tensors: Mapping[str, Tensor], slots: Mapping[str, Slot], format: Format
+    tensors: Mapping[str, Tensor], fused: Mapping[str, str | None], format: Format
 ) -> dict[str, Tensor]:
     """A block's tensors with every fused group in ``format``; norms, routers and conv stay.
 
-    ``slots`` has the slot of every name in ``tensors``; the order of the names is kept.
+    ``fused`` has the fused group of every name in ``tensors``, None where it is not quantized; the
+    order of the names is kept.
     """
-    groups: dict[str, list[str]] = {}
-    for name in tensors:
-        if (fused := slots[name].fused) is not None:
-            groups.setdefault(fused, []).append(name)
     result = dict(tensors)
-    for names in groups.values():
+    for names in fused_groups(tensors, fused):
         quantized = fake_quantize([tensors[name] for name in names], format)
         result.update(zip(names, quantized, strict=True))
     return result

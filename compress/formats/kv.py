@@ -4,6 +4,7 @@ E4M3 with scale 1, which is what servers use for a checkpoint without KV scales;
 saturate. Keys are rounded after RoPE, as they are stored.
 """
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -12,15 +13,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from compress.formats.fp8 import E4M3_MAX
 from compress.formats.table import KvFormat
 
-FP8_ATTENTION = "compress_kv_fp8"
-FP8_MAX = 448.0
+# What transformers is to call the attention over a cache of each format.
+ATTENTION: Mapping[KvFormat, str] = {"bf16": "sdpa", "fp8": "compress_kv_fp8"}
 
 
 def stored(x: Tensor) -> Tensor:
     """A key or value after a round trip through the FP8 cache; the gradient passes straight on."""
-    rounded = x.float().clamp(-FP8_MAX, FP8_MAX).to(torch.float8_e4m3fn).to(x.dtype)
+    rounded = x.float().clamp(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).to(x.dtype)
     return x + (rounded - x).detach()
 
 
@@ -42,9 +44,8 @@ def fp8_attention(
 def set_kv_format(model: Any, kv_format: KvFormat) -> None:
     """Make every attention layer of the model read its cache in a format."""
     # The mask has to be registered under the same name, or padding is ignored without a word.
-    AttentionInterface.register(FP8_ATTENTION, fp8_attention)
-    AttentionMaskInterface.register(FP8_ATTENTION, sdpa_mask)
-    name = FP8_ATTENTION if kv_format == "fp8" else "sdpa"
+    AttentionInterface.register(ATTENTION["fp8"], fp8_attention)
+    AttentionMaskInterface.register(ATTENTION["fp8"], sdpa_mask)
     for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
-            module.config._attn_implementation = name
+            module.config._attn_implementation = ATTENTION[kv_format]

@@ -1,14 +1,138 @@
-"""The number formats."""
+"""The number formats, a row each; nothing here imports torch.
 
-from typing import Literal, get_args
+Adding one is a file with its arithmetic and a row with its name. The file is named like the format
+and has ``fake`` (a weight after the format and back), ``pack`` (the stored tensors) and ``unpack``
+(their fp32 values); ``formats/int4.py`` shows what one takes.
+"""
 
-Format = Literal["bf16", "fp8", "nvfp4"]
+import importlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Literal
 
+from compress.core.errors import InputError
 
+Format = Literal["bf16", "fp8", "nvfp4", "mxfp4", "int4"]
 KvFormat = Literal["bf16", "fp8"]
 
+# Taken from the input of a linear layer, not from its weight; reading back has no use for it.
+INPUT_SCALE = "input_scale"
 
-FORMATS: tuple[Format, ...] = get_args(Format)
+
+@dataclass(frozen=True, kw_only=True)
+class Scale:
+    """A tensor stored beside a quantized weight, under the weight's name with another ending.
+
+    It has one number a group [out, in / group], or one for the tensor []. ``dtype`` is torch's name
+    of what takes ``bytes`` a number.
+    """
+
+    suffix: str
+    dtype: str
+    bytes: int
+    per_group: bool = False
 
 
-KV_FORMATS: tuple[KvFormat, ...] = get_args(KvFormat)
+@dataclass(frozen=True, kw_only=True)
+class NumberFormat:
+    """One format of linear weights [out, in].
+
+    Attributes:
+        name: in space files, architectures and on the command line.
+        bits: of a code, by which a server's layout calls it too, with ``kind``.
+        group: inputs in a row that share a scale; 1 where only the tensor has one.
+        codes: torch's name of what the stored weight is made of; codes of 4 bits come in pairs.
+        scales: what is stored beside the weight, in the order of ``unpack``.
+        shared: fused groups (q/k/v, gate/up, a layer's experts) have one tensor scale.
+        modelopt: what ModelOpt's layout calls it; None where its loaders do not know it.
+    """
+
+    name: Format
+    bits: int
+    group: int = 1
+    codes: str
+    kind: Literal["float", "int"] = "float"
+    scales: tuple[Scale, ...] = ()
+    shared: bool = False
+    modelopt: str | None = None
+
+    @property
+    def numerics(self) -> Any:
+        """The file with its arithmetic, imported when first asked for; BF16 has none."""
+        return importlib.import_module(f"compress.formats.{self.name}")
+
+    @property
+    def suffixes(self) -> tuple[str, ...]:
+        """The endings of what is stored beside a weight."""
+        return tuple(scale.suffix for scale in self.scales)
+
+    def takes(self, shape: Sequence[int]) -> bool:
+        """Whether a weight of this shape, input width last, can be stored so."""
+        return shape[-1] % self.group == 0
+
+    def require(self, shape: Sequence[int]) -> None:
+        """InputError where a weight of this shape cannot be stored so."""
+        if not self.takes(shape):
+            raise InputError(
+                f"a weight of shape {list(shape)} cannot be {self.name}: "
+                f"{shape[-1]} inputs are not a multiple of {self.group}"
+            )
+
+    def bytes(self, shape: Sequence[int]) -> int:
+        """Bytes of the stored tensors of a weight; InputError where it cannot be stored so."""
+        self.require(shape)
+        count = prod(shape)
+        scales = ((s.bytes, count // self.group if s.per_group else 1) for s in self.scales)
+        return count * self.bits // 8 + sum(size * numbers for size, numbers in scales)
+
+
+FORMATS: Mapping[Format, NumberFormat] = {
+    row.name: row
+    for row in (
+        NumberFormat(name="bf16", bits=16, codes="bfloat16"),
+        NumberFormat(
+            name="fp8",
+            bits=8,
+            codes="float8_e4m3fn",
+            scales=(
+                Scale(suffix="weight_scale", dtype="float32", bytes=4),
+                Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4),
+            ),
+            shared=True,
+            modelopt="FP8",
+        ),
+        NumberFormat(
+            name="nvfp4",
+            bits=4,
+            group=16,
+            codes="uint8",
+            scales=(
+                Scale(suffix="weight_scale", dtype="float8_e4m3fn", bytes=1, per_group=True),
+                Scale(suffix="weight_scale_2", dtype="float32", bytes=4),
+                Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4),
+            ),
+            shared=True,
+            modelopt="NVFP4",
+        ),
+        NumberFormat(
+            name="mxfp4",
+            bits=4,
+            group=32,
+            codes="uint8",
+            scales=(Scale(suffix="weight_scale", dtype="uint8", bytes=1, per_group=True),),
+        ),
+        NumberFormat(
+            name="int4",
+            bits=4,
+            group=128,
+            codes="uint8",
+            kind="int",
+            scales=(Scale(suffix="weight_scale", dtype="float16", bytes=2, per_group=True),),
+        ),
+    )
+}
+
+# Bytes of a number in a KV cache; the first is what a cache holds where nothing was decided.
+KV_BYTES: Mapping[KvFormat, int] = {"bf16": 2, "fp8": 1}
+KV_FORMATS: tuple[KvFormat, ...] = tuple(KV_BYTES)

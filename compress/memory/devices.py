@@ -18,7 +18,7 @@ class Device:
 
     name: str
     visible_bytes: int
-    formats: tuple[Format, ...] = FORMATS
+    formats: tuple[Format, ...] = tuple(FORMATS)
     kv_formats: tuple[KvFormat, ...] = KV_FORMATS
     count: int = 1
 
@@ -33,8 +33,8 @@ def card(name: str, visible_gib: float, kv_formats: tuple[KvFormat, ...] = KV_FO
 # by about .1 GiB; the lower figure seen is used. Assumptions, not measured here: everything but
 # a10g; a100-40, a100-80, h100, h200 and b200 are from memory.
 #
-# FP8 and NVFP4 weights run from Ampere on (Marlin kernels: weight-only). An FP8 KV cache needs SM89
-# in some backends, which Ampere (A10G, A100) is not.
+# Weights of every format of the table run from Ampere on (Marlin kernels: weight-only). An FP8 KV
+# cache needs SM89 in some backends, which Ampere (A10G, A100) is not.
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (

@@ -14,8 +14,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal
 
-from compress.core.errors import InputError
-from compress.formats.table import Format, KvFormat
+from compress.formats.table import FORMATS, KV_BYTES, Format, KvFormat
 from compress.model.architecture import Architecture, Attention, Block, Mamba, sizes
 from compress.model.families import experts_of, family_of
 from compress.model.layout import Parameter, Slot, shape
@@ -24,12 +23,7 @@ SsmFormat = Literal["fp32", "bf16"]
 
 BF16_BYTES = 2
 FP32_BYTES = 4
-KV_BYTES: dict[KvFormat, int] = {"bf16": 2, "fp8": 1}
 SSM_BYTES: dict[SsmFormat, int] = {"fp32": 4, "bf16": 2}
-NVFP4_GROUP = 16
-# The fp32 scalars beside every quantized weight: FP8 weight_scale and input_scale, NVFP4
-# weight_scale_2 and input_scale.
-SCALAR_BYTES: dict[Format, int] = {"bf16": 0, "fp8": 8, "nvfp4": 8}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,25 +52,11 @@ class Footprint:
         return self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.workspace
 
 
-def takes(dimensions: tuple[int, ...], format: Format) -> bool:
-    """Whether a weight of this shape, input width last, can be stored in the format."""
-    return format != "nvfp4" or dimensions[-1] % NVFP4_GROUP == 0
-
-
 def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format) -> int:
-    """Bytes of one tensor on disk; only slots with a scale group take the format."""
-    count = prod(dimensions)
+    """Bytes of one tensor on disk; only slots with a fused group take the format."""
     if slot.float32:
-        return count * FP32_BYTES
-    if slot.fused is None or format == "bf16":
-        return count * BF16_BYTES
-    if not takes(dimensions, format):
-        raise InputError(
-            f"a weight of shape {list(dimensions)} cannot be {format}: "
-            f"{dimensions[-1]} inputs are not a multiple of {NVFP4_GROUP}"
-        )
-    packed = count if format == "fp8" else count // 2 + count // NVFP4_GROUP
-    return packed + SCALAR_BYTES[format]
+        return prod(dimensions) * FP32_BYTES
+    return FORMATS[format if slot.fused else "bf16"].bytes(dimensions)
 
 
 def parameter_bytes(parameter: Parameter, format: Format) -> int:
@@ -100,7 +80,7 @@ def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
     """Whether every quantizable weight of a block can be stored in the format."""
     axis_sizes = {"hidden": hidden} | sizes(block)
     return all(
-        takes(shape(slot.shape, axis_sizes), format)
+        FORMATS[format].takes(shape(slot.shape, axis_sizes))
         for slot in family_of(family).tensors(block).values()
         if slot.fused
     )

@@ -88,7 +88,8 @@ def notes_of(
     family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks
     for format in FORMATS:
         if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
-            yield f"{refused} blocks cannot be {format} (inputs no multiple of 16) and stay bf16"
+            inputs = f"inputs no multiple of {FORMATS[format].group}"
+            yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
     foreign = "quantization_config" in config and architecture.formats == {"bf16"}
     if foreign:
         yield "config.json names a quantization that is not ours; planned as bf16"

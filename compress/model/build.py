@@ -17,6 +17,8 @@ from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
 from compress.formats.kv import set_kv_format
+from compress.formats.packed import dequantized_tensors
+from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import open_checkpoint
 from compress.model.config import architecture_of, read_config
@@ -195,6 +197,16 @@ def disk_tensors(
             yield name, state[stacked][parameter.expert]
 
 
+def weight_formats(architecture: Architecture) -> dict[str, Format]:
+    """The format of every quantized weight, by its name on disk."""
+    formats = [block.format for block in architecture.blocks]
+    return {
+        each.name: formats[each.block]
+        for each in parameters(architecture)
+        if each.block is not None and each.slot.fused and formats[each.block] != "bf16"
+    }
+
+
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a directory: plain Hugging Face, heterogeneous, or a quantized export of ours.
 
@@ -203,10 +215,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     """
     config = read_config(path)
     if "quantization" in config or "quantization_config" in config:
-        from compress.export.modelopt import dequantized_tensors
-
         architecture = architecture_of(path, config)
-        return build_model(config, architecture, dequantized_tensors(path), dtype)
+        formats = weight_formats(architecture)
+        return build_model(config, architecture, dequantized_tensors(path, formats), dtype)
     checkpoint = open_checkpoint(path)
     names = [parameter.name for parameter in parameters(checkpoint.architecture)]
     tensors = ((name, checkpoint[name]) for name in names)

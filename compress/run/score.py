@@ -18,7 +18,7 @@ from torch import Tensor
 from compress.core.files import fingerprint
 from compress.core.terminal import note, progress, table
 from compress.formats.kv import set_kv_format
-from compress.formats.table import FORMATS
+from compress.formats.table import FORMATS, KV_FORMATS, Format
 from compress.measure.kl import reference, sequence_kl
 from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.checkpoint import Checkpoint
@@ -40,6 +40,7 @@ from compress.scores.costs import (
 from compress.scores.depth import Depth, layer_costs, load_depth, path_forwards, path_steps
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Keep, Stop, option_costs, replayable
+from compress.searches.space import load_space
 from compress.student.candidate import Ranking
 from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
 from compress.student.units import AXES, UNITS, unit_key
@@ -47,6 +48,7 @@ from compress.student.units import AXES, UNITS, unit_key
 STAGE = "score"
 REPAIR = "repair"
 DEPTH = "depth"
+DEFAULT_SPACE = "joint"
 # A replayed mean is known well enough once its standard error is this much of it: an estimate from
 # 256 rows has hardly less, and blocks of one kind differ by more.
 STOP = Stop(relative=0.15)
@@ -65,9 +67,17 @@ def score_inputs(session: Session) -> dict[str, object]:
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
         "replay": [recipe.replay_tokens, recipe.replay_share],
         "rankings": list(get_args(Ranking)),
+        "formats": scored_formats(recipe),
         # Scores before this rule have no squares.
         "saliency": "mean squares of activation and gradient",
     }
+
+
+def scored_formats(recipe: Recipe) -> list[Format]:
+    """Formats to score: those of the recipe's space, or of the default one where it has none."""
+    named = load_space(recipe.space or DEFAULT_SPACE).formats
+    used = set(named) if set(named) != {"bf16"} else set(load_space(DEFAULT_SPACE).formats)
+    return [format for format in FORMATS if format in used and format != "bf16"]
 
 
 def scores_file(run: Run) -> Path:
@@ -76,7 +86,7 @@ def scores_file(run: Run) -> Path:
 
 
 def score(session: Session) -> Scores:
-    """The scores of the session's teacher, computed where missing; every format is scored."""
+    """The scores of the session's teacher, computed where missing."""
     run, recipe, inputs = session.run, session.recipe, score_inputs(session)
     file = scores_file(run)
     if run.stage_done(STAGE, inputs) and file.is_file():
@@ -102,13 +112,13 @@ def scores_of(
     a killed scoring continues there.
     """
     architecture = checkpoint.architecture
-    formats = [format for format in FORMATS if format != "bf16"]
+    formats = scored_formats(recipe)
     with progress("score: contributions", len(rows)) as advance:
         found = contributions(
             model, architecture, rows, recipe.draws, formats, recipe.seed,
             progress=stepwise(advance, len(rows)), directory=directory,
         )  # fmt: skip
-    estimated = Scores(found, {}, 0.0, rows.shape[1])
+    estimated = Scores(found, {}, {}, rows.shape[1])
     options = {
         number: deep_cuts(estimated, block, recipe.replay_share)
         for number, block in enumerate(architecture.blocks)
@@ -124,9 +134,11 @@ def scores_of(
         for number, found_costs in costs.items()
     }
     text = reference(checkpoint, model, replayed)
-    set_kv_format(model, "fp8")
-    kv = float(torch.cat(list(sequence_kl(model, text))).mean())
-    set_kv_format(model, "bf16")
+    kv: dict[str, float] = {}
+    for kv_format in KV_FORMATS[1:]:
+        set_kv_format(model, kv_format)
+        kv[kv_format] = float(torch.cat(list(sequence_kl(model, text))).mean())
+    set_kv_format(model, KV_FORMATS[0])
     rankings = activation_scores(model, architecture, rows)
     exact = settled(estimated, architecture, options, measured)
     return replace(estimated, exact=exact, kv=kv, rankings=rankings)
@@ -291,7 +303,7 @@ def print_scores(session: Session, scores: Scores) -> None:
         left=2,
     )
     formats = []
-    for format in FORMATS[1:]:
+    for format in FORMATS:
         costs = {
             block_name(b): kl_of(change(scores, b, {}, format), scores.length)
             for b in blocks
@@ -308,7 +320,8 @@ def print_scores(session: Session, scores: Scores) -> None:
         ["format", "sum of all", "least", "where", "most", "where "],
         formats,
     )
-    note(f"FP8 KV cache, measured: {scores.kv:.5f} nats per token")
+    for kv_format, cost in scores.kv.items():
+        note(f"{kv_format.upper()} KV cache, measured: {cost:.5f} nats per token")
 
 
 def units(block: Block) -> Iterator[str]:

@@ -10,7 +10,6 @@ from compress.core.files import write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
 from compress.export.targets import restricted
-from compress.formats.table import FORMATS, KV_FORMATS, Format
 from compress.measure.kl import Reference, reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
@@ -19,7 +18,16 @@ from compress.report.candidates import print_candidates
 from compress.run.bench import Bench, Row, open_bench
 from compress.run.directory import Run
 from compress.run.finalists import finals
-from compress.run.score import DEPTH, REPAIR, depth_file, gram_file, repair_tokens, score
+from compress.run.score import (
+    DEFAULT_SPACE,
+    DEPTH,
+    REPAIR,
+    depth_file,
+    gram_file,
+    repair_tokens,
+    score,
+    scored_formats,
+)
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
 from compress.run.students import CANDIDATES, keep_students, pruned
@@ -35,11 +43,6 @@ STAGE = "search"
 BASELINE_SHARE, BASELINE_TRIALS = 10, 4
 
 
-def target_formats(session: Session) -> tuple[Format, ...]:
-    """Weight formats that the target loads."""
-    return ("bf16",) if session.recipe.target == "transformers" else FORMATS
-
-
 def chosen_space(session: Session) -> Space | None:
     """The space to search; None where the teacher fits as it is and no space was asked for."""
     recipe, budget = session.recipe, session.budget.bytes
@@ -52,9 +55,10 @@ def chosen_space(session: Session) -> Space | None:
             f"{session.budget.description}; --space joint makes a smaller one all the same"
         )
         return None
+    formats = restricted(load_space("formats"), recipe.target)
     # Formats make no parameter less.
-    for format in target_formats(session) if few else ():
-        for kv_format in KV_FORMATS if recipe.target != "transformers" else ("bf16",):
+    for format in formats.formats if few else ():
+        for kv_format in formats.kv_formats:
             made = replace(in_format(session.architecture, format), kv_format=kv_format)
             size = footprint(made, session.deployment).total
             if size <= budget:
@@ -63,8 +67,8 @@ def chosen_space(session: Session) -> Space | None:
                     f"{format_bytes(size)}; searching which blocks need how many bits "
                     "(--space joint prunes as well)"
                 )
-                return restricted(load_space("formats"), recipe.target)
-    return restricted(load_space("joint"), recipe.target)
+                return formats
+    return restricted(load_space(DEFAULT_SPACE), recipe.target)
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
@@ -183,7 +187,8 @@ def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, An
     """Measured candidates of the space and of every baseline, and the baselines that do not fit."""
     session = bench.session
     recipe, main = session.recipe, main_kind(space)
-    named = variants(space, target_formats(session), space.kv_formats)
+    offered = space.model_copy(update={"formats": ("bf16", *scored_formats(recipe))})
+    named = variants(space, restricted(offered, recipe.target).formats, space.kv_formats)
     missing: list[dict[str, Any]] = []
     rows = bench.explored(bench.problem(space), main, recipe.trials)
     for name, variant in named.items():

@@ -75,7 +75,7 @@ def finish(run: Run) -> list[str]:
 
 
 def quantize(run: Run, candidate: str | None) -> None:
-    """Quantize the latest student with ModelOpt and measure it."""
+    """Measure the latest student in BF16 and in its formats."""
     students.quantize(session_of(run), candidate)
 
 

@@ -11,7 +11,6 @@ from compress.core.errors import InputError
 from compress.core.files import read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
-from compress.export.quantize import quantize as with_modelopt
 from compress.export.student import export_student
 from compress.formats.kv import set_kv_format
 from compress.measure.kl import Reference, reference, sequence_kl
@@ -235,7 +234,7 @@ def distill(session: Session, name: str | None) -> None:
 
 
 def quantize(session: Session, name: str | None) -> None:
-    """Quantize the latest student with ModelOpt and say what that costs."""
+    """Say what the formats of the latest student cost."""
     candidate, _ = find_candidate(session, name)
     directory, architecture = latest(session, candidate), candidate.architecture
     tokens = session.rows("select", session.recipe.select_tokens)
@@ -243,8 +242,7 @@ def quantize(session: Session, name: str | None) -> None:
     plain = load_model(directory)
     set_kv_format(plain, architecture.kv_format)
     whole = kl_of(plain, text)
-    calibration = session.rows("score", session.recipe.score_tokens)
-    rounded = kl_of(with_modelopt(plain, architecture, calibration[:8]), text)
+    rounded = kl_of(in_formats(session, candidate, directory), text)
     formats = ", ".join(sorted(architecture.formats))
     note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
 

@@ -34,13 +34,14 @@ class Scores:
     """Contributions [rows, *units] of sequences of ``length`` tokens, and costs that were replayed.
 
     ``exact`` maps block names and option keys to the KL of that option alone, nats per token, as
-    replays have settled it (``scoring.settled``); ``kv`` is that of storing every KV cache in FP8.
+    replays have settled it (``scoring.settled``); ``kv`` maps KV formats to that of every cache in
+    them, those that cost nothing left out.
     ``rankings`` is what ``activation_scores`` gives: the other rankings need it.
     """
 
     contributions: Contributions
     exact: Mapping[tuple[str, str], float]
-    kv: float
+    kv: Mapping[str, float]
     length: int
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
 
@@ -52,7 +53,8 @@ class Scores:
             for (block, key), value in self.exact.items()
         }
         tensors |= {f"rankings/{key}": value for key, value in self.rankings.items()}
-        tensors |= {"kv": torch.tensor(self.kv), "length": torch.tensor(self.length)}
+        tensors |= {f"kv/{key}": torch.tensor(value) for key, value in self.kv.items()}
+        tensors["length"] = torch.tensor(self.length)
         save_tensors({key: value.contiguous() for key, value in tensors.items()}, file)
 
 
@@ -61,6 +63,7 @@ def load_scores(file: Path) -> Scores:
     contributions: dict[str, Tensor] = {}
     rankings: dict[str, Tensor] = {}
     exact: dict[tuple[str, str], float] = {}
+    kv: dict[str, float] = {}
     with safe_open(file, framework="pt") as reader:
         for key in reader.offset_keys():
             group, _, name = key.partition("/")
@@ -68,10 +71,12 @@ def load_scores(file: Path) -> Scores:
                 contributions[name] = reader.get_tensor(key)
             elif group == "rankings":
                 rankings[name] = reader.get_tensor(key)
+            elif group == "kv":
+                kv[name] = float(reader.get_tensor(key))
             elif group == "exact":
                 block, _, option = name.rpartition("/")
                 exact[block, option] = float(reader.get_tensor(key))
-        kv, length = float(reader.get_tensor("kv")), int(reader.get_tensor("length"))
+        length = int(reader.get_tensor("length"))
     return Scores(contributions, exact, kv, length, rankings)
 
 

@@ -282,6 +282,6 @@ def rounding_errors(
         return {}
     weights = weights_of(model, architecture, block)
     exact = {name: weight for name, (weight, _) in weights.items()}
-    slots = {name: slot for name, (_, slot) in weights.items()}
-    rounded = fake_quantize_block(exact, slots, format)
+    fused = {name: slot.fused for name, (_, slot) in weights.items()}
+    rounded = fake_quantize_block(exact, fused, format)
     return {name: (rounded[name] - exact[name]).bfloat16() for name in exact}

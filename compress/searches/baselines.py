@@ -1,18 +1,25 @@
 """What people do without a search, at the same bytes: uniform cuts, random cuts, one lever only."""
 
+import math
 import random
 from collections.abc import Collection, Sequence
 
 import numpy as np
 
-from compress.formats.table import Format, KvFormat
-from compress.memory.footprint import NVFP4_GROUP, block_takes
+from compress.formats.table import FORMATS, Format, KvFormat
 from compress.model.architecture import sizes
 from compress.model.families import count_active
 from compress.searches.knapsack import Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.searches.program import Floats
-from compress.searches.space import Option, Space, admissible, last_attention_must_stay, resized
+from compress.searches.space import (
+    Option,
+    Space,
+    admissible,
+    last_attention_must_stay,
+    offered_formats,
+    resized,
+)
 from compress.student.candidate import Candidate
 from compress.student.units import AXES, UNITS
 
@@ -21,7 +28,7 @@ FFN_AXES = {a for axes in AXES.values() for a, axis in axes.items() if axis.widt
 STEPS = 256
 # Grouped matrix products, which stock loaders run experts with, want rows of 16 bytes.
 EXPERT_STEP = 8
-# Axes that groups of NVFP4 run along: a width that is no multiple of a group stays BF16.
+# Axes that groups run along: a width that is no multiple of a group stays BF16.
 GROUPED_AXES = {u.axes[-1] for arrays in UNITS.values() for u in arrays if u.scalar}
 KINDS = ("joint", "prune_then_quantize", "prune", "formats", "uniform", "random")
 
@@ -109,17 +116,18 @@ def at_share(
             count = max(step, int(share * size) // step * step)
             if axis in axes and count < size and admissible(block, {axis: count}):
                 target[axis] = count
-        able = block_takes(resized(block, target), teacher.hidden, teacher.family, format)
-        option = Option(tuple(sorted(target.items())), format if able else "bf16")
+        space = problem.space.model_copy(update={"formats": (format,)})
+        smaller = resized(block, target)
+        [offered] = offered_formats(teacher, block, smaller, teacher.hidden, space)
+        option = Option(tuple(sorted(target.items())), offered)
         picked.append(((number, option),))
     return picked
 
 
 def step_of(axis: str, format: Format) -> int:
     """What counts of an axis are multiples of, so that the format and stock loaders take them."""
-    if format == "nvfp4" and axis in GROUPED_AXES:
-        return NVFP4_GROUP
-    return EXPERT_STEP if axis == "expert_ffn" else 1
+    group = FORMATS[format].group if axis in GROUPED_AXES else 1
+    return math.lcm(group, EXPERT_STEP if axis == "expert_ffn" else 1)
 
 
 def fits(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> bool:

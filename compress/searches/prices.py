@@ -264,7 +264,7 @@ def against(costs: Floats, groups: Sequence[Sequence[Choice]], choice: Sequence[
 
 def slope_of(problem: Problem, point: Tangent, number: int, option: Option) -> float:
     """First-order change of the KL from a whole BF16 block to an option, nats per token."""
-    rows = option_rows(problem, Scores(point.slope, {}, 0.0, point.length), number, option)
+    rows = option_rows(problem, Scores(point.slope, {}, {}, point.length), number, option)
     return float(rows.mean()) / point.length
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.table import Format, KvFormat
+from compress.formats.table import KV_FORMATS, Format, KvFormat
 from compress.memory.footprint import (
     Deployment,
     block_bytes,
@@ -235,7 +235,7 @@ class Problem:
 
     def global_cost(self, chosen: Globals) -> float:
         """Predicted KL of the hidden size and the KV format."""
-        cost = self.known.kv if chosen.kv_format == "fp8" else 0.0
+        cost = self.known.kv[chosen.kv_format] if chosen.kv_format != KV_FORMATS[0] else 0.0
         if (hidden := self.hidden(chosen)) < self.teacher.hidden:
             gone = torch.ones(self.teacher.hidden).index_fill_(0, self.hidden_keep(hidden), 0)
             cost += kl_of(self.known.contributions["hidden"] @ gone, self.known.length)

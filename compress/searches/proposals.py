@@ -9,6 +9,7 @@ from optuna.distributions import BaseDistribution, CategoricalDistribution, Floa
 
 from compress.core.errors import Infeasible
 from compress.core.quantities import format_bytes, format_count
+from compress.formats.table import KV_FORMATS
 from compress.searches.knapsack import Overlap, Solution, diverse, smallest, solve
 from compress.searches.problem import Choice, Globals, Problem
 from compress.student.candidate import Candidate
@@ -244,7 +245,7 @@ def fewest_active(problem: Problem, variants: Sequence[Mapping[str, Any]]) -> in
 def infeasible(problem: Problem, floor: int) -> str:
     """What does not fit, by how much, and what would."""
     hints = ["a larger --budget", "a shorter --context"]
-    if "fp8" not in problem.space.kv_formats:
+    if set(KV_FORMATS) - set(problem.space.kv_formats):
         hints.append("a space with an FP8 KV cache")
     if len(problem.space.formats) == 1 or not problem.space.prunes:
         hints.append("--space joint")

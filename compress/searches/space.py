@@ -11,7 +11,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from compress.core.errors import InputError
-from compress.formats.table import FORMATS, Format, KvFormat
+from compress.formats.table import Format, KvFormat
 from compress.memory.footprint import block_takes
 from compress.model.architecture import Architecture, Attention, Block, sizes
 from compress.model.find import shipped
@@ -155,15 +155,28 @@ def block_options(
         if not admissible(block, target):
             continue
         smaller = resized(block, target)
-        taken: list[Format] = [
-            f for f in space.formats if block_takes(smaller, hidden, architecture.family, f)
-        ]
-        # A block whose shapes refuse all formats of the space stays BF16.
-        for format in taken or [FORMATS[0]]:
+        for format in offered_formats(architecture, block, smaller, hidden, space):
             option = Option(tuple(sorted(target.items())), format)
             yield option
             if space.repair and target:
                 yield dataclasses.replace(option, repaired=True)
+
+
+def offered_formats(
+    teacher: Architecture, block: Block, smaller: Block, hidden: int, space: Space
+) -> list[Format]:
+    """Formats of the space for a cut of one of the teacher's blocks.
+
+    Its shapes take them, and so do those of the whole block: what is offered was scored. One that
+    can take none of them stays BF16.
+    """
+    shapes = ((block, teacher.hidden), (smaller, hidden))
+    found = [
+        format
+        for format in space.formats
+        if all(block_takes(each, width, teacher.family, format) for each, width in shapes)
+    ]
+    return found or ["bf16"]
 
 
 def resized(block: Block, target: Mapping[str, int], format: Format = "bf16") -> Block:

@@ -87,6 +87,18 @@ def quantized(
     them; scales are those of the export. fp32, as a loader dequantizes: a code times its scale is
     not a bf16 number.
     """
+    for number, found, fused in by_block(tensors, architecture):
+        if number is None or (format := architecture.blocks[number].format) == "bf16":
+            yield from found.items()
+            continue
+        wide = {name: tensor.float() for name, tensor in found.items()}
+        yield from fake_quantize_block(wide, fused, format).items()
+
+
+def by_block(
+    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
+) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, str | None]]]:
+    """A checkpoint's tensors a block at a time: its number, they, and their fused groups."""
     known = {parameter.name: parameter for parameter in parameters(architecture)}
 
     def block_of(item: tuple[str, Tensor]) -> int | None:
@@ -94,12 +106,7 @@ def quantized(
 
     for number, group in itertools.groupby(tensors, block_of):
         found = dict(group)
-        if number is None or (format := architecture.blocks[number].format) == "bf16":
-            yield from found.items()
-            continue
-        wide = {name: tensor.float() for name, tensor in found.items()}
-        slots = {name: known[name].slot for name in found}
-        yield from fake_quantize_block(wide, slots, format).items()
+        yield number, found, {name: known[name].slot.fused for name in found}
 
 
 def prune(

@@ -4,60 +4,67 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
-from quantized import fake_quantized_logits, uneven, with_formats, write_student
-from safetensors.torch import load_file, save_file
-from tiny_models import HYBRID, LLAMA
-from torch import Tensor
+from quantized import fake_quantized_logits, stored, uneven, with_formats, write_student
+from safetensors.torch import save_file
+from tiny_models import HYBRID, LLAMA, TINY, write_tiny
 from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError, VerificationFailed
-from compress.export.modelopt import dequantized_tensors
-from compress.export.quantize import token_rows
+from compress.export.inputs import token_rows
 from compress.export.student import export_student
-from compress.formats import fp8, nvfp4
-from compress.formats.fake import group_amax
-from compress.formats.table import Format
+from compress.export.targets import Target, restricted
+from compress.formats.fake import shared
+from compress.formats.packed import dequantized_tensors, stored_names
+from compress.formats.table import FORMATS, INPUT_SCALE, Format
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, from_json
-from compress.model.build import load_model
+from compress.model.build import load_model, weight_formats
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import read_architecture
+from compress.searches.space import load_space
 
-FORMATS: list[Sequence[Format]] = [["bf16"], ["fp8"], ["nvfp4"], ["nvfp4", "fp8", "bf16"]]
+QUANTIZED = [name for name in FORMATS if name != "bf16"]
+SERVED = [name for name in QUANTIZED if FORMATS[name].modelopt]
+MIXES: list[Sequence[Format]] = [*([name] for name in QUANTIZED), [*QUANTIZED, "bf16"]]
+SERVED_MIXES: list[Sequence[Format]] = [["bf16"], *([name] for name in SERVED), [*SERVED, "bf16"]]
+WIDE: dict[str, object] = dict.fromkeys(
+    ("hidden_size", "intermediate_size", "moe_intermediate_size",
+     "moe_shared_expert_intermediate_size"), 128,
+) | {"num_attention_heads": 8}  # fmt: skip
 CARD = {"command": "compress export tiny", "budget": "1 MiB", "measurements": {"measured_kl": 0.25}}
 
 
-def stored(directory: Path) -> dict[str, Tensor]:
-    """Every tensor of a directory as stored."""
-    found: dict[str, Tensor] = {}
-    for file in sorted(directory.glob("*.safetensors")):
-        found |= load_file(file)
-    return found
+@pytest.fixture(scope="session", params=["llama", "hybrid"])
+def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model whose widths every format takes."""
+    return write_tiny(tmp_path_factory.mktemp("wide") / "model", TINY[request.param] | WIDE)
 
 
 def architecture_of(path: Path, formats: Sequence[Format]) -> Architecture:
     return with_formats(open_checkpoint(path).architecture, formats)
 
 
-@pytest.mark.parametrize("target", ["compress", "vllm"])
-@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize(
+    ("formats", "target"),
+    [*((mix, "compress") for mix in MIXES), *((mix, "vllm") for mix in SERVED_MIXES)],
+)
 def test_an_export_has_the_planned_bytes_and_the_meant_logits(
-    tiny: Path, tmp_path: Path, formats: Sequence[Format], target: str
+    wide: Path, tmp_path: Path, formats: Sequence[Format], target: Target
 ) -> None:
-    architecture, out = architecture_of(tiny, formats), tmp_path / "out"
-    facts = export_student(tiny, out, architecture, target, CARD)
+    architecture, out = architecture_of(wide, formats), tmp_path / "out"
+    facts = export_student(wide, out, architecture, target, CARD)
     found = stored(out)
     planned = footprint(architecture, Deployment(context=0)).weights
     assert sum(tensor.nbytes for tensor in found.values()) == planned == facts["bytes"]
     rows = token_rows(architecture, seed=2)
-    expected = fake_quantized_logits(tiny, architecture, rows)
+    expected = fake_quantized_logits(wide, architecture, rows)
     torch.testing.assert_close(load_model(out)(rows).logits, expected)
     assert from_json((out / "architecture.json").read_text()) == architecture
-    assert (out / "tokenizer.json").read_bytes() == (tiny / "tokenizer.json").read_bytes()
+    assert (out / "tokenizer.json").read_bytes() == (wide / "tokenizer.json").read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
 
 
@@ -74,7 +81,8 @@ def test_uneven_students_export_and_stock_loaders_refuse_them(
     torch.testing.assert_close(load_model(out)(rows).logits, expected)
     with pytest.raises((ValueError, KeyError), match="compress"):
         AutoModelForCausalLM.from_pretrained(out)
-    for target in ("vllm", "transformers"):
+    targets: list[Target] = ["vllm", "transformers"]
+    for target in targets:
         with pytest.raises(InputError, match="--target compress"):
             export_student(path, tmp_path / "no", architecture, target, CARD)
     assert not (tmp_path / "no").exists()
@@ -89,49 +97,72 @@ def test_plain_bf16_exports_load_with_stock_transformers(tiny: Path, tmp_path: P
     assert "AutoModelForCausalLM" in facts["reader"]
 
 
-@pytest.mark.parametrize("target", ["compress", "vllm"])
-@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
+@pytest.mark.parametrize(
+    ("format", "target"),
+    [*((name, "compress") for name in QUANTIZED), *((name, "vllm") for name in SERVED)],
+)
 def test_stock_transformers_refuses_quantized_exports(
-    tiny: Path, tmp_path: Path, format: Format, target: str
+    wide: Path, tmp_path: Path, format: Format, target: Target
 ) -> None:
-    export_student(tiny, tmp_path / "out", architecture_of(tiny, [format]), target, CARD)
+    export_student(wide, tmp_path / "out", architecture_of(wide, [format]), target, CARD)
     with pytest.raises((ValueError, OSError)):
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
 def test_transformers_takes_no_quantized_student(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="nvfp4"):
+    with pytest.raises(InputError, match=r"bf16 only.*nvfp4.*--target compress or vllm"):
         export_student(
             tiny, tmp_path / "out", architecture_of(tiny, ["nvfp4"]), "transformers", CARD
         )
+    onnx: Any = "onnx"
     with pytest.raises(InputError, match=r"'onnx'.*vllm"):
-        export_student(tiny, tmp_path / "out", architecture_of(tiny, ["bf16"]), "onnx", CARD)
+        export_student(tiny, tmp_path / "out", architecture_of(tiny, ["bf16"]), onnx, CARD)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("format", ["fp8", "nvfp4"])
-def test_packed_tensors_are_those_of_the_reference(
-    tiny_hybrid: Path, tmp_path: Path, format: Format
+@pytest.mark.parametrize("format", [name for name in QUANTIZED if name not in SERVED])
+def test_vllm_takes_the_formats_that_its_loader_knows(
+    wide: Path, tmp_path: Path, format: Format
 ) -> None:
-    export_student(
-        tiny_hybrid, tmp_path / "out", architecture_of(tiny_hybrid, [format]), "vllm", CARD
-    )
-    found, source = stored(tmp_path / "out"), stored(tiny_hybrid)
+    with pytest.raises(InputError, match=rf"bf16, fp8, nvfp4 only.*{format}.*--target compress$"):
+        export_student(wide, tmp_path / "out", architecture_of(wide, [format]), "vllm", CARD)
+    space = load_space("joint")
+    listed = space.model_copy(update={"formats": (*space.formats, format)})
+    with pytest.raises(InputError, match=rf"the space lists {format}; use --target compress"):
+        restricted(listed, "vllm")
+    assert restricted(listed, "compress") == listed
+    assert restricted(listed, "transformers").formats == ("bf16",)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_experts_are_packed_as_one_group(tmp_path: Path, wide: Path, format: Format) -> None:
+    architecture = architecture_of(wide, [format])
+    if architecture.family == "llama":
+        pytest.skip("has no experts")
+    export_student(wide, tmp_path / "out", architecture, "compress", CARD)
+    found, source, row = stored(tmp_path / "out"), stored(wide), FORMATS[format]
     prefix = "backbone.layers.1.mixer.experts"
     for projection in ("up_proj", "down_proj"):
         names = [f"{prefix}.{expert}.{projection}.weight" for expert in range(6)]
-        amax = group_amax([source[name] for name in names])
+        common = shared([source[name] for name in names], format)
         for name in names:
-            if format == "fp8":
-                codes, scale = fp8.pack(source[name], amax)
-                assert torch.equal(found[name].view(torch.uint8), codes.view(torch.uint8))
-                assert torch.equal(found[name + "_scale"], scale)
-            else:
-                codes, block, scale = nvfp4.pack(source[name], amax)
-                assert torch.equal(found[name], codes)
-                assert torch.equal(found[name + "_scale"].float(), block.float())
-                assert torch.equal(found[name + "_scale_2"], scale)
-            assert float(found[name.replace("weight", "input_scale")]) > 0
+            listed = [n for n in stored_names(name, format) if not n.endswith(INPUT_SCALE)]
+            packed = row.numerics.pack(source[name], *common)
+            for stored_name, tensor in zip(listed, packed, strict=True):
+                assert torch.equal(found[stored_name].float(), tensor.float())
+            if INPUT_SCALE in row.suffixes:
+                assert float(found[name.replace("weight", INPUT_SCALE)]) > 0
+
+
+def test_the_calibration_text_decides_input_scales_only(tiny: Path, tmp_path: Path) -> None:
+    architecture = architecture_of(tiny, ["nvfp4", "fp8"])
+    for seed in (0, 7):
+        rows = token_rows(architecture, seed)
+        export_student(tiny, tmp_path / f"{seed}", architecture, "compress", CARD, rows)
+    one, other = stored(tmp_path / "0"), stored(tmp_path / "7")
+    changed = [name for name in one if not torch.equal(one[name].float(), other[name].float())]
+    assert changed
+    assert all(name.endswith(INPUT_SCALE) for name in changed)
 
 
 def test_what_is_not_quantized_is_stored_as_it_was(tiny: Path, tmp_path: Path) -> None:
@@ -143,7 +174,7 @@ def test_what_is_not_quantized_is_stored_as_it_was(tiny: Path, tmp_path: Path) -
     assert all(torch.equal(found[name], source[name]) for name in same)
 
 
-@pytest.mark.parametrize("formats", FORMATS[1:])
+@pytest.mark.parametrize("formats", SERVED_MIXES[1:])
 def test_module_names_in_the_json_files_are_those_on_disk(
     tiny_hybrid: Path, tmp_path: Path, formats: Sequence[Format]
 ) -> None:
@@ -179,7 +210,7 @@ def test_the_model_card_tells_command_budget_and_measurements(tiny: Path, tmp_pa
         assert expected in text
 
 
-@pytest.mark.parametrize("formats", FORMATS)
+@pytest.mark.parametrize("formats", [["bf16"], ["nvfp4"]])
 def test_a_failed_verification_leaves_nothing(
     tiny_llama: Path,
     tmp_path: Path,
@@ -196,20 +227,17 @@ def test_a_failed_verification_leaves_nothing(
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("module", ["fp8", "nvfp4"])
+@pytest.mark.parametrize("format", QUANTIZED)
 def test_a_wrong_scale_is_noticed(
-    tiny_llama: Path, tmp_path: Path, module: str, monkeypatch: pytest.MonkeyPatch
+    wide: Path, tmp_path: Path, format: Format, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    formats: list[Format] = ["nvfp4", "fp8"]
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "earlier").write_text("stays")
-    right = {"fp8": fp8.unpack, "nvfp4": nvfp4.unpack}[module]
-    wrong = SimpleNamespace(unpack=lambda *stored: right(*stored) * 1.01)
-    monkeypatch.setattr(f"compress.export.modelopt.{module}", wrong)
+    right = FORMATS[format].numerics.unpack
+    wrong = f"compress.formats.{format}.unpack"
+    monkeypatch.setattr(wrong, lambda *stored: right(*stored) * 1.01)
     with pytest.raises(VerificationFailed, match="logits"):
-        export_student(
-            tiny_llama, tmp_path / "out", architecture_of(tiny_llama, formats), "compress", CARD
-        )
+        export_student(wide, tmp_path / "out", architecture_of(wide, QUANTIZED), "compress", CARD)
     assert [entry.name for entry in tmp_path.rglob("*")] == ["out", "earlier"]
 
 
@@ -232,18 +260,18 @@ def test_a_checkpoint_of_another_architecture_is_refused(tiny_llama: Path, tmp_p
 def test_damaged_exports_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     export_student(tiny_llama, out, architecture_of(tiny_llama, ["nvfp4"]), "compress", CARD)
-    tensors = stored(out)
+    tensors, formats = stored(out), weight_formats(architecture_of(tiny_llama, ["nvfp4"]))
     lost = next(name for name in tensors if name.endswith("weight_scale_2"))
     del tensors[lost]
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(InputError, match=lost):
-        dict(dequantized_tensors(out))
+        dict(dequantized_tensors(out, formats))
     (out / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(InputError, match="corrupt"):
-        dict(dequantized_tensors(out))
+        dict(dequantized_tensors(out, formats))
     (out / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no safetensors"):
-        dict(dequantized_tensors(out))
+        dict(dequantized_tensors(out, formats))
 
 
 @pytest.mark.parametrize("formats", [["bf16"], ["nvfp4", "fp8"]])

@@ -6,7 +6,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
 from transformers import PreTrainedModel
 
-from compress.formats.kv import FP8_MAX, fp8_attention, set_kv_format, stored
+from compress.formats.fp8 import E4M3_MAX
+from compress.formats.kv import fp8_attention, set_kv_format, stored
 from compress.model.build import load_model
 
 TOKENS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -19,7 +20,7 @@ def logits(model: PreTrainedModel) -> Tensor:
 
 def by_hand(x: Tensor) -> Tensor:
     """E4M3 by its definition: four significant bits, steps of 2**-9 at the bottom, 448 on top."""
-    clamped = x.double().clamp(-FP8_MAX, FP8_MAX)
+    clamped = x.double().clamp(-E4M3_MAX, E4M3_MAX)
     exponent = torch.frexp(clamped).exponent
     step = torch.exp2((exponent - 4).clamp(min=-9).double())
     return ((clamped / step).round() * step).to(x.dtype)

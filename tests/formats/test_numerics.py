@@ -1,21 +1,20 @@
 """Numerics: the reference is the published formula, bit for bit, and what ModelOpt packs."""
 
 import math
+from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.formats import fp8, nvfp4
-from compress.formats.fake import (
-    fake_quantize,
-    fake_quantize_block,
-    group_amax,
-    takes,
-)
-from compress.formats.table import Format
-from compress.model.layout import Slot
+from compress.formats.blocks import round_e2m1_
+from compress.formats.fake import fake_quantize, fake_quantize_block, group_amax, shared
+from compress.formats.packed import dequantized_tensors, pack_block, stored_names
+from compress.formats.table import FORMATS, Format
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 # Exponent bias 7, three bits of mantissa, subnormals below 2^-6; the last code is NaN.
@@ -25,7 +24,7 @@ E4M3 = sorted(
 )
 DTYPES = [torch.float32, torch.bfloat16]
 SCALES = [1e-30, 1e-6, 0.02, 1.0, 1e4, 1e30]
-QUANTIZED: list[Format] = ["fp8", "nvfp4"]
+QUANTIZED = [name for name in FORMATS if name != "bf16"]
 
 
 def single(value: float) -> float:
@@ -40,8 +39,9 @@ def nearest(value: float, grid: list[float]) -> float:
     return math.copysign(grid[code], value)
 
 
-def nvfp4_by_formula(rows: list[list[float]]) -> list[list[float]]:
+def nvfp4_by_formula(values: list[float]) -> list[float]:
     """The formula, a number at a time, every operation rounded to fp32."""
+    rows = in_groups(values, 16)
     amax = max(abs(x) for row in rows for x in row)
     s_tensor = single(amax / (6 * 448))
     found = []
@@ -49,8 +49,30 @@ def nvfp4_by_formula(rows: list[list[float]]) -> list[list[float]]:
         largest = single(max(map(abs, row)) / single(6 * s_tensor))
         s_block = max(nearest(largest, E4M3), 2.0**-9) if largest else 1.0
         step = single(s_block * s_tensor)
-        found.append([single(nearest(single(x / step), E2M1) * step) for x in row])
+        found += [single(nearest(single(x / step), E2M1) * step) for x in row]
     return found
+
+
+def mxfp4_by_formula(values: list[float]) -> list[float]:
+    found = []
+    for row in in_groups(values, 32):
+        largest = max(map(abs, row))
+        step = 2.0 ** max(math.frexp(largest)[1] - 1 - 2, -127) if largest else 1.0
+        found += [nearest(x / step, E2M1) * step for x in row]
+    return found
+
+
+def int4_by_formula(values: list[float]) -> list[float]:
+    found = []
+    for row in in_groups(values, 128):
+        largest = min(max(single(max(map(abs, row)) / 7), 2.0**-24), 65504.0)
+        step = float(torch.tensor(largest).half()) if any(row) else 1.0
+        found += [min(max(round(single(x / step)), -8), 7) * step for x in row]
+    return found
+
+
+def in_groups(values: list[float], size: int) -> list[list[float]]:
+    return [values[start : start + size] for start in range(0, len(values), size)]
 
 
 def fp8_by_formula(values: list[float]) -> list[float]:
@@ -61,33 +83,63 @@ def fp8_by_formula(values: list[float]) -> list[float]:
 def sample(scale: float, dtype: torch.dtype = torch.float32) -> Tensor:
     """Rows of very different sizes, one of zeros, one of few values."""
     generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(32, 64, generator=generator)
+    rows = torch.randn(32, 128, generator=generator)
     rows *= torch.randn(32, 1, generator=generator).mul(2).exp()
     rows[3] = 0
     rows[5, :16] *= 1e-4
-    rows[7] = torch.arange(64) / 8
+    rows[7] = torch.arange(128) / 8
     return (rows * scale).to(dtype)
 
 
-@pytest.mark.parametrize("scale", SCALES)
-def test_nvfp4_is_the_published_formula(scale: float) -> None:
-    weight = sample(scale)
-    expected = nvfp4_by_formula(weight.view(-1, 16).tolist())
-    (found,) = fake_quantize([weight], "nvfp4")
-    assert torch.equal(found.view(-1, 16), torch.tensor(expected))
+FORMULAS = {
+    "fp8": fp8_by_formula,
+    "nvfp4": nvfp4_by_formula,
+    "mxfp4": mxfp4_by_formula,
+    "int4": int4_by_formula,
+}
 
 
+def pack(weight: Tensor, format: Format) -> tuple[Tensor, ...]:
+    """What is stored of a weight that is a fused group of its own, input scale aside."""
+    found: tuple[Tensor, ...] = FORMATS[format].numerics.pack(weight, *shared([weight], format))
+    return found
+
+
+def test_every_row_of_the_table_has_a_formula() -> None:
+    assert list(FORMULAS) == QUANTIZED
+    assert get_args(Format) == tuple(FORMATS)
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
 @pytest.mark.parametrize("scale", SCALES)
-def test_fp8_is_the_published_formula(scale: float) -> None:
+def test_a_format_is_its_published_formula(format: Format, scale: float) -> None:
     weight = sample(scale)
-    (found,) = fake_quantize([weight], "fp8")
-    assert torch.equal(found.view(-1), torch.tensor(fp8_by_formula(weight.view(-1).tolist())))
+    (found,) = fake_quantize([weight], format)
+    assert torch.equal(found.view(-1), torch.tensor(FORMULAS[format](weight.view(-1).tolist())))
 
 
 def test_e2m1_rounds_to_nearest_with_ties_to_even() -> None:
     values = torch.linspace(-7, 7, 4 * 7 * 16 + 1)
     expected = [nearest(value, E2M1) for value in values.tolist()]
-    assert torch.equal(nvfp4.round_e2m1_(values.clone()), torch.tensor(expected))
+    assert torch.equal(round_e2m1_(values.clone()), torch.tensor(expected))
+
+
+@pytest.mark.parametrize(
+    ("format", "values", "expected"),
+    [
+        ("fp8", [448, 1.0625, 1.1875, -1.0625], [448, 1, 1.25, -1]),
+        ("nvfp4", [6 * 448, 448 * 0.25, 448 * 2.5, 448 * -5], [6 * 448, 0, 448 * 2, 448 * -4]),
+        ("mxfp4", [6, 0.25, 2.5, -5], [6, 0, 2, -4]),
+        ("int4", [7, 0.5, 1.5, -2.5], [7, 0, 2, -2]),
+    ],
+)
+def test_ties_go_to_the_even_code(
+    format: Format, values: list[float], expected: list[float]
+) -> None:
+    weight = torch.zeros(1, 128)
+    weight[0, :4] = torch.tensor(values)
+    (found,) = fake_quantize([weight], format)
+    assert found[0, :4].tolist() == expected
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -107,63 +159,104 @@ def test_codes_and_scales_are_those_of_modelopt(scale: float, dtype: torch.dtype
     assert torch.equal(found, scale8)
 
 
+@pytest.mark.parametrize("format", QUANTIZED)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("scale", SCALES)
-def test_unpacking_what_was_packed_is_fake_quantization(scale: float, dtype: torch.dtype) -> None:
+def test_unpacking_what_was_packed_is_fake_quantization(
+    scale: float, dtype: torch.dtype, format: Format
+) -> None:
     weight = sample(scale, dtype)
-    amax = group_amax([weight])
-    assert torch.equal(nvfp4.unpack(*nvfp4.pack(weight, amax)).to(dtype), nvfp4.fake(weight, amax))
-    assert torch.equal(fp8.unpack(*fp8.pack(weight, amax)).to(dtype), fp8.fake(weight, amax))
+    values = FORMATS[format].numerics.unpack(*pack(weight, format))
+    assert torch.equal(values.to(dtype), fake_quantize([weight], format)[0])
 
 
-@pytest.mark.parametrize("exponent", [-20, 0, 20])
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_stored_tensors_have_the_bytes_and_types_of_their_row(format: Format) -> None:
+    weight, row = sample(1.0), FORMATS[format]
+    stored = dict(pack_block({"q.weight": weight}, {"q.weight": "q"}, format, {"q": weight.max()}))
+    assert list(stored) == stored_names("q.weight", format)
+    assert sum(tensor.nbytes for tensor in stored.values()) == row.bytes(weight.shape)
+    codes, *scales = stored.values()
+    assert codes.dtype == getattr(torch, row.codes)
+    for scale, tensor in zip(row.scales, scales, strict=True):
+        assert tensor.dtype == getattr(torch, scale.dtype)
+        assert tensor.element_size() == scale.bytes
+        assert list(tensor.shape) == ([32, 128 // row.group] if scale.per_group else [])
+
+
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_what_was_stored_is_read_back(format: Format, tmp_path: Path) -> None:
+    tensors = {"norm.weight": torch.ones(128), "q.weight": sample(1.0), "k.weight": sample(9.0)}
+    fused = {"norm.weight": None, "q.weight": "qkv", "k.weight": "qkv"}
+    save_file(
+        dict(pack_block(tensors, fused, format, {"qkv": torch.ones(())})),
+        tmp_path / "model.safetensors",
+    )
+    formats: dict[str, Format] = {"q.weight": format, "k.weight": format}
+    found = dict(dequantized_tensors(tmp_path, formats))
+    expected = fake_quantize_block(tensors, fused, format)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+@pytest.mark.parametrize("exponent", [-20, 0, 10])
 def test_grid_points_are_fixed_points(exponent: int) -> None:
     half = torch.tensor(E2M1 + [-value for value in E2M1])
     # Block scales 448, 32 and 1, all exact in E4M3, under a tensor scale that is a power of two.
     weight = torch.stack([half * 448, half * 32, half]) * 2.0**exponent
     assert torch.equal(fake_quantize([weight], "nvfp4")[0], weight)
+    both = torch.stack([half.repeat(2), half.repeat(2) / 8]) * 2.0**exponent
+    assert torch.equal(fake_quantize([both], "mxfp4")[0], both)
     grid = torch.tensor(E4M3 + [-value for value in E4M3]) * 2.0**exponent
     assert torch.equal(fake_quantize([grid], "fp8")[0], grid)
+    whole = (torch.arange(128) % 15 - 7) * 2.0**exponent
+    assert torch.equal(fake_quantize([whole], "int4")[0], whole)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_quantizing_twice_is_quantizing_once(format: Format) -> None:
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(1))
-    (once,) = fake_quantize([weight], format)
-    amax = group_amax([weight])
-    fake = fp8.fake if format == "fp8" else nvfp4.fake
-    assert torch.equal(fake(once, amax), once)
+    common = shared([weight], format)
+    fake = FORMATS[format].numerics.fake
+    once = fake(weight, *common)
+    assert torch.equal(fake(once, *common), once)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_the_error_is_at_most_half_a_step(format: Format) -> None:
     weight = torch.randn(64, 128, generator=torch.Generator().manual_seed(2))
     (found,) = fake_quantize([weight], format)
-    error = (found - weight).abs()
-    if format == "fp8":
+    group = FORMATS[format].group
+    largest = weight.view(-1, group).abs().amax(1, keepdim=True).expand(-1, group)
+    bound = {
         # Three bits of mantissa: half a step is 1/16 of the power of two below, a denormal more.
-        bound = weight.abs() / 16 + weight.abs().max() / 448 * 2**-10
-    else:
+        "fp8": weight.abs() / 16 + weight.abs().max() / 448 * 2**-10,
         # The largest step of E2M1 is a third of the block's largest value; the scale rounds too.
-        bound = weight.view(-1, 16).abs().amax(1, keepdim=True).expand(-1, 16) / 5
-        bound = bound.reshape(weight.shape)
-    assert bool((error <= bound).all())
+        "nvfp4": (largest / 5).reshape(weight.shape),
+        # The largest value is 4 to 8 times the scale, and what is above 6 becomes 6.
+        "mxfp4": (largest / 4).reshape(weight.shape),
+        # Half of a step that is a seventh of the largest value, which FP16 rounds.
+        "int4": (largest / 14 * (1 + 2**-10)).reshape(weight.shape),
+    }[format]
+    assert bool(((found - weight).abs() <= bound).all())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("format", QUANTIZED)
-def test_zeros_stay_zeros(format: Format, dtype: torch.dtype) -> None:
-    zeros = torch.zeros(4, 32, dtype=dtype)
+def test_zeros_stay_zeros_and_their_scales_are_one(format: Format, dtype: torch.dtype) -> None:
+    zeros = torch.zeros(4, 128, dtype=dtype)
     (found,) = fake_quantize([zeros], format)
     assert torch.equal(found, zeros)
-    assert float(nvfp4.tensor_scale(group_amax([zeros]))) == 1
-    assert nvfp4.pack(zeros, group_amax([zeros]))[1].float().unique().tolist() == [1]
+    codes, *scales = pack(zeros, format)
+    assert not bool(codes.float().any())
+    one = 127 if format == "mxfp4" else 1  # E8M0 has its exponent's bias only
+    assert all(scale.float().unique().tolist() == [one] for scale in scales)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
 @pytest.mark.parametrize("value", [3e38, 1e-38, 1e-42, 1e-45])
 def test_the_ends_of_fp32_stay_finite(format: Format, value: float) -> None:
-    weight = torch.full((2, 32), value)
+    weight = torch.full((2, 128), value)
     (found,) = fake_quantize([weight], format)
     assert bool(torch.isfinite(found).all())
     assert bool((found <= value * 1.01).all())
@@ -181,35 +274,41 @@ def test_a_fused_group_is_one_tensor_in_parts(format: Format, dtype: torch.dtype
 def test_bf16_changes_nothing() -> None:
     weight = sample(1.0)
     assert fake_quantize([weight], "bf16")[0] is weight
+    assert FORMATS["bf16"].bytes(weight.shape) == weight.bfloat16().nbytes
 
 
-def test_nvfp4_needs_input_widths_of_whole_blocks() -> None:
-    assert takes((5, 32), "nvfp4")
-    assert takes((5, 24), "fp8")
-    assert not takes((32, 24), "nvfp4")
-    with pytest.raises(InputError, match=r"\[32, 24\].*nvfp4.*16"):
-        fake_quantize([torch.zeros(32, 24)], "nvfp4")
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_shapes_that_a_format_cannot_take_are_refused_in_one_line(format: Format) -> None:
+    row = FORMATS[format]
+    assert row.takes((5, 3 * row.group))
+    if row.group == 1:
+        return
+    weight = torch.zeros(32, row.group + 8)
+    assert not row.takes(weight.shape)
+    line = rf"^a weight of shape \[32, {row.group + 8}\] cannot be {format}: .* {row.group}$"
+    with pytest.raises(InputError, match=line):
+        fake_quantize([weight], format)
+    with pytest.raises(InputError, match=line):
+        row.bytes(weight.shape)
+    with pytest.raises(InputError, match=line):
+        dict(pack_block({"w": weight}, {"w": "w"}, format, {}))
 
 
-def test_a_block_quantizes_its_fused_groups_only() -> None:
+@pytest.mark.parametrize("format", QUANTIZED)
+def test_a_block_quantizes_its_fused_groups_only(format: Format) -> None:
     generator = torch.Generator().manual_seed(3)
     tensors = {
-        "norm": torch.randn(32, generator=generator),
-        "q": torch.randn(16, 32, generator=generator),
-        "k": 9 * torch.randn(8, 32, generator=generator),
-        "o": torch.randn(32, 16, generator=generator),
+        "norm": torch.randn(128, generator=generator),
+        "q": torch.randn(16, 128, generator=generator),
+        "k": 9 * torch.randn(8, 128, generator=generator),
+        "o": torch.randn(32, 128, generator=generator),
     }
-    slots = {
-        "norm": Slot(shape="hidden"),
-        "q": Slot(shape="a hidden", fused="qkv"),
-        "k": Slot(shape="b hidden", fused="qkv"),
-        "o": Slot(shape="hidden a", fused="o"),
-    }
-    found = fake_quantize_block(tensors, slots, "fp8")
+    found = fake_quantize_block(tensors, {"norm": None, "q": "qkv", "k": "qkv", "o": "o"}, format)
     assert list(found) == list(tensors)
     assert found["norm"] is tensors["norm"]
-    q, k = fake_quantize([tensors["q"], tensors["k"]], "fp8")
+    q, k = fake_quantize([tensors["q"], tensors["k"]], format)
     assert torch.equal(found["q"], q)
     assert torch.equal(found["k"], k)
-    assert not torch.equal(found["q"], fake_quantize([tensors["q"]], "fp8")[0])
-    assert torch.equal(found["o"], fake_quantize([tensors["o"]], "fp8")[0])
+    alone = torch.equal(found["q"], fake_quantize([tensors["q"]], format)[0])
+    assert alone != FORMATS[format].shared
+    assert torch.equal(found["o"], fake_quantize([tensors["o"]], format)[0])

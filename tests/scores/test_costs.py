@@ -54,7 +54,7 @@ def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     model = load_model(path)
     architecture = open_checkpoint(path).architecture
     found = contributions(model, architecture, TOKENS, 24, ["fp8", "nvfp4"])
-    return model, architecture, Scores(found, {}, 0.0, LENGTH)
+    return model, architecture, Scores(found, {}, {}, LENGTH)
 
 
 def test_the_prediction_is_second_order_exact_for_whole_blocks(scored) -> None:
@@ -88,8 +88,8 @@ def test_format_contributions_predict_the_kl_of_rounding(scored) -> None:
     for block in architecture.blocks:
         weights = weights_of(model, architecture, block)
         exact_weights = {name: weight.clone() for name, (weight, _) in weights.items()}
-        slots = {name: slot for name, (_, slot) in weights.items()}
-        for name, value in fake_quantize_block(exact_weights, slots, "fp8").items():
+        fused = {name: slot.fused for name, (_, slot) in weights.items()}
+        for name, value in fake_quantize_block(exact_weights, fused, "fp8").items():
             weights[name][0].lerp_(value, 0.03)
         measured = exact(model, teacher)
         for name, value in exact_weights.items():
@@ -117,7 +117,7 @@ def neurons(architecture: Architecture) -> list[tuple[Block, str]]:
 def test_neurons_are_ranked_with_less_noise(scored) -> None:
     model, architecture, _ = scored
     halves = [
-        Scores(contributions(model, architecture, rows, 2, []), {}, 0.0, LENGTH)
+        Scores(contributions(model, architecture, rows, 2, []), {}, {}, LENGTH)
         for rows in TOKENS.chunk(2)
     ]
     for block, axis in neurons(architecture):
@@ -166,7 +166,7 @@ def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:
     layers[0].mixer.out_proj.weight[:, 6 * 16 : 7 * 16] = 0  # group 1, head 2
     layers[1].mixer.experts.down_proj[4] = 0
     layers[1].mixer.shared_experts.down_proj.weight[:, 9] = 0
-    scores = Scores(contributions(model, architecture, TOKENS, 2, []), {}, 0.0, LENGTH)
+    scores = Scores(contributions(model, architecture, TOKENS, 2, []), {}, {}, LENGTH)
     mamba, moe, attention, ffn = architecture.blocks[:4]
     assert importance(scores, ffn, "ffn").argmin() == 5
     assert importance(scores, attention, "query")[0].argmin() == 1

@@ -196,7 +196,7 @@ def test_where_only_layers_go_their_removal_costs_the_marginal(teacher: Teacher)
     checkpoint, model, depth = teacher
     architecture = checkpoint.architecture
     found = contributions(model, architecture, TOKENS[:2], 1, [])
-    scores = Scores(found, removal_costs(model, architecture, TOKENS), 0.0, TOKENS.shape[1])
+    scores = Scores(found, removal_costs(model, architecture, TOKENS), {}, TOKENS.shape[1])
     space = load_space("minipuzzle")
     problem = Problem(architecture, scores, space, Deployment(context=64), 2**30, depth=depth.costs)
     chosen = Globals()

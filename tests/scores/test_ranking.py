@@ -75,7 +75,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Architecture,
     found = contributions(model, architecture, TOKENS, 4, [])
     exact = removal_costs(model, architecture, TOKENS)
     rankings = activation_scores(model, architecture, TOKENS)
-    return model, architecture, Scores(found, exact, 0.0, LENGTH, rankings)
+    return model, architecture, Scores(found, exact, {}, LENGTH, rankings)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -167,7 +167,7 @@ def test_router_saliency_does_not_count_how_often_an_expert_is_chosen(tmp_path: 
     gate.e_score_correction_bias[0] = -9
     model.model.layers[1].mixer.experts.down_proj[3] *= 4
     found = activation_scores(model, architecture, TOKENS)
-    scores = Scores({}, {}, 0.0, LENGTH, found)
+    scores = Scores({}, {}, {}, LENGTH, found)
     assert priority(scores, moe, "expert", "router").argmax() == 3
     assert activation_importance(found, moe, "expert", {}).argmax() != 3
     assert priority(scores, moe, "expert", "router")[0] == 0

@@ -184,7 +184,7 @@ def test_a_replayed_cut_is_settled_between_the_replay_and_its_scaled_estimate(
     teacher: Teacher,
 ) -> None:
     _, model, architecture = teacher
-    scores = Scores(contributions(model, architecture, TOKENS, 2, [], 0), {}, 0.0, LENGTH)
+    scores = Scores(contributions(model, architecture, TOKENS, 2, [], 0), {}, {}, LENGTH)
     blocks = [n for n, block in enumerate(architecture.blocks) if block.kind == "ffn"]
     options: dict[int, dict[str, Keep]] = {
         n: {REMOVAL: None, "ffn=24": {"ffn": torch.arange(24)}} for n in blocks

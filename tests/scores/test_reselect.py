@@ -30,7 +30,7 @@ def prepared(path: Path) -> tuple[Any, Reference, Scores]:
     """The teacher's model, its text and its scores."""
     model, teacher = load_model(path), open_checkpoint(path)
     made = contributions(model, teacher.architecture, TOKENS, 2, [], 0)
-    return model, reference(teacher, model, TOKENS), Scores(made, {}, 0.0, LENGTH)
+    return model, reference(teacher, model, TOKENS), Scores(made, {}, {}, LENGTH)
 
 
 @pytest.mark.parametrize("trust", [1.0, 1e-9])

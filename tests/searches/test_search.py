@@ -117,7 +117,7 @@ def test_a_stock_target_gives_plain_students(teacher: Teacher, space: str, targe
     [
         ("remove: none\naxes: {}\nformats: [bf16]\nkv_formats: [bf16]\nextra: 1", "extra"),
         ("remove: some\naxes: {}\nformats: [bf16]\nkv_formats: [bf16]", "remove"),
-        ("remove: none\naxes: {}\nformats: [int4]\nkv_formats: [bf16]", "formats"),
+        ("remove: none\naxes: {}\nformats: [int3]\nkv_formats: [bf16]", "formats"),
         ("remove: none\naxes: {fnn: {scope: block, keep: [0.5]}}\n"
          "formats: [bf16]\nkv_formats: [bf16]", "unknown axis 'fnn'; known: .*ffn"),
         ("remove: none\naxes: {hidden: {scope: block, keep: [0.5]}}\n"

@@ -319,7 +319,9 @@ def problem(teachers: Teachers) -> Problem:
     teacher = teachers["hybrid"]
     architecture = teacher.checkpoint.architecture
     found = contributions(teacher.model, architecture, TOKENS[:4], 2, ["fp8", "nvfp4"])
-    scores = Scores(found, removal_costs(teacher.model, architecture, TOKENS[:4]), 1e-3, 48)
+    scores = Scores(
+        found, removal_costs(teacher.model, architecture, TOKENS[:4]), {"fp8": 1e-3}, 48
+    )
     return Problem(
         architecture, scores, load_space("joint"), DEPLOYMENT,
         teacher_bytes(architecture, DEPLOYMENT) * 3 // 5,

@@ -1,0 +1,51 @@
+"""INT4 in plain torch: whole numbers from -8 to 7 in groups of 128, an FP16 scale a group.
+
+Symmetric, without a zero point::
+
+    s_group = fp16( max(|group|) / 7 )        2^-24 to 65504; 1 for a group of zeros
+    code    = round( x / s_group )            nearest, ties to even, from -8 to 7
+    x'      = code * s_group
+
+Codes are stored in two's complement.
+"""
+
+import torch
+from torch import Tensor
+
+from compress.formats.blocks import fake_blocks, from_pairs, in_pairs, largest
+from compress.formats.table import FORMATS
+
+GROUP = FORMATS["int4"].group
+LEAST, MOST = -8, 7
+FP16_TINY, FP16_MAX = 2.0**-24, 65504.0
+
+
+def group_scale(groups: Tensor) -> Tensor:
+    """The FP16 scale of every row of 128, as [rows, 1]."""
+    found = largest(groups).float() / MOST
+    found = torch.where(found == 0, torch.ones_like(found), found)
+    return found.clamp_(FP16_TINY, FP16_MAX).half()
+
+
+def round_(scaled: Tensor) -> Tensor:
+    """Round fp32 values to those of the codes, in place."""
+    return scaled.round_().clamp_(LEAST, MOST)
+
+
+def fake(weight: Tensor) -> Tensor:
+    """The weight after quantizing and dequantizing, in its own dtype; the last axis is grouped."""
+    return fake_blocks(weight, GROUP, lambda groups: group_scale(groups).float(), round_)
+
+
+def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """The stored form: codes in pairs, U8 [..., in/2], and FP16 scales [..., in/128]."""
+    rows, shape = weight.reshape(-1, GROUP), weight.shape[:-1]
+    scales = group_scale(rows)
+    codes = round_(rows / scales.float()).to(torch.int8).view(torch.uint8) & 0x0F
+    return in_pairs(codes).view(*shape, -1), scales.view(*shape, -1)
+
+
+def unpack(pairs: Tensor, scales: Tensor) -> Tensor:
+    """The FP32 values of a packed tensor."""
+    codes = (from_pairs(pairs, GROUP) << 4).view(torch.int8) >> 4  # the sign comes down with it
+    return (codes * scales.float().view(-1, 1)).view(*pairs.shape[:-1], -1)
