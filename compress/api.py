@@ -4,12 +4,14 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.files import read_json
+from compress.flags import checked_files
 from compress.memory.plan import make_plan
 from compress.model.find import resolve_model
-from compress.run.directory import run_at
+from compress.run.directory import require_free, run_at
 from compress.run.recipe import check
 
 if TYPE_CHECKING:
+    from compress.run.session import Session
     from compress.scores.costs import Scores
 
 
@@ -22,26 +24,28 @@ def plan(model: str, **settings: Any) -> dict[str, Any]:
     """
     recipe = check({"model": model} | settings, "plan")
     path = resolve_model(model, config_only=True)
-    made = make_plan(path, recipe.deployment, budget=recipe.budget, device=recipe.device)
+    made = make_plan(path, recipe.deployment, budget=recipe.limit, device=recipe.preset)
     return made.to_json()
 
 
 def score(model: str = "embedded", *, run: str, **settings: Any) -> "Scores":
     """Scores of a model's units, blocks and formats, kept in a run directory."""
     from compress.run.score import score as compute
-    from compress.run.session import Session
 
-    return compute(Session(run_at(run), recipe_of(model, run, settings)))
+    return compute(session_of(model, run, settings))
 
 
 def search(model: str = "embedded", *, run: str, **settings: Any) -> list[dict[str, Any]]:
-    """The rows of ``candidates.json``, best first; empty where the teacher fits as it is."""
-    from compress.run.search import search as find
-    from compress.run.session import Session
+    """The rows of ``candidates.json``, best first; empty where the teacher fits as it is.
 
-    chosen = run_at(run)
-    find(Session(chosen, recipe_of(model, run, settings)))
-    file = chosen.path / "candidates.json"
+    Raises:
+        InputError: a wrong setting, or a run with students of other settings, which would be lost.
+    """
+    from compress.run.search import search as find
+
+    session = session_of(model, run, settings)
+    find(session)
+    file = session.run.path / "candidates.json"
     rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
     return rows
 
@@ -54,10 +58,10 @@ def evaluate(models: Sequence[str], tasks: Sequence[str] = (), **settings: Any) 
     return measure(models, tasks, recipe_for(models, settings))
 
 
-def recipe_of(model: str, run: str, settings: dict[str, Any]) -> Any:
-    """The checked recipe of a call, written into its run."""
-    from compress.run.recipe import write_recipe
+def session_of(model: str, run: str, settings: dict[str, Any]) -> "Session":
+    """The session of a call, its settings, model, files and run checked."""
+    from compress.run.session import Session
 
-    recipe = check({"model": model} | settings, "settings")
-    write_recipe(recipe, run_at(run).path / "recipe.yaml")
-    return recipe
+    recipe, chosen = check({"model": model} | settings, "settings"), run_at(run)
+    require_free(chosen)
+    return Session(chosen, checked_files(recipe))

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from typer.exceptions import TyperException
 
 from compress.core.errors import CompressError, InputError
-from compress.core.terminal import note
+from compress.core.terminal import command, note
 from compress.flags import (
     EVALUATED,
     SCORED,
@@ -28,13 +28,12 @@ from compress.flags import (
     require_limit,
     resume,
     resumed,
-    save,
     settings,
 )
 from compress.formats.table import Format, KvFormat
-from compress.run.directory import is_run, run_at, shown
+from compress.run.directory import find_run, is_run, run_at, shown
 from compress.run.guide import next_step, possessions
-from compress.run.recipe import Recipe, check, read_recipe
+from compress.run.recipe import Recipe, check, near, read_recipe
 
 INPUT, INTERRUPTED = 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -87,8 +86,8 @@ def plan(
     made = make_plan(
         resolve_model(model, config_only=True),
         recipe.deployment,
-        budget=recipe.budget,
-        device=recipe.device,
+        budget=recipe.limit,
+        device=recipe.preset,
         format=format,
         kv_format=kv_format,
     )
@@ -96,9 +95,10 @@ def plan(
         print(jsonlib.dumps(made.to_json()))
         return
     print_plan(model, made)
-    by_device = recipe.device and not recipe.budget
-    limit = f"--device {recipe.device}" if by_device else f"--budget {recipe.budget or '70%'}"
-    note(f"next: compress search {model} {limit}")
+    limit = ["--budget", recipe.budget or "70%"]
+    if recipe.device and not recipe.budget:
+        limit = ["--device", recipe.device]
+    note(f"next: {command('search', model, *limit)}")
 
 
 @app.command()
@@ -114,9 +114,9 @@ def score(
     chosen, recipe = begin(run, model, given, print_config)
     from compress.run import stages
 
-    save(chosen, recipe)
     stages.score(chosen, recipe)
-    note(f"next: compress search --run {shown(chosen)} --budget {recipe.budget or '70%'}")
+    limit = recipe.budget or "70%"
+    note(f"next: {command('search', '--run', shown(chosen), '--budget', limit)}")
 
 
 @app.command()
@@ -136,7 +136,6 @@ def search(
     require_limit(recipe)
     from compress.run import stages
 
-    save(chosen, recipe)
     stages.search(chosen, recipe)
     note(f"next: {next_step(chosen)}")
 
@@ -148,7 +147,7 @@ def prune(run: Target) -> None:
     from compress.run import stages
 
     stages.prune(chosen, candidate)
-    note(f"next: compress distill {run}")
+    note(f"next: {command('distill', run)}")
 
 
 @app.command()
@@ -159,7 +158,7 @@ def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> 
         from compress.run import stages
 
         stages.distill(chosen, candidate)
-    note(f"next: compress export {run}")
+    note(f"next: {command('export', run)}")
 
 
 @app.command()
@@ -169,7 +168,7 @@ def quantize(run: Target) -> None:
     from compress.run import stages
 
     stages.quantize(chosen, candidate)
-    note(f"next: compress export {run}")
+    note(f"next: {command('export', run)}")
 
 
 @app.command()
@@ -183,7 +182,7 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
     from compress.run import stages
 
     stages.export(chosen, candidate, recipe.target)
-    note(f"next: compress eval {recipe.model} {run}")
+    note(f"next: {command('eval', near(recipe.model), run)}")
 
 
 @app.command(name="eval")
@@ -227,10 +226,8 @@ def evaluate(
     recipe = recipe_for(models, given)
     stages.evaluate(compared(models, recipe), names, json, recipe, task_data, limit)
     if not json:
-        after = (
-            f"report {runs[0].partition(':')[0]}" if runs else f"search {models[0]} --budget 70%"
-        )
-        note(f"next: compress {after}")
+        of_run = ("report", shown(find_run(runs[0])[0])) if runs else ()
+        note(f"next: {command(*of_run or ('search', models[0], '--budget', '70%'))}")
 
 
 @app.command()
@@ -246,7 +243,7 @@ def pretrain(
     from compress.train.pretrain import pretrain as train
 
     train(recipe, directory)
-    note(f"next: compress plan {directory}")
+    note(f"next: {command('plan', str(directory))}")
 
 
 @app.command(name="run")
@@ -264,10 +261,9 @@ def run_recipe(
     require_limit(resolved)
     from compress.run import stages
 
-    save(chosen, resolved)
     stages.search(chosen, resolved)
     names = stages.finish(chosen)
-    stages.evaluate([resolved.model, *names], [], False, resolved)
+    stages.evaluate([near(resolved.model), *names], [], False, resolved)
     report(shown(chosen))
 
 

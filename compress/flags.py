@@ -13,19 +13,27 @@ import typer
 from compress.core.errors import InputError
 from compress.core.terminal import note
 from compress.model.config import architecture_of, read_config
-from compress.model.find import resolve_model
-from compress.run.directory import Run, find_run, is_run, run_at
-from compress.run.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
+from compress.model.find import commit_of, is_named, resolve_model
+from compress.run.directory import Run, find_run, is_run, require_free, run_at
+from compress.run.recipe import (
+    Recipe,
+    check,
+    near,
+    read_recipe,
+    require_model,
+    to_yaml,
+    write_recipe,
+)
 
 Command = Callable[..., None]
 
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
 SCORED = (
-    *("data", "seed", "sequence_length", "score_tokens", "score_length", "draws"),
+    *("revision", "data", "seed", "sequence_length", "score_tokens", "score_length", "draws"),
     *("replay_tokens", "replay_share"),
 )
 TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
-EVALUATED = ("data", "eval_data", "final_tokens", "sequence_length", "seed")
+EVALUATED = ("revision", "data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (
     *SERVED,
     "active_parameters",
@@ -91,17 +99,15 @@ def begin(
     """
     fresh = check(({} if model is None else {"model": model}) | given, "command line")
     run = run_at(name or "-".join(slug(part) for part in (fresh.model, fresh.space) if part))
+    require_free(run)
     recipe, file = fresh, run.path / "recipe.yaml"
+    if model is not None:
+        require_model(fresh.model, run)
     if file.is_file():
-        before = read_recipe(file)
-        if model is not None and before.model != model:
-            raise InputError(
-                f"{run.path} is a run of {before.model}; take another --run for {model}"
-            )
-        recipe = before.changed(**given)
+        recipe = read_recipe(file).changed(**given)
     if print_config:
         stop_with(recipe)
-    check_files(recipe)
+    recipe = checked_files(recipe)
     if file.is_file():
         kept = set(recipe.model_dump().items()) - set(fresh.model_dump().items())
         listed = ", ".join(f"{key} {value}" for key, value in sorted(kept))
@@ -109,13 +115,18 @@ def begin(
     return run, recipe
 
 
-def check_files(recipe: Recipe) -> None:
-    """InputError where the model is none or of no known family, or a text is not there."""
-    path = resolve_model(recipe.model, config_only=True)
+def checked_files(recipe: Recipe) -> Recipe:
+    """The recipe, which names the commit of a hub model.
+
+    Raises:
+        InputError: the model is none or of no known family, or a text is not there.
+    """
+    path = resolve_model(recipe.model, recipe.revision, config_only=True)
     architecture_of(path, read_config(path))
     for text in (recipe.data, recipe.eval_data):
         if text is not None and not Path(text).is_file():
             raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")
+    return recipe.changed(revision=commit_of(path)) if is_named(recipe.model) else recipe
 
 
 def require_known(name: str) -> None:
@@ -129,7 +140,7 @@ def require_known(name: str) -> None:
 def compared(names: list[str], recipe: Recipe) -> list[str]:
     """The names to evaluate: a candidate alone has no table, and is compared with its teacher."""
     alone = len(names) == 1 and is_run(names[0]) and ":" in names[0]
-    return [recipe.model, *names] if alone else names
+    return [near(recipe.model), *names] if alone else names
 
 
 def require_limit(recipe: Recipe) -> None:

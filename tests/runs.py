@@ -9,7 +9,7 @@ from compress import cli
 from compress.core.files import read_json
 from compress.run import stages
 from compress.run.directory import Run
-from compress.run.recipe import read_recipe, write_recipe
+from compress.run.recipe import read_recipe
 
 
 def command(*arguments: object) -> None:
@@ -23,9 +23,7 @@ def rows_of(run: Path) -> list[dict[str, Any]]:
 
 def again(run: Path, **changes: Any) -> None:
     """Search again in a run, with other settings."""
-    recipe = read_recipe(run / "recipe.yaml").changed(**changes)
-    write_recipe(recipe, run / "recipe.yaml")
-    stages.search(Run(run), recipe)
+    stages.search(Run(run), read_recipe(run / "recipe.yaml").changed(**changes))
 
 
 def stamps(run: Path, pattern: str) -> dict[str, int]:

@@ -57,6 +57,19 @@ def test_a_search_of_a_teacher_that_fits_gives_nothing(
     assert compress.search(str(tiny_hybrid), **settings | {"budget": "1GiB", "space": None}) == []
 
 
+@pytest.mark.parametrize("made", ["distill/joint-000", "export/prune-001"])
+@pytest.mark.parametrize("changed", [{"budget": "42%"}, {"budget": "1GiB", "space": None}])
+def test_a_search_with_other_settings_deletes_no_students(
+    made: str, changed: dict[str, Any], tiny_hybrid: Path, settings: dict[str, Any]
+) -> None:
+    run = Path(settings["run"])
+    (run / made).mkdir(parents=True)
+    before = {file: file.stat().st_mtime_ns for file in run.rglob("*")}
+    with pytest.raises(InputError, match=f"holds {made} .* --run NAME"):
+        compress.search(str(tiny_hybrid), **settings | changed)
+    assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
+
+
 def test_every_directory_loads_as_a_module_that_generates(run_copy: Path, tiny: Path) -> None:
     finalists = [row for row in read_json(run_copy / "candidates.json") if row["finalist"]]
     students = [run_copy / "candidates" / row["id"] for row in finalists]

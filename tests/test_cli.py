@@ -33,6 +33,9 @@ class Called(SimpleNamespace):
     def __getattr__(self, name: str) -> Any:
         def note(*arguments: Any) -> list[str]:
             self.calls.append((name, arguments))
+            if name == "search":
+                made, recipe = arguments
+                write_recipe(recipe, made.path / "recipe.yaml")
             return ["small"] if name == "finish" else []
 
         return note
@@ -41,7 +44,7 @@ class Called(SimpleNamespace):
 @pytest.fixture
 def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Called:
     called = Called()
-    monkeypatch.setattr(compress, "stages", called, raising=False)
+    monkeypatch.setattr("compress.run.stages", called, raising=False)
     monkeypatch.chdir(tmp_path)
     return called
 
@@ -175,6 +178,7 @@ def test_search_passes_its_recipe_and_names_the_next_command(
 ) -> None:
     cut, whole = ({"hidden": size, "blocks": []} for size in (4, 8))
     row = {"id": "c1", "kind": "joint", "selected": True, "architecture": cut}
+    write_recipe(Recipe(budget="60%"), Path("runs/embedded/recipe.yaml"))
     write_json(Path("runs/embedded/candidates.json"), [row])
     write_json(Path("runs/embedded/teacher.json"), {"architecture": whole})
     assert run(monkeypatch, "search", "--budget", "70%") == 0

@@ -1,9 +1,9 @@
-"""Files that appear whole or not at all, JSON, and fingerprints of inputs."""
+"""Files that appear whole or not at all, JSON, fingerprints of inputs and of files."""
 
 import hashlib
 import json
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,6 +43,28 @@ def read_json(path: Path) -> Any:
         raise InputError(f"{path} does not exist") from error
     except ValueError as error:
         raise InputError(f"{path} is not JSON: {error}") from error
+
+
+def digests(files: Iterable[Path], known: Path) -> dict[str, str]:
+    """The sha256 of every file by its path.
+
+    ``known`` keeps them: a file is read again only where its size, times or inode have changed.
+    """
+    before = read_json(known) if known.is_file() else {}
+    found: dict[str, Any] = {}
+    for file in files:
+        if not file.is_file():
+            raise InputError(f"{file} does not exist")
+        path, facts = str(file.absolute()), file.stat()
+        stamp = [facts.st_size, facts.st_mtime_ns, facts.st_ctime_ns, facts.st_ino]
+        found[path] = before.get(path)
+        if found[path] is None or found[path]["stamp"] != stamp:
+            with file.open("rb") as content:
+                digest = hashlib.file_digest(content, "sha256").hexdigest()
+            found[path] = {"stamp": stamp, "sha256": digest}
+    if before | found != before:
+        write_json(known, before | found)
+    return {path: entry["sha256"] for path, entry in found.items()}
 
 
 @contextmanager

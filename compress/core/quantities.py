@@ -3,9 +3,11 @@
 import re
 from collections.abc import Mapping
 from fractions import Fraction
+from typing import TypeVar
 
 from compress.core.errors import InputError
 
+Quantity = TypeVar("Quantity", int, Fraction, int | Fraction)
 BYTES: Mapping[str, int] = {
     "": 1, "b": 1,
     "kb": 10**3, "mb": 10**6, "gb": 10**9, "tb": 10**12,
@@ -32,12 +34,12 @@ def parse_bytes(text: str, what: str = "size") -> int:
 
 def parse_tokens(text: str, what: str = "context") -> int:
     """Tokens of "128k" (131072), "1M" (1048576) or "4000"."""
-    return parse(text, TOKENS, what, "128k (131072), 1M or 4000")
+    return positive(parse(text, TOKENS, what, "128k (131072), 1M or 4000"), text, what)
 
 
 def parse_count(text: str, what: str = "count") -> int:
     """A count in powers of ten, as parameters and training tokens are given: "1.6B", "300k"."""
-    return parse(text, COUNTS, what, "1.6B, 135M or 300k")
+    return positive(parse(text, COUNTS, what, "1.6B, 135M or 300k"), text, what)
 
 
 def parse_share(text: str, what: str = "budget") -> Fraction | None:
@@ -45,9 +47,22 @@ def parse_share(text: str, what: str = "budget") -> Fraction | None:
     if not text.strip().endswith("%"):
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
-    if not found or Fraction(found[1]) == 0:
+    if not found:
         raise InputError(f"{what} {text!r} is not understood; a share is written like 70%")
     return Fraction(found[1]) / 100
+
+
+def parse_budget(text: str) -> int | Fraction:
+    """A budget: bytes, or the share of a teacher's that "70%" is; InputError if it is none."""
+    share = parse_share(text)
+    return positive(parse_bytes(text, "budget") if share is None else share, text, "budget")
+
+
+def positive(value: Quantity, text: str, what: str) -> Quantity:
+    """The value itself; InputError if it is 0."""
+    if not value:
+        raise InputError(f"{what} {text!r} has to be above 0")
+    return value
 
 
 def format_bytes(count: int) -> str:

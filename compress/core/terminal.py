@@ -1,6 +1,7 @@
 """What a terminal shows: tables on stdout, notes and progress on stderr; plain lines in a pipe."""
 
 import re
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -35,6 +36,11 @@ def console(*, stderr: bool = False) -> Console:
 def note(text: str) -> None:
     """One line for the person at the terminal; on stderr, so that stdout stays data."""
     console(stderr=True).print(text, markup=False, soft_wrap=True)
+
+
+def command(*arguments: str) -> str:
+    """A command of ours as a person can type it again: what the shell would read is quoted."""
+    return shlex.join(["compress", *arguments])
 
 
 def table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], left: int = 1) -> None:

@@ -1,10 +1,11 @@
 """The budget that binds: bytes, a share of the teacher's, or what a device offers."""
 
 from dataclasses import dataclass, replace
+from fractions import Fraction
 
-from compress.core.quantities import format_bytes, parse_bytes, parse_share
+from compress.core.quantities import format_bytes
 from compress.formats.table import Format
-from compress.memory.devices import Device, find_device
+from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, block_takes, footprint
 from compress.model.architecture import Architecture
 
@@ -50,24 +51,17 @@ def teacher_bytes(architecture: Architecture, deployment: Deployment) -> int:
 
 
 def resolve_budget(
-    architecture: Architecture, deployment: Deployment, budget: str | None, device: str | None
+    architecture: Architecture,
+    deployment: Deployment,
+    limit: int | Fraction | None,
+    device: Device | None,
 ) -> Budget | None:
-    """The budget that binds; None when neither a budget nor a device is given.
+    """The budget that binds; None when neither a limit nor a device is given.
 
-    Args:
-        architecture: The teacher, which percentages refer to.
-        deployment: How it is served.
-        budget: Bytes ("22GiB") or a share ("70%") of the teacher's in BF16.
-        device: A preset ("a10g", "8xh100").
+    ``limit`` is bytes, or a share of the architecture's in BF16.
     """
-    preset = None if device is None else find_device(device)
-    asked = None
-    if budget is not None:
-        share = parse_share(budget)
-        if share is None:
-            asked = parse_bytes(budget, "budget")
-        else:
-            asked = int(share * teacher_bytes(architecture, deployment))
-    limits = [asked] if asked is not None else []
-    limits += [preset.visible_bytes] if preset else []
-    return Budget(bytes=min(limits), asked=asked, device=preset) if limits else None
+    if isinstance(limit, Fraction):
+        limit = int(limit * teacher_bytes(architecture, deployment))
+    limits = [limit] if limit is not None else []
+    limits += [device.visible_bytes] if device else []
+    return Budget(bytes=min(limits), asked=limit, device=device) if limits else None

@@ -2,11 +2,13 @@
 
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.budget import Budget, in_format, resolve_budget
+from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
 from compress.model.architecture import Architecture, Attention
 from compress.model.config import architecture_of, read_config
@@ -103,8 +105,8 @@ def make_plan(
     model: Path,
     deployment: Deployment,
     *,
-    budget: str | None = None,
-    device: str | None = None,
+    budget: int | Fraction | None = None,
+    device: Device | None = None,
     format: Format | None = None,
     kv_format: KvFormat | None = None,
 ) -> Plan:

@@ -66,11 +66,12 @@ def cache_directory() -> Path:
     return (Path(base) if base else Path.home() / ".cache") / "compress"
 
 
-def resolve_model(name: str, *, config_only: bool = False) -> Path:
+def resolve_model(name: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The directory of a model: "embedded", a short name, a directory, or a hub id.
 
     Args:
         name: What the user wrote; a path of a config.json is given back as it is.
+        revision: Of a hub id: a commit, a branch or a tag; None is the newest.
         config_only: Take no more than config.json from the hub.
 
     Raises:
@@ -85,7 +86,7 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
                 f"{name} is not on this machine yet; get it with: compress fetch {name}"
             )
         return directory
-    path = Path(name)
+    path = Path(os.path.expanduser(name))
     if path.exists():
         return path
     known = f"a directory, one of embedded, {', '.join(FETCHABLE)}, or a hub id (owner/name)"
@@ -93,20 +94,31 @@ def resolve_model(name: str, *, config_only: bool = False) -> Path:
     is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.exists()
     if not is_id:
         raise InputError(f"model {name!r} does not exist; a model is {known}")
-    return from_hub(name, config_only)
+    return from_hub(name, revision, config_only)
 
 
-def from_hub(name: str, config_only: bool) -> Path:
+def from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     """The snapshot of a hub id, downloaded where it is not cached; InputError if unreachable."""
     # Not at the top: it takes longer to import than plan takes to answer.
     from huggingface_hub import snapshot_download
 
     try:
         patterns = ["config.json"] if config_only else HUB_PATTERNS
-        return Path(snapshot_download(name, allow_patterns=patterns))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
     except OSError as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model {name!r} is no directory and not to be had: {reason}") from error
+
+
+def is_named(name: str) -> bool:
+    """Whether a model's name is one of ours, or a hub id: not a path of this machine."""
+    ours = name == "embedded" or name in FETCHABLE
+    return ours or not os.path.exists(os.path.expanduser(name))
+
+
+def commit_of(model: Path) -> str | None:
+    """The commit that a directory of the hub's cache is a snapshot of; None of any other."""
+    return model.name if model.parent.name == "snapshots" else None
 
 
 def note_of(model: Path) -> str:

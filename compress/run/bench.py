@@ -127,7 +127,7 @@ class Bench:
             session.deployment,
             session.budget.bytes,
             blind_to_rounding,
-            active=session.active,
+            active=session.recipe.active,
             ranking=session.recipe.ranking,
             repair_ratio=ratio,
             depth=self.depth.costs if space.remove == "layer" else None,

@@ -5,9 +5,7 @@ inputs. A stage names the fingerprints of the stages before it among its inputs,
 setting redoes that stage and what follows, and nothing before.
 """
 
-import json
 import os
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -52,46 +50,40 @@ class Run:
         """Mark a stage complete; its artifacts must be in place."""
         write_json(self.path / "state.json", self.signatures() | {stage: fingerprint(inputs)})
 
-    def event(self, **fields: Any) -> None:
-        """Append a line to events.jsonl, with the time; durable against a killed process."""
-        self.path.mkdir(parents=True, exist_ok=True)
-        line = json.dumps({"time": round(time.time(), 3), **fields}) + "\n"
-        with (self.path / "events.jsonl").open("ab+") as log:
-            if log.tell():
-                log.seek(-1, os.SEEK_END)
-                # A killed process may have left half a line: it must not swallow this one.
-                line = line if log.read(1) == b"\n" else "\n" + line
-            log.write(line.encode())
-
-    def events(self) -> list[dict[str, Any]]:
-        """The lines of events.jsonl; half-written ones are left out."""
-        file = self.path / "events.jsonl"
-        found = []
-        for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-            try:
-                found.append(json.loads(line))
-            except ValueError:
-                continue
-        return found
-
 
 def run_at(name: str) -> Run:
-    """The run of a name under ``runs/``, or of a path (anything with a separator)."""
-    if not name or name in (".", ".."):
-        raise InputError(f"run name {name!r} is not a name")
-    return Run(Path(name) if os.sep in name or Path(name).is_absolute() else RUNS / name)
+    """The run of a name under ``runs/``, or of a path (anything with a separator).
+
+    Raises:
+        InputError: a name that other commands could not be given.
+    """
+    last = os.path.basename(os.path.expanduser(name).rstrip(os.sep))
+    if last in ("", ".", "..") or last[0] == "-" or ":" in last or not name.isprintable():
+        raise InputError(
+            f"run name {name!r} is not a name that commands can be given; take one without ':' "
+            "that does not begin with '-', or the path of a directory"
+        )
+    return split(name)[0]
 
 
-def is_run(name: str) -> bool:
-    """Whether RUN or RUN:CANDIDATE names a run that exists."""
-    return bool(name) and (run_at(name.partition(":")[0]).path / "recipe.yaml").is_file()
+def split(target: str) -> tuple[Run, str | None]:
+    """The run and candidate that RUN or RUN:CANDIDATE names, whether they exist or not."""
+    head, last = os.path.split(target)
+    name, colon, candidate = last.partition(":")
+    path = os.path.expanduser(os.path.join(head, name))
+    return Run(Path(path) if os.sep in path else RUNS / path), candidate if colon else None
+
+
+def is_run(target: str) -> bool:
+    """Whether RUN or RUN:CANDIDATE names a run that exists; a teacher with its recipe is none."""
+    path = split(target)[0].path
+    return (path / "recipe.yaml").is_file() and not (path / "config.json").is_file()
 
 
 def find_run(target: str) -> tuple[Run, str | None]:
     """The existing run and candidate that RUN or RUN:CANDIDATE names; None stands for the best."""
-    name, _, candidate = target.partition(":")
-    run = run_at(name)
-    if not (run.path / "recipe.yaml").is_file():
+    run, candidate = split(target)
+    if not is_run(target):
         known = sorted(file.parent.name for file in RUNS.glob("*/recipe.yaml"))
         raise InputError(
             f"{run.path} is not a run (no recipe.yaml); "
@@ -100,6 +92,18 @@ def find_run(target: str) -> tuple[Run, str | None]:
     return run, candidate or None
 
 
+def require_free(run: Run) -> None:
+    """Refuse to make a run of a file, or where something else is kept."""
+    if not run.path.is_dir():
+        taken = run.path.exists()
+    else:
+        taken = any(run.path.iterdir()) and not is_run(str(run.path.absolute()))
+    if taken:
+        raise InputError(f"{run.path} exists and is no run; take another --run")
+
+
 def shown(run: Run) -> str:
     """How to name the run in the next command."""
-    return run.name if run.path.parent == RUNS else str(run.path)
+    if run.path.parent == RUNS:
+        return run.name
+    return str(run.path) if os.sep in str(run.path) else f".{os.sep}{run.path}"

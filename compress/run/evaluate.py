@@ -11,8 +11,8 @@ from compress.core.terminal import note, progress, table
 from compress.measure.evaluation import evaluate as measure_models
 from compress.measure.tasks import write_task_rows
 from compress.model.build import load
-from compress.run.directory import Run, find_run, run_at
-from compress.run.recipe import Recipe, check, read_recipe
+from compress.run.directory import Run, find_run, is_run
+from compress.run.recipe import Recipe, check, located, read_recipe
 from compress.run.session import Session
 from compress.run.students import find_candidate, in_formats, latest, pruned
 from compress.student.candidate import Candidate
@@ -20,11 +20,6 @@ from compress.student.candidate import Candidate
 CHOICE_ROWS = 200
 ROLLING_CHARACTERS = 40000
 KINDS = ("uniform", "random", "prune", "formats", "prune_then_quantize", "joint")
-
-
-def is_run(name: str) -> bool:
-    """Whether a name given to eval is a run's."""
-    return (run_at(name.partition(":")[0]).path / "recipe.yaml").is_file()
 
 
 class Built(Mapping[str, Any]):
@@ -55,7 +50,9 @@ def recipe_for(names: Sequence[str], given: Mapping[str, Any]) -> Recipe:
     if not runs:
         return check({"model": names[0], **given}, "command line")
     kept = read_recipe(find_run(runs[0])[0].path / "recipe.yaml")
-    return kept.changed(**given) if is_run(names[0]) else kept.changed(**given, model=names[0])
+    if is_run(names[0]) or located(names[0]) == kept.model:
+        return kept.changed(**given)
+    return kept.changed(**{"revision": None, **given}, model=names[0])
 
 
 def evaluate(
@@ -74,13 +71,16 @@ def evaluate(
     session = Session(runs[0] if runs else Run(Path("runs") / "eval"), recipe)
     makers: dict[str, Callable[[], Any]] = {}
     sizes: dict[str, int] = {}
+    teacher = next((name for name in names if located(name) == recipe.model), None)
     for name in names:
-        if name == recipe.model:
+        if name == teacher and name not in makers:
             makers[name], sizes[name] = partial(getattr, session, "model"), session.teacher_bytes
         elif is_run(name):
-            makers[name], sizes[name] = run_model(name)
-        else:
-            other = Session(session.run, recipe.changed(model=name))
+            # The name of a directory may be that of its run as well.
+            label = f"{name} (run)" if name == teacher else name
+            makers[label], sizes[label] = run_model(name)
+        elif name not in makers:
+            other = Session(session.run, recipe.changed(model=name, revision=None))
             makers[name], sizes[name] = partial(getattr, other, "model"), other.teacher_bytes
     found = on_final_text(session, Built(makers), sizes, tasks, task_data, limit)
     for run in runs:

@@ -1,9 +1,11 @@
 """What a run has so far, and which command comes next; reads files only, no torch."""
 
+import shlex
 from collections.abc import Iterator
 from typing import Any
 
 from compress.core.files import read_json
+from compress.core.terminal import command
 from compress.run.directory import Run, shown
 from compress.run.recipe import read_recipe
 
@@ -33,20 +35,20 @@ def next_step(run: Run) -> str:
     if not rows:
         recipe = read_recipe(run.path / "recipe.yaml")
         # Without candidates a search has not run, or found that the teacher fits as it is.
-        space = " --space joint" if (run.path / "teacher.json").is_file() else ""
-        return f"compress search --run {name} --budget {recipe.budget or '70%'}{space}"
+        space = ["--space", "joint"] if (run.path / "teacher.json").is_file() else []
+        return command("search", "--run", name, "--budget", recipe.budget or "70%", *space)
     sweep = len(rows) > 1
     for row in rows:
         if not (run.path / "export" / row["id"]).is_dir():
             # Students that only differ in formats are not trained.
             trained = not is_cut(run, row) or (run.path / "distill" / row["id"]).is_dir()
             which = f"{name}:{row['id']}" if sweep else name
-            return f"compress {'export' if trained else 'distill'} {which}"
+            return command("export" if trained else "distill", which)
     if not (run.path / "eval" / "results.json").is_file():
         # A table at equal bytes is of one budget: of a sweep the chosen ones are compared.
         models = [f"{name}:{row['id']}" for row in rows] if sweep else [name]
-        return f"compress eval {' '.join(models)}"
-    return f"compress plan {run.path / 'export' / rows[0]['id']}"
+        return command("eval", *models)
+    return command("plan", str(run.path / "export" / rows[0]["id"]))
 
 
 def possessions(run: Run) -> Iterator[str]:
@@ -61,4 +63,4 @@ def possessions(run: Run) -> Iterator[str]:
         ("recipe.yaml", "what was run, to change and run again: compress run "),
     ):
         if (run.path / file).is_file():
-            yield f"{what}{run.path / file}"
+            yield f"{what}{shlex.quote(str(run.path / file))}"

@@ -1,18 +1,24 @@
 """The recipe of a run: every setting, its default and what it means. Flags equal its keys."""
 
+import os
 from difflib import get_close_matches
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from compress.core.errors import InputError
 from compress.core.files import write_text
-from compress.core.quantities import parse_bytes, parse_count, parse_share, parse_tokens
+from compress.core.quantities import parse_budget, parse_bytes, parse_count, parse_tokens
 from compress.export.targets import Target
-from compress.memory.devices import find_device
+from compress.memory.devices import Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
+from compress.model.find import is_named
+from compress.run.directory import Run
+from compress.searches.space import shipped_spaces
 from compress.student.candidate import Ranking
 
 
@@ -20,12 +26,16 @@ class Recipe(BaseModel):
     """Everything that decides what a run computes.
 
     The same recipe gives the same candidates. Several workers begin with the same ones; what they
-    propose later depends on who finishes when.
+    propose later depends on who finishes when. Paths are absolute, so that a run can be continued
+    from every directory.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
     model: str = Field("embedded", description="Teacher: a directory, a short name or a hub id.")
+    revision: str | None = Field(
+        None, description="Commit, branch or tag of a hub model; a run keeps its commit."
+    )
     budget: str | None = Field(
         None,
         description="Bytes the student may take (160MiB), or a share of the teacher's (70%); "
@@ -91,12 +101,52 @@ class Recipe(BaseModel):
     distill_batch_tokens: int = Field(1024, ge=1, description="Tokens of an optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of distillation.")
 
+    @field_validator("model")
+    @classmethod
+    def _located(cls, name: str) -> str:
+        return located(name)
+
+    @field_validator("data", "eval_data")
+    @classmethod
+    def _found(cls, file: str | None) -> str | None:
+        return None if file is None else absolute(file)
+
+    @field_validator("space")
+    @classmethod
+    def _drawn(cls, name: str | None) -> str | None:
+        if name is None or name in shipped_spaces() or not os.path.isfile(absolute(name)):
+            return name
+        return absolute(name)
+
     @property
     def budgets(self) -> tuple[str, ...]:
         """The budgets of a sweep as written; one, or none, without commas."""
         return tuple(part.strip() for part in (self.budget or "").split(",") if part.strip())
 
-    @property
+    @cached_property
+    def limits(self) -> tuple[int | Fraction, ...]:
+        """The budgets as bytes or shares of the teacher's."""
+        return tuple(parse_budget(text) for text in self.budgets)
+
+    @cached_property
+    def limit(self) -> int | Fraction | None:
+        """The budget of what takes one, if any."""
+        if len(self.limits) > 1:
+            raise InputError(f"budget {self.budget!r} is a sweep; only a search takes one")
+        return self.limits[0] if self.limits else None
+
+    @cached_property
+    def preset(self) -> Device | None:
+        """The device, if one is named."""
+        return None if self.device is None else find_device(self.device)
+
+    @cached_property
+    def active(self) -> int | None:
+        """The most parameters that one token may use; None where they are not bounded."""
+        asked = self.active_parameters
+        return None if asked is None else parse_count(asked, "active_parameters")
+
+    @cached_property
     def deployment(self) -> Deployment:
         """How the student is served."""
         return Deployment(
@@ -109,6 +159,25 @@ class Recipe(BaseModel):
     def changed(self, **settings: Any) -> "Recipe":
         """A checked copy with other settings."""
         return check(self.model_dump() | settings, "settings")
+
+
+def absolute(path: str) -> str:
+    """A path that means the same in every directory; ``~`` is the home."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def located(model: str) -> str:
+    """A model's name as recipes hold it: one of ours or a hub id as it is, a path absolute."""
+    return model if is_named(model) else absolute(model)
+
+
+def near(model: str) -> str:
+    """A recipe's model as it can be typed here: a path below this directory without what is above.
+
+    It names the same model.
+    """
+    short = os.path.relpath(model)
+    return short if located(short) == model and not short.startswith("..") else model
 
 
 def check(settings: dict[str, Any], source: str) -> Recipe:
@@ -126,18 +195,12 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
             raise InputError(f"{source}: unknown key {key!r}; {hint}") from error
         raise InputError(f"{source}: {key} is {first['input']!r}: {first['msg']}") from error
     # Quantities are kept as written, but a wrong one is refused here, not in a later stage.
-    _ = recipe.deployment
-    if recipe.budget is not None and not recipe.budgets:
-        parse_bytes(recipe.budget, "budget")
-    for budget in recipe.budgets:
-        if parse_share(budget) is None:
-            parse_bytes(budget, "budget")
-        if recipe.budgets.count(budget) > 1:
+    _ = recipe.deployment, recipe.active, recipe.preset
+    if recipe.budget is not None and not recipe.limits:
+        parse_budget(recipe.budget)
+    for budget, limit in zip(recipe.budgets, recipe.limits, strict=True):
+        if recipe.limits.count(limit) > 1:
             raise InputError(f"{source}: budget {recipe.budget!r} names {budget} twice")
-    if recipe.active_parameters is not None:
-        parse_count(recipe.active_parameters, "active_parameters")
-    if recipe.device is not None:
-        find_device(recipe.device)
     return recipe
 
 
@@ -157,6 +220,19 @@ def read_recipe(path: Path) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """Every key with its value, in the order of the class; ``read_recipe`` gives it back."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def keep_recipe(recipe: Recipe, run: Run) -> None:
+    """Make the recipe that of a run from now on; InputError if the run is of another model."""
+    require_model(recipe.model, run)
+    write_recipe(recipe, run.path / "recipe.yaml")
+
+
+def require_model(model: str, run: Run) -> None:
+    """InputError if the run exists and is of another model."""
+    file = run.path / "recipe.yaml"
+    if file.is_file() and (before := read_recipe(file).model) != model:
+        raise InputError(f"{run.path} is a run of {before}; take another --run for {model}")
 
 
 def write_recipe(recipe: Recipe, path: Path) -> None:

@@ -23,7 +23,7 @@ from compress.measure.kl import reference, sequence_kl
 from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.checkpoint import Checkpoint
 from compress.run.directory import Run
-from compress.run.recipe import Recipe
+from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
 from compress.scores.contributions import Progress, contributions
 from compress.scores.costs import (
@@ -89,6 +89,7 @@ def score(session: Session) -> Scores:
     """The scores of the session's teacher, computed where missing."""
     run, recipe, inputs = session.run, session.recipe, score_inputs(session)
     file = scores_file(run)
+    keep_recipe(recipe, run)
     if run.stage_done(STAGE, inputs) and file.is_file():
         return load_scores(file)
     rows = session.rows("score", recipe.score_tokens, recipe.score_length)
@@ -217,14 +218,19 @@ def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
     return found
 
 
-def depth_file(session: Session) -> Depth:
-    """The costs of whole layers of the session's teacher, computed where missing."""
-    run, recipe = session.run, session.recipe
-    inputs = {
+def depth_inputs(session: Session) -> dict[str, object]:
+    """What decides the costs of whole layers."""
+    recipe = session.recipe
+    return {
         "session": session.identity(),
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.replay_tokens],
         "forwards": DEPTH_FORWARDS,
     }
+
+
+def depth_file(session: Session) -> Depth:
+    """The costs of whole layers of the session's teacher, computed where missing."""
+    run, recipe, inputs = session.run, session.recipe, depth_inputs(session)
     file = run.path / "scores" / "depth.json"
     if run.stage_done(DEPTH, inputs) and file.is_file():
         return load_depth(file)
@@ -245,11 +251,15 @@ def depth_file(session: Session) -> Depth:
     return depth
 
 
+def gram_inputs(session: Session) -> dict[str, object]:
+    """What decides the Gram matrices, and every student that is made with them."""
+    tokens = session.recipe.repair_tokens
+    return {"session": session.identity(), "tokens": tokens, "ridge": RIDGE}
+
+
 def gram_file(session: Session) -> Grams:
     """Gram matrices of the session's teacher on score text, computed where missing."""
-    run, recipe = session.run, session.recipe
-    # The ridge decides no matrix, but every student that is made with them.
-    inputs = {"session": session.identity(), "tokens": recipe.repair_tokens, "ridge": RIDGE}
+    run, inputs = session.run, gram_inputs(session)
     grams = Grams(run.path / "scores" / "grams.safetensors")
     if run.stage_done(REPAIR, inputs) and grams.file.is_file():
         return grams

@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from compress.core.errors import Infeasible
-from compress.core.files import write_json
+from compress.core.files import fingerprint, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
 from compress.export.targets import restricted
@@ -18,19 +18,20 @@ from compress.report.candidates import print_candidates
 from compress.run.bench import Bench, Row, open_bench
 from compress.run.directory import Run
 from compress.run.finalists import finals
+from compress.run.recipe import keep_recipe
 from compress.run.score import (
     DEFAULT_SPACE,
-    DEPTH,
-    REPAIR,
     depth_file,
+    depth_inputs,
     gram_file,
+    gram_inputs,
     repair_tokens,
     score,
+    score_inputs,
     scored_formats,
 )
-from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
-from compress.run.students import CANDIDATES, keep_students, pruned
+from compress.run.students import CANDIDATES, keep_students, pruned, require_replaceable
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
 from compress.searches.baselines import main_kind, randomly, uniform, variants
@@ -77,12 +78,12 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     keys = ("target", "ranking", "trials", "reselect_rounds", "finalists", "short_distill_tokens",
             "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
     return {
-        "score": session.run.fingerprint(SCORE),
-        "repair": session.run.fingerprint(REPAIR) if space.repair else None,
-        "depth": session.run.fingerprint(DEPTH) if space.remove == "layer" else None,
+        "score": fingerprint(score_inputs(session)),
+        "repair": fingerprint(gram_inputs(session)) if space.repair else None,
+        "depth": fingerprint(depth_inputs(session)) if space.remove == "layer" else None,
         "space": space.model_dump(mode="json"),
         "budget": [one.budget.bytes for one in session.at_each_budget()],
-        "active": session.active,
+        "active": recipe.active,
         "deployment": asdict(session.deployment),
         # Searches before this rule have nothing that says whether training helped.
         "students": "as cut or as trained, whichever is better",
@@ -99,15 +100,22 @@ def search(session: Session) -> None:
     run, sweep = session.run, session.at_each_budget()
     # One space for a sweep: what the smallest budget needs.
     space = chosen_space(min(sweep, key=lambda one: one.budget.bytes))
-    write_teacher(session)
     if space is None:
+        require_replaceable(run)
+        keep_recipe(session.recipe, run)
         forget_results(run)
+        write_teacher(session)
         return
     # What can be refused is refused before the long work: the budget, and too little text.
     for one in sweep:
         require_feasible(
             Problem(
-                one.architecture, None, space, one.deployment, one.budget.bytes, active=one.active
+                one.architecture,
+                None,
+                space,
+                one.deployment,
+                one.budget.bytes,
+                active=one.recipe.active,
             )
         )
     require_ranked(session.architecture, session.recipe.ranking)
@@ -116,14 +124,18 @@ def search(session: Session) -> None:
     session.rows("final", session.recipe.final_tokens)
     if space.repair:
         session.rows("score", repair_tokens(session))
+    inputs = search_inputs(session, space)
+    done = run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()
+    if not done:
+        require_replaceable(run)
     scores = score(session)
     if space.repair:
         gram_file(session)
     if space.remove == "layer":
         depth_file(session)
-    inputs = search_inputs(session, space)
-    if not (run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()):
+    if not done:
         forget_results(run)
+        write_teacher(session)
         text, fresh = selection_text(session)
         recipe, (sequences, length) = session.recipe, text.tokens.shape
         again = recipe.reselect_rounds and recipe.ranking == "contribution"
@@ -141,8 +153,8 @@ def search(session: Session) -> None:
             unfit += [{**row, "budget": one.budget.bytes} for row in missing]
         keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
         write_json(run.path / "baselines.json", unfit)
-        done = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
-        write_json(run.path / CANDIDATES, [row.to_json() for row in done])
+        ranked = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
+        write_json(run.path / CANDIDATES, [row.to_json() for row in ranked])
         run.sign(STAGE, inputs)
     print_candidates(session)
 
@@ -161,6 +173,8 @@ def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
 
 def forget_results(run: Run) -> None:
     """Take back what an earlier search of the run said: its students are about to be replaced."""
+    if (run.path / CANDIDATES).is_file():
+        note(f"{run.path} was searched with other settings: its candidates are replaced")
     for name in (CANDIDATES, "baselines.json", "table.json", "eval/results.json"):
         (run.path / name).unlink(missing_ok=True)
 
@@ -171,8 +185,9 @@ def write_teacher(session: Session) -> None:
     write_json(
         session.run.path / "teacher.json",
         {
-            "name": session.recipe.model,
+            "name": session.name,
             "path": str(session.path),
+            "files": session.files,
             "note": session.note,
             "architecture": json.loads(to_json(session.architecture)),
             "bytes": {**asdict(made), "total": made.total},

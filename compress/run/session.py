@@ -9,14 +9,14 @@ from typing import Any
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.quantities import parse_count
+from compress.core.files import digests
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
 from compress.memory.footprint import Deployment
 from compress.model.architecture import Architecture
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import count_active
-from compress.model.find import note_of, resolve_model
+from compress.model.find import is_named, note_of, resolve_model
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
 from compress.text.documents import read_documents
@@ -25,7 +25,13 @@ from compress.text.splits import Split, split_documents
 from compress.text.tokenizer import load_tokenizer
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
-SHARED = ("path", "checkpoint", "model", "tokenizer", "splits")
+SHARED = ("path", "files", "checkpoint", "model", "tokenizer", "splits")
+
+
+# Of a teacher's files besides its weights, those that decide what it computes of a text.
+TEACHER = ("config.json", "tokenizer.json")
+# Digests of the files that a run was made from.
+DIGESTS = "digests.json"
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,21 @@ class Session:
     @cached_property
     def path(self) -> Path:
         """Directory of the teacher."""
-        return resolve_model(self.recipe.model)
+        return resolve_model(self.recipe.model, self.recipe.revision)
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """The sha256 of every file of the teacher that decides what it computes, by name."""
+        named = {*self.path.glob("*.safetensors*"), *map(self.path.joinpath, TEACHER)}
+        files = sorted(file for file in named if file.is_file())
+        found = digests(files, self.run.path / DIGESTS)
+        return dict(zip((file.name for file in files), found.values(), strict=True))
+
+    @property
+    def name(self) -> str:
+        """What the teacher is called: its name or hub id, or the last part of its path."""
+        name = self.recipe.model
+        return name if is_named(name) else Path(name).name
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -68,9 +88,8 @@ class Session:
     @cached_property
     def budget(self) -> Budget:
         """The limit that binds."""
-        limit = resolve_budget(
-            self.architecture, self.deployment, self.recipe.budget, self.recipe.device
-        )
+        recipe = self.recipe
+        limit = resolve_budget(self.architecture, self.deployment, recipe.limit, recipe.preset)
         if limit is None:
             raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
         return limit
@@ -87,15 +106,10 @@ class Session:
         return [self] if len(budgets) < 2 else [self.deployed(budget=budget) for budget in budgets]
 
     @property
-    def active(self) -> int | None:
-        """The most parameters that one token may use; None where they are not bounded."""
-        asked = self.recipe.active_parameters
-        return None if asked is None else parse_count(asked, "active_parameters")
-
-    @property
     def teacher_is_small(self) -> bool:
         """Whether the teacher is within the bound on active parameters, if there is one."""
-        return self.active is None or count_active(self.architecture) <= self.active
+        most = self.recipe.active
+        return most is None or count_active(self.architecture) <= most
 
     @property
     def teacher_bytes(self) -> int:
@@ -138,24 +152,16 @@ class Session:
         return f"split {split} of {file}"
 
     def identity(self) -> dict[str, Any]:
-        """What recognizes the same teacher and text: settings, file sizes and times.
+        """What recognizes the same teacher and text: settings, and what is in the files.
 
         ``eval_data`` is not in it: no stage but the evaluation reads it.
         """
-        files = [*sorted(self.path.glob("*.safetensors")), self.path / "config.json"]
+        data = self.recipe.data
         return {
-            "teacher": [stamp(file) for file in files],
-            "text": [stamp(Path(data))]
-            if (data := self.recipe.data)
+            "teacher": self.files,
+            "text": [*digests([Path(data)], self.run.path / DIGESTS).values()]
+            if data
             else f"embedded {sys.version_info[:2]}",
             "seed": self.recipe.seed,
             "sequence_length": self.recipe.sequence_length,
         }
-
-
-def stamp(file: Path) -> list[Any]:
-    """Path, size and time of a file."""
-    if not file.is_file():
-        raise InputError(f"{file} does not exist")
-    found = file.stat()
-    return [str(file.resolve()), found.st_size, found.st_mtime_ns]

@@ -12,9 +12,9 @@ from compress.run import evaluate as evaluating
 from compress.run import score as scoring
 from compress.run import search as searching
 from compress.run import students
-from compress.run.directory import Run, find_run, run_at, shown
+from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.guide import selected
-from compress.run.recipe import Recipe, check, read_recipe, write_recipe
+from compress.run.recipe import Recipe, check, read_recipe
 from compress.run.session import Session
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
@@ -99,7 +99,7 @@ def evaluate(
     A run alone is its last table: the teacher and the best of every kind, before and after
     distillation.
     """
-    table = len(names) == 1 and evaluating.is_run(names[0])
+    table = len(names) == 1 and is_run(names[0])
     if table:
         session = Session(find_run(names[0])[0], recipe)
         found = evaluating.final_table(session, tasks or ("choice",), task_data, limit)
@@ -117,7 +117,6 @@ def quickstart() -> None:
     """The whole path on the embedded teacher: search, distil, export, evaluate, report."""
     run = run_at("quickstart")
     recipe = check(QUICKSTART, "quickstart")
-    write_recipe(recipe, run.path / "recipe.yaml")
     session = Session(run, recipe)
     searching.search(session)
     students.export(session, None)

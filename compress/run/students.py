@@ -10,7 +10,7 @@ import torch
 from compress.core.errors import InputError
 from compress.core.files import read_json, write_json
 from compress.core.quantities import format_bytes
-from compress.core.terminal import note
+from compress.core.terminal import command, note
 from compress.export.student import export_student
 from compress.formats.kv import set_kv_format
 from compress.measure.kl import Reference, reference, sequence_kl
@@ -43,6 +43,7 @@ def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mappi
     file = session.run.path / CANDIDATES
     if not file.is_file():
         raise InputError(no_candidates(session))
+    require_same_teacher(session, session.run.path / "teacher.json")
     rows: list[Mapping[str, Any]] = read_json(file)
     found = [row for row in rows if (row["id"] == name if name else row["selected"])]
     if not found:
@@ -71,6 +72,36 @@ def no_candidates(session: Session) -> str:
                 "compress search --space joint makes a smaller one all the same"
             )
     return f"{session.run.path} has no candidates yet; run compress search first"
+
+
+def require_replaceable(run: Run) -> None:
+    """Refuse a search that would delete students that were trained or exported in its run.
+
+    What a search made itself, candidates and their short distillation, goes without asking.
+    """
+    made = [
+        f"{folder}/{directory.name}"
+        for folder in ("distill", "export")
+        for directory in sorted((run.path / folder).glob("*"))
+        if not directory.name.endswith(SHORT)
+    ]
+    if made:
+        raise InputError(
+            f"{run.path} holds {', '.join(made)} of a search with other settings, which this one "
+            "would delete; search with another --run NAME, or delete them first"
+        )
+
+
+def require_same_teacher(session: Session, file: Path) -> None:
+    """InputError where the teacher is not the one of the search, which ``file`` describes."""
+    known: dict[str, str] = read_json(file).get("files", {})
+    found = session.files
+    if changed := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
+        raise InputError(
+            f"the teacher in {session.path} is not the one that {session.run.path} was searched "
+            f"for: {', '.join(changed)} changed; put that one back, or search this one with "
+            "another --run NAME"
+        )
 
 
 def keep_students(run: Run, candidates: Iterable[Candidate]) -> None:
@@ -253,11 +284,9 @@ def export(session: Session, name: str | None) -> Path:
     directory, run = latest(session, candidate), session.run
     out = run.path / "export" / candidate.id
     card = {
-        "command": f"compress search {session.recipe.model} --run {run.name}",
+        "command": command("search", session.name, "--run", run.name),
         "budget": f"budget {format_bytes(row['budget'])}",
-        "teacher": f"{session.recipe.model} ({session.note})"
-        if session.note
-        else session.recipe.model,
+        "teacher": f"{session.name} ({session.note})" if session.note else session.name,
         "bytes": f"{format_bytes(row['bytes'])} with caches at {session.recipe.context} context",
         "KL to the teacher": f"{row['measured_kl']:.4f} nats per token before distillation",
         "student": str(directory.relative_to(run.path)),

@@ -45,7 +45,7 @@ from compress.run.recipe import Recipe, read_recipe, write_recipe
 
 model = sys.argv[2]
 write_recipe(Recipe(model=model), Path("recipe.yaml"))
-assert read_recipe(Path("recipe.yaml")).model == model
+assert read_recipe(Path("recipe.yaml")).model == str(Path(model).absolute())
 write_json(Path("facts.json"), {"model": model})
 assert read_json(Path("facts.json"))["model"] == model
 write_text(Path("card.md"), f"{model} \\u00b1 1")

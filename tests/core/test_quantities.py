@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from fractions import Fraction
 
 import pytest
@@ -7,6 +8,7 @@ from compress.core.quantities import (
     format_bytes,
     format_count,
     format_tokens,
+    parse_budget,
     parse_bytes,
     parse_count,
     parse_share,
@@ -51,10 +53,27 @@ def test_a_wrong_size_says_what_is_accepted(text: str) -> None:
         parse_bytes(text, "budget")
 
 
-@pytest.mark.parametrize("text", ["0%", "%", "x%", "-5%"])
+@pytest.mark.parametrize("text", ["%", "x%", "-5%"])
 def test_a_wrong_share_says_what_is_accepted(text: str) -> None:
     with pytest.raises(InputError, match="70%"):
         parse_share(text)
+
+
+@pytest.mark.parametrize("text", ["0", "0B", "0GiB", "0.0 MB", "0%", "0.00%"])
+def test_a_budget_of_nothing_is_none(text: str) -> None:
+    with pytest.raises(InputError, match="has to be above 0"):
+        parse_budget(text)
+
+
+def test_a_budget_is_bytes_or_a_share() -> None:
+    assert parse_budget("1KiB") == 1024
+    assert parse_budget("70%") == Fraction(7, 10)
+
+
+@pytest.mark.parametrize("parsed", [parse_tokens, parse_count])
+def test_a_count_of_nothing_is_none(parsed: Callable[[str], int]) -> None:
+    with pytest.raises(InputError, match="has to be above 0"):
+        parsed("0k")
 
 
 def test_numbers_are_written_as_they_are_read() -> None:

@@ -1,4 +1,5 @@
 import dataclasses
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
@@ -154,7 +155,7 @@ def test_a_share_is_of_the_teacher_in_bf16_with_a_16_bit_cache() -> None:
     teacher = read_architecture(HYBRID_9B)
     small = dataclasses.replace(in_format(teacher, "nvfp4"), kv_format="fp8")
     assert teacher_bytes(small, LONG) == footprint(teacher, LONG).total
-    budget = resolve_budget(small, LONG, "70%", None)
+    budget = resolve_budget(small, LONG, Fraction(7, 10), None)
     assert budget is not None
     assert budget.bytes == footprint(teacher, LONG).total * 7 // 10
 
@@ -162,7 +163,7 @@ def test_a_share_is_of_the_teacher_in_bf16_with_a_16_bit_cache() -> None:
 def test_of_a_budget_and_a_device_the_smaller_binds_and_both_are_named() -> None:
     teacher = read_architecture(HYBRID_9B)
     for text, binding in (("20GiB", parse_bytes("20GiB")), ("40GiB", parse_bytes("22.06GiB"))):
-        budget = resolve_budget(teacher, LONG, text, "a10g")
+        budget = resolve_budget(teacher, LONG, parse_bytes(text), find_device("a10g"))
         assert budget is not None
         assert budget.bytes == binding
         assert "a10g offers 22.060 GiB" in budget.description

@@ -1,11 +1,12 @@
-import json
+import shlex
 from pathlib import Path
 
 import pytest
 
 from compress.core.errors import InputError
-from compress.core.files import atomic_directory, fingerprint, read_json, write_json
-from compress.run.directory import Run, find_run, run_at
+from compress.core.files import atomic_directory, fingerprint, read_json, write_json, write_text
+from compress.core.terminal import command
+from compress.run.directory import Run, find_run, is_run, require_free, run_at, shown
 from compress.run.recipe import Recipe, check, read_recipe, to_yaml, write_recipe
 
 
@@ -96,14 +97,6 @@ def test_a_file_that_cannot_be_written_whole_is_left_as_it_was(tmp_path: Path) -
     assert list(tmp_path.iterdir()) == [file]
 
 
-def test_half_a_line_of_a_killed_process_does_not_swallow_the_next(run: Run) -> None:
-    run.event(stage="score", done=1)
-    with (run.path / "events.jsonl").open("a") as log:
-        log.write('{"stage": "sc')
-    run.event(stage="score", done=2)
-    assert [event["done"] for event in run.events()] == [1, 2]
-
-
 def test_a_run_is_found_by_name_and_by_path(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -114,8 +107,55 @@ def test_a_run_is_found_by_name_and_by_path(
     assert find_run("runs/smol:c3") == (Run(Path("runs/smol")), "c3")
     with pytest.raises(InputError, match="known: smol"):
         find_run("small")
-    with pytest.raises(InputError, match="not a name"):
-        run_at("")
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("plain", "with blank", "ünïcode", "a.b", "runs/deep/er", "./here", "up/../over", "x/"),
+        *("~", "~/home", "$HOME", "'quoted'", "*", "a;b", "c:d/e"),
+    ],
+)
+@pytest.mark.parametrize("candidate", [None, "c3", "50-joint-001"])
+def test_whatever_a_run_is_called_it_is_found_again(
+    name: str, candidate: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home of mine"))
+    (tmp_path / "up").mkdir()
+    made = run_at(name)
+    require_free(made)
+    write_recipe(Recipe(), made.path / "recipe.yaml")
+    require_free(made)
+    for known in (name, shown(made)):
+        found, asked = find_run(known if candidate is None else f"{known}:{candidate}")
+        assert (found.path.resolve(), asked) == (made.path.resolve(), candidate)
+        assert is_run(known)
+        assert shlex.split(command("prune", known)) == ["compress", "prune", known]
+
+
+@pytest.mark.parametrize("name", ["", ".", "..", "/", "a:b", "x/a:b", "-a", "x/..", "~/..", "a\n"])
+def test_a_name_that_could_not_be_given_again_is_refused(name: str) -> None:
+    with pytest.raises(InputError, match="is not a name that commands can be given"):
+        run_at(name)
+    assert not is_run(name)
+
+
+def test_a_run_takes_no_place_of_something_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").write_text("")
+    Path("empty").mkdir()
+    Path("letters/export").mkdir(parents=True)
+    # A teacher of ours has a recipe too: the one it was trained with.
+    for name in ("recipe.yaml", "config.json"):
+        write_text(Path("teacher") / name, "{}")
+    for name in ("./file", "./letters", "./teacher"):
+        with pytest.raises(InputError, match="exists and is no run; take another --run"):
+            require_free(run_at(name))
+        assert not is_run(name)
+    require_free(run_at("./empty"))
 
 
 def test_a_recipe_comes_back_from_yaml(tmp_path: Path) -> None:
@@ -136,7 +176,7 @@ def test_a_recipe_takes_numbers_where_people_write_them(tmp_path: Path) -> None:
     ("text", "message"),
     [
         ("budgett: 70%", "unknown key 'budgett'; did you mean budget?"),
-        ("zzz: 1", "unknown key 'zzz'; known: model, budget"),
+        ("zzz: 1", "unknown key 'zzz'; known: model, revision, budget"),
         ("trials: 0", "trials is 0"),
         ("trials: many", "trials is 'many'"),
         ("target: tensorrt", "target is 'tensorrt'"),
@@ -153,9 +193,3 @@ def test_a_wrong_recipe_is_one_clear_error(tmp_path: Path, text: str, message: s
         read_recipe(tmp_path / "r.yaml")
     assert message in str(error.value)
     assert "\n" not in str(error.value)
-
-
-def test_events_are_one_json_object_a_line(run: Run) -> None:
-    run.event(stage="search", trial=1, kl=0.5)
-    [line] = (run.path / "events.jsonl").read_text().splitlines()
-    assert json.loads(line)["kl"] == 0.5
