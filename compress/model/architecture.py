@@ -6,20 +6,25 @@ numbers that every group of a layer shares.
 """
 
 import dataclasses
-import json
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from compress.core.errors import InputError
+from compress.core.settings import first_fault
 from compress.formats.table import Format, KvFormat
 
+# As JSON has them: a number is no text, and what is not known is an error.
+STRICT = ConfigDict(extra="forbid", strict=True)
 
+
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``."""
 
-    kind: ClassVar[str] = "attention"
+    kind: Literal["attention"] = "attention"
     layer: int
     kv_head: int
     query: int
@@ -28,22 +33,24 @@ class Attention:
     format: Format = "bf16"
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Ffn:
     """A dense feed-forward block of ``ffn`` neurons; gated ones have a third matrix."""
 
-    kind: ClassVar[str] = "ffn"
+    kind: Literal["ffn"] = "ffn"
     layer: int
     ffn: int
     gated: bool
     format: Format = "bf16"
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Moe:
     """Routed experts and a shared one; ``latent`` is the experts' input width if projected."""
 
-    kind: ClassVar[str] = "moe"
+    kind: Literal["moe"] = "moe"
     layer: int
     expert: int
     expert_ffn: int
@@ -54,11 +61,12 @@ class Moe:
     format: Format = "bf16"
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Mamba:
     """Mamba-2: ``group`` groups of ``head`` heads of ``channel`` channels; B and C per group."""
 
-    kind: ClassVar[str] = "mamba"
+    kind: Literal["mamba"] = "mamba"
     layer: int
     group: int
     head: int
@@ -69,9 +77,9 @@ class Mamba:
 
 
 Block = Attention | Ffn | Moe | Mamba
-BLOCKS: Mapping[str, type[Block]] = {kind.kind: kind for kind in (Attention, Ffn, Moe, Mamba)}
 
 
+@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Architecture:
     """Everything that search, memory, surgery, model building and export have to agree on.
@@ -84,7 +92,7 @@ class Architecture:
     vocab: int
     hidden: int
     tied: bool
-    blocks: tuple[Block, ...]
+    blocks: tuple[Annotated[Block, Field(discriminator="kind")], ...]
     kv_format: KvFormat = "bf16"
 
     @property
@@ -96,6 +104,9 @@ class Architecture:
     def formats(self) -> set[Format]:
         """The number formats its blocks use."""
         return {block.format for block in self.blocks}
+
+
+JSON = TypeAdapter(Architecture)
 
 
 def block_name(block: Block) -> str:
@@ -114,21 +125,12 @@ def sizes(block: Block) -> dict[str, int]:
 
 def to_json(architecture: Architecture) -> str:
     """The architecture as JSON; ``from_json`` gives it back without loss."""
-    data = dataclasses.asdict(architecture)
-    data["blocks"] = [
-        {"kind": block.kind, **dataclasses.asdict(block)} for block in architecture.blocks
-    ]
-    return json.dumps(data, indent=1)
+    return JSON.dump_json(architecture, indent=1).decode()
 
 
 def from_json(text: str) -> Architecture:
-    """Read what ``to_json`` wrote; InputError on unknown or missing fields."""
-    data: dict[str, Any] = json.loads(text)
+    """Read what ``to_json`` wrote; InputError on unknown, missing or wrong fields."""
     try:
-        blocks = tuple(
-            BLOCKS[entry["kind"]](**{k: v for k, v in entry.items() if k != "kind"})
-            for entry in data.pop("blocks")
-        )
-        return Architecture(blocks=blocks, **data)
-    except (KeyError, TypeError) as error:
-        raise InputError(f"architecture.json is not one of ours: {error}") from error
+        return JSON.validate_json(text)
+    except ValidationError as error:
+        raise InputError(f"architecture.json is not one of ours: {first_fault(error)}") from error

@@ -1,18 +1,18 @@
 """The recipe of a run: every setting, its default and what it means. Flags equal its keys."""
 
 import os
-from difflib import get_close_matches
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from compress.core.errors import InputError
 from compress.core.files import write_text
 from compress.core.quantities import parse_budget, parse_bytes, parse_count, parse_tokens
+from compress.core.settings import checked, read_settings
 from compress.export.targets import Target
 from compress.memory.devices import Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
@@ -182,18 +182,12 @@ def near(model: str) -> str:
 
 def check(settings: dict[str, Any], source: str) -> Recipe:
     """The recipe of these settings; InputError names the first wrong key or value."""
-    try:
-        recipe = Recipe.model_validate(settings)
-    except ValidationError as error:
-        first = error.errors()[0]
-        key = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            close = get_close_matches(key, Recipe.model_fields, n=1)
-            hint = (
-                f"did you mean {close[0]}?" if close else f"known: {', '.join(Recipe.model_fields)}"
-            )
-            raise InputError(f"{source}: unknown key {key!r}; {hint}") from error
-        raise InputError(f"{source}: {key} is {first['input']!r}: {first['msg']}") from error
+    recipe = checked(settings, Recipe, source)
+    return complete(recipe, source)
+
+
+def complete(recipe: Recipe, source: str) -> Recipe:
+    """The recipe itself; InputError where one of its quantities is wrong."""
     # Quantities are kept as written, but a wrong one is refused here, not in a later stage.
     _ = recipe.deployment, recipe.active, recipe.preset
     if recipe.budget is not None and not recipe.limits:
@@ -206,15 +200,7 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
 
 def read_recipe(path: Path) -> Recipe:
     """The recipe of a YAML file; keys that are not there have their defaults."""
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"recipe {path} cannot be read: {error.strerror}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
-    if settings is not None and not isinstance(settings, dict):
-        raise InputError(f"{path} holds no keys; a recipe looks like: budget: 70%")
-    return check(settings or {}, str(path))
+    return complete(read_settings(path, Recipe, "recipe"), str(path))
 
 
 def to_yaml(recipe: Recipe) -> str:

@@ -257,8 +257,8 @@ def branch_outputs(
         else masked_branch(layer, block, name, caught["inner"], own, alive(block, units, keep))
         for keep in keeps
     ]
-    repeated = {kind: plain[kind].repeat(len(keeps), 1, 1) for kind in kinds[:-1]}
-    return repeated | {block.kind: torch.cat(kept)}
+    found: dict[str, Tensor] = {kind: plain[kind].repeat(len(keeps), 1, 1) for kind in kinds[:-1]}
+    return found | {block.kind: torch.cat(kept)}
 
 
 def masked_site(architecture: Architecture, block: Block) -> tuple[Units, str]:

@@ -46,7 +46,7 @@ def distributions(problem: Problem) -> dict[str, BaseDistribution]:
     for axis, choice in problem.space.axes.items():
         if choice.scope == "global":
             found[f"share_{axis}"] = CategoricalDistribution((1.0, *choice.keep))
-    kinds = sorted({block.kind for block in problem.teacher.blocks})
+    kinds: list[str] = sorted({block.kind for block in problem.teacher.blocks})
     scaled = kinds if problem.space.prunes else []
     if len(problem.space.formats) > 1 and problem.space.prunes:
         scaled = [*kinds, "format"]

@@ -3,14 +3,13 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Literal
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError
+from compress.core.settings import read_settings
 from compress.formats.table import Format, KvFormat
 from compress.memory.footprint import block_takes
 from compress.model.architecture import Architecture, Attention, Block, sizes
@@ -67,22 +66,7 @@ def load_space(name: str) -> Space:
     path = shipped.get(name, Path(name))
     if not path.is_file():
         raise InputError(f"space {name!r} is neither a file nor one of {', '.join(shipped)}")
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if not isinstance(settings, dict):
-            raise InputError(f"{path} holds no keys; a space has {', '.join(Space.model_fields)}")
-        space = Space.model_validate(settings)
-    except ValidationError as error:
-        # A key that is not known explains another that is missing, not the other way round.
-        first = min(error.errors(), key=lambda found: found["type"] != "extra_forbidden")
-        where = ".".join(str(part) for part in first["loc"])
-        if first["type"] == "extra_forbidden":
-            keys = [*Space.model_fields, *Axis.model_fields]
-            hint = get_close_matches(where.rpartition(".")[2], keys, n=1) or keys
-            raise InputError(f"{path}: unknown key {where!r}; known: {', '.join(hint)}") from error
-        raise InputError(f"{path}: {where}: {first['msg']}") from error
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    space = read_settings(path, Space, "space")
     known = {"hidden"} | {axis for axes in AXES.values() for axis in axes}
     for axis, choice in space.axes.items():
         if axis not in known:

@@ -20,6 +20,7 @@ from transformers import (
 
 from compress.core.errors import InputError
 from compress.core.files import read_json, write_json
+from compress.core.settings import read_settings
 from compress.core.terminal import note
 from compress.measure.losses import nll_from_hidden
 from compress.model.build import load_model
@@ -31,7 +32,7 @@ from compress.text.packing import pack
 from compress.text.splits import split_documents
 from compress.text.tokenizer import load_tokenizer
 from compress.train.loop import STATE, Progress, TrainSettings, batch_at, digest, forget, train
-from compress.train.recipes import PretrainRecipe, read_recipe
+from compress.train.recipes import PretrainRecipe
 
 EOS = "<|endoftext|>"
 BIAS = "e_score_correction_bias"
@@ -52,7 +53,7 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         InputError: a recipe, config, text or tokenizer that cannot be used, a loss that is not
             finite, or an ``out`` that holds something else.
     """
-    settings = read_recipe(recipe)
+    settings = read_settings(recipe, PretrainRecipe, "pretraining recipe")
     if (finished := metrics_of(recipe, out)) is not None:
         return finished
     splits = split_documents(read_documents(settings.data))

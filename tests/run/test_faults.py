@@ -229,7 +229,7 @@ def test_a_space_that_is_none(command: Command, tiny_llama: Path, text: Path) ->
     for content, said in (
         (b"remove: [", "is not YAML"),
         (b"\xff\xfe", "is not YAML"),
-        (b"removes: block", "s.yaml: unknown key 'removes'; known: remove"),
+        (b"removes: block", "s.yaml: unknown key 'removes'; did you mean remove?"),
         (b"", "s.yaml holds no keys"),
     ):
         Path("s.yaml").write_bytes(content)
