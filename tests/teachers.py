@@ -1,5 +1,6 @@
 """Tiny teachers with what a search knows of them."""
 
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from compress.export.targets import Target, restricted
 from compress.measure.kl import Reference, measure, reference
 from compress.memory.budget import teacher_bytes
 from compress.memory.footprint import Deployment
+from compress.model.architecture import to_json
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.scores.contributions import contributions
@@ -50,6 +52,17 @@ class Teacher:
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         return measure(candidate, self.text)
+
+
+def invented(candidate: Candidate) -> Iterator[Tensor]:
+    """Figures per sequence that a candidate's architecture decides and no model is built for.
+
+    For laws of studies, whose moves and stops depend on figures and not on where they are from.
+    """
+    seed = zlib.crc32(to_json(candidate.architecture).encode())
+    generator = torch.Generator().manual_seed(seed)
+    level, spread = torch.rand(1, generator=generator), torch.rand(len(TOKENS), generator=generator)
+    yield from (0.2 + level + 0.5 * spread).split(4)
 
 
 def first_candidates(problem: Problem) -> list[Candidate]:

@@ -24,7 +24,7 @@ from compress.searches.study import explore
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate
 from compress.student.surgery import prune
-from teachers import DEPLOYMENT, TOKENS, Teacher, first_candidates, settings, shown
+from teachers import DEPLOYMENT, TOKENS, Teacher, first_candidates, invented, settings, shown
 
 SPACES = sorted(shipped_spaces())
 # What a space must reach of each tiny teacher; formats alone save least.
@@ -226,7 +226,7 @@ def journal(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def uninterrupted(hybrid: Teacher, journal: Path) -> list[object]:
-    return shown(explore(hybrid.problem("joint", 0.5), settings(journal, 12), hybrid.measure))
+    return shown(explore(hybrid.problem("joint", 0.5), settings(journal, 12), invented))
 
 
 def test_a_study_measures_as_many_different_candidates_as_asked(uninterrupted: list) -> None:
@@ -240,9 +240,9 @@ def test_the_same_seed_gives_the_same_study(
     problem = hybrid.problem("joint", 0.5)
     journal = tmp_path / "journal.log"
     # A shorter study is the start of a longer one, and asking for fewer gives fewer.
-    short = shown(explore(problem, settings(journal, 3), hybrid.measure))
-    assert shown(explore(problem, settings(journal, 12), hybrid.measure)) == uninterrupted
-    assert shown(explore(problem, settings(journal, 3), hybrid.measure)) == short
+    short = shown(explore(problem, settings(journal, 3), invented))
+    assert shown(explore(problem, settings(journal, 12), invented)) == uninterrupted
+    assert shown(explore(problem, settings(journal, 3), invented)) == short
     assert {row[0] for row in short} == {"joint-000", "joint-001", "joint-002"}
 
 
@@ -255,7 +255,7 @@ def test_a_study_that_fails_inside_a_measurement_continues_as_if_it_had_not(
 
     def fail_later(candidate: Candidate) -> Iterator[Tensor]:
         nonlocal measured
-        batches = hybrid.measure(candidate)
+        batches = invented(candidate)
         yield next(batches)
         if measured == after:
             raise KeyboardInterrupt
@@ -264,7 +264,7 @@ def test_a_study_that_fails_inside_a_measurement_continues_as_if_it_had_not(
 
     with pytest.raises(KeyboardInterrupt):
         explore(problem, settings(journal, 12), fail_later)
-    assert shown(explore(problem, settings(journal, 12), hybrid.measure)) == uninterrupted
+    assert shown(explore(problem, settings(journal, 12), invented)) == uninterrupted
 
 
 @pytest.mark.parametrize("share", [0.02, 0.5, 0.93])
@@ -278,12 +278,12 @@ def test_a_journal_cut_off_anywhere_and_left_locked_is_continued(
     whole = journal.read_bytes()
     left.write_bytes(whole[: int(share * len(whole))])
     Path("study/journal.log.lock").symlink_to("study/journal.log")
-    assert shown(explore(problem, settings(left, 12), hybrid.measure)) == uninterrupted
+    assert shown(explore(problem, settings(left, 12), invented)) == uninterrupted
 
 
 def test_a_small_space_ends_when_there_is_nothing_new(hybrid: Teacher, tmp_path: Path) -> None:
     problem = hybrid.problem("minipuzzle", 0.9)
     problem = replace(problem, space=problem.space.model_copy(update={"axes": {}}))
-    found = explore(problem, settings(tmp_path / "journal.log", 100), hybrid.measure)
+    found = explore(problem, settings(tmp_path / "journal.log", 100), invented)
     assert 1 < len(found) < 2 ** len(hybrid.architecture.blocks)
     assert len({trial.candidate.architecture for trial in found}) == len(found)
