@@ -76,6 +76,7 @@ def block_bytes(block: Block, hidden: int, family: str) -> int:
     )
 
 
+@lru_cache(maxsize=2**16)
 def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
     """Whether every quantizable weight of a block can be stored in the format."""
     axis_sizes = {"hidden": hidden} | sizes(block)
