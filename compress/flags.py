@@ -12,8 +12,9 @@ import typer
 
 from compress.core.errors import InputError
 from compress.core.terminal import note
-from compress.model.config import architecture_of, read_config
+from compress.model.config import read_config
 from compress.model.find import commit_of, is_named, resolve_model
+from compress.model.weights import planned_architecture
 from compress.run.directory import Run, find_run, is_run, require_free, run_at
 from compress.run.recipe import (
     Recipe,
@@ -119,10 +120,10 @@ def checked_files(recipe: Recipe) -> Recipe:
     """The recipe, which names the commit of a hub model.
 
     Raises:
-        InputError: the model is none or of no known family, or a text is not there.
+        InputError: the model is none that a search can run, or a text is not there.
     """
     path = resolve_model(recipe.model, recipe.revision, config_only=True)
-    architecture_of(path, read_config(path))
+    planned_architecture(path, read_config(path))
     for text in (recipe.data, recipe.eval_data):
         if text is not None and not Path(text).is_file():
             raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")

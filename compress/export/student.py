@@ -32,8 +32,9 @@ from compress.formats.packed import pack_block
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import build_model, is_plain, load_model
-from compress.model.checkpoint import INDEX, Checkpoint, open_checkpoint, write_checkpoint
+from compress.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from compress.model.families import parameters
+from compress.model.weights import INDEX
 from compress.student.surgery import by_block, quantized
 
 QUANT_CONFIG = "hf_quant_config.json"
@@ -207,7 +208,9 @@ def verify(
         raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
     stock = architecture.formats == {"bf16"} and is_plain(architecture)
     model: Any = (
-        AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
+        AutoModelForCausalLM.from_pretrained(
+            directory, dtype=torch.float32, trust_remote_code=False
+        )
         if stock
         else load_model(directory)
     )

@@ -19,7 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compress.core.errors import InputError
 from compress.measure.estimates import Estimate, difference, mean_of, ratio_of
 from compress.measure.lm_eval import TaskResults, Tasks, run_tasks
-from compress.measure.losses import kl_from_hidden, nll_from_hidden
+from compress.measure.losses import kl_from_hidden, nll_from_hidden, require_finite
 from compress.model.build import load_model
 from compress.model.modules import final_hidden, head_of
 
@@ -138,6 +138,7 @@ def on_text(
         nats_N = nll_from_hidden(hidden[:, :-1].flatten(0, 1), head, rows[:, 1:].flatten())
         kl_R.append(kl_N.reshape(len(rows), -1).double().mean(1).cpu())
         nats_R.append(nats_N.reshape(len(rows), -1).double().mean(1).cpu())
+    require_finite(torch.cat([*kl_R, *nats_R]), "the logits of a model or of its teacher")
     nats = torch.cat(nats_R).numpy()
     return {
         "kl": mean_of(torch.cat(kl_R).numpy()),

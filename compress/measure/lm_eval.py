@@ -22,6 +22,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from compress.core.errors import InputError
 from compress.measure.estimates import Estimate, exponential, mean_of, pooled, ratio_of
 from compress.model.find import shipped
+from compress.text.packing import require_tokens
 
 # Longer windows would only make the logits of one forward bigger: [tokens, vocab] in float32.
 LONGEST_WINDOW = 1024
@@ -157,7 +158,7 @@ def run_tasks(
             max_length=window,
             batch_size=max(1, LOGITS_BYTES // (4 * window * model.config.vocab_size)),
         )
-        refuse_long_answers(adapter, window)
+        require_requests(adapter, window, model.config.vocab_size)
         loaded, members = tasks.load(cache)
         found = import_module("lm_eval").simple_evaluate(
             model=adapter,
@@ -186,10 +187,11 @@ def run_tasks(
     return results
 
 
-def refuse_long_answers(adapter: Any, window: int) -> None:
+def require_requests(adapter: Any, window: int, vocab: int) -> None:
     """Make the adapter raise InputError for an answer that its window cannot hold.
 
-    lm-eval 0.4.13 fails an assertion without a message.
+    So it does for tokens that the model has no embedding of. lm-eval 0.4.13 fails an assertion
+    without a message.
     """
     score = adapter._loglikelihood_tokens
 
@@ -200,6 +202,8 @@ def refuse_long_answers(adapter: Any, window: int) -> None:
                 f"a task has an answer of {longest} tokens, but the model's window is {window}; "
                 "leave that task out"
             )
+        for _, context, answer in requests:
+            require_tokens(max([*context, *answer], default=0), vocab)
         return score(requests, **options)
 
     adapter._loglikelihood_tokens = checked

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import nll_loss
 
+from compress.core.errors import InputError
 from compress.model.modules import Head
 
 CHUNK = 512
@@ -76,6 +77,16 @@ def nll_from_hidden(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int
 def log_probabilities(hidden_ND: Tensor, head: Head) -> Tensor:
     """Log-softmax of the logits, fp32 whatever the inputs and the surrounding autocast."""
     return head.logits(hidden_ND).log_softmax(-1)
+
+
+def require_finite(values: Tensor, what: str) -> Tensor:
+    """The values; InputError where they are no numbers to measure with."""
+    if not bool(values.isfinite().all()):
+        raise InputError(
+            f"{what} are not finite on this text (NaN or infinity): the weights or the config are "
+            "damaged, or overflow"
+        )
+    return values
 
 
 class _FromHidden(torch.autograd.Function):

@@ -11,8 +11,9 @@ from compress.memory.budget import Budget, in_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
 from compress.model.architecture import Architecture, Attention
-from compress.model.config import architecture_of, read_config
+from compress.model.config import read_config
 from compress.model.families import count_active, count_parameters
+from compress.model.weights import planned_architecture
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,9 +93,8 @@ def notes_of(
         if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
             inputs = f"inputs no multiple of {FORMATS[format].group}"
             yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
-    foreign = "quantization_config" in config and architecture.formats == {"bf16"}
-    if foreign:
-        yield "config.json names a quantization that is not ours; planned as bf16"
+    if config.get("quantization_config") and architecture.formats == {"bf16"}:
+        yield "config.json names a quantization; planned as bf16, which a search would need"
     if device and architecture.kv_format not in device.kv_formats:
         yield f"no backend is sure to run a {architecture.kv_format} KV cache on {device.name}"
     if device and device.count > 1:
@@ -116,7 +116,7 @@ def make_plan(
     is planned as its files say.
     """
     config = read_config(model)
-    architecture = architecture_of(model, config)
+    architecture = planned_architecture(model, config)
     limit = resolve_budget(architecture, deployment, budget, device)
     planned = architecture if format is None else in_format(architecture, format)
     if kv_format is not None:

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
@@ -21,8 +22,8 @@ from compress.formats.packed import dequantized_tensors
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import open_checkpoint
-from compress.model.config import architecture_of, read_config
-from compress.model.families import family_of, parameters
+from compress.model.config import ARCHITECTURE, architecture_of, read_config
+from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family
 
 
@@ -42,6 +43,13 @@ class NoFfn(nn.Module):
         return hidden_states.new_zeros(())
 
 
+# Keys of a teacher's config that a student's would not be true of, or that say how somebody ran it.
+ELSEWHERE = (
+    *("auto_map", "quantization_config", "quantization", "torch_dtype", "per_layer_config"),
+    *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
+    *("_attn_implementation_internal", "output_attentions", "output_hidden_states", "return_dict"),
+    *("use_return_dict", "transformers_weights", "_name_or_path", "time_step_limit"),
+)
 REMOVED: Mapping[str, type[nn.Module]] = {"attention": NoAttention, "ffn": NoFfn}
 
 
@@ -85,10 +93,18 @@ def kinds_of(family: Family) -> list[str]:
 
 def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
     """config.json of a BF16 student: the family's own if it can express it, else nested in ours."""
-    nested = "base_config" in teacher_config
-    base = dict(teacher_config["base_config"] if nested else teacher_config)
-    base.pop("hybrid_override_pattern", None)
-    base |= shared_settings(student) | family_of(student.family).write(base, student)
+    family = family_of(student.family)
+    base = family.normal(teacher_config.get("base_config", teacher_config))
+    written = shared_settings(student) | family.write(base, student)
+    written["tie_word_embeddings"] = student.tied
+    if (depth := base.get("num_hidden_layers")) != student.layers:
+        # Lists by layer that nobody writes anew would speak of other layers.
+        base = {
+            key: value
+            for key, value in base.items()
+            if not (isinstance(value, list) and len(value) == depth)
+        }
+    base = {key: value for key, value in base.items() if key not in ELSEWHERE} | written
     if is_plain(student):
         return base
     return {
@@ -115,7 +131,6 @@ def build_model(
     family = family_of(architecture.family)
     module, model_name, _ = family.modules
     stock: type[PreTrainedModel] = getattr(importlib.import_module(module), model_name)
-    own = config.get("base_config", config)
 
     def construct(self: PreTrainedModel, built: Any) -> None:
         stock.__init__(self, built)
@@ -124,16 +139,7 @@ def build_model(
     student: Any = type(
         model_name, (stock,), {"__init__": construct, "__module__": stock.__module__}
     )
-    # transformers 5.23 wants hidden divisible by heads, although head_dim is its own key and the
-    # model code does not need it: these two are set past its check.
-    unchecked = {key: own[key] for key in ("hidden_size", "num_attention_heads") if key in own}
-    # transformers 5.23 writes an infinity in time_step_limit as an object that it cannot read; the
-    # model code uses another key.
-    unread = {*unchecked, "time_step_limit"}
-    rest = {key: value for key, value in own.items() if key not in unread}
-    built = AutoConfig.for_model(**{"attn_implementation": "sdpa", **rest})
-    for key, value in unchecked.items():
-        setattr(built, key, value)
+    built = built_config(config.get("base_config", config), architecture)
     built.architectures = [model_name]
     # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
     built._experts_implementation = "eager"
@@ -150,6 +156,25 @@ def build_model(
     model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)
     return model
+
+
+def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTrainedConfig:
+    """The family's transformers config, of what its model code reads."""
+    settings = copy.deepcopy(settings_of(config)) | shared_settings(architecture)
+    settings["tie_word_embeddings"] = architecture.tied
+    # Names for layers of students that are no more; no family here reads them.
+    settings.pop("layer_types", None)
+    hidden, heads = settings["hidden_size"], settings.get("num_attention_heads", 1)
+    if hidden % heads:
+        # LlamaConfig refuses it (transformers 5.23), although head_dim is its own key and the model
+        # code does not need it: a student's width is set past its check.
+        settings["hidden_size"] = heads
+    try:
+        built = AutoConfig.for_model(architecture.family, attn_implementation="sdpa", **settings)
+    except (StrictDataclassError, KeyError) as error:
+        raise InputError(f"config.json: {' '.join(str(error).split())}") from error
+    built.hidden_size = hidden
+    return built
 
 
 def set_layers(model: Any, architecture: Architecture) -> None:
@@ -214,7 +239,8 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         InputError: what ``open_checkpoint`` refuses.
     """
     config = read_config(path)
-    if "quantization" in config or "quantization_config" in config:
+    ours = (path / ARCHITECTURE).is_file()
+    if ours and ("quantization" in config or "quantization_config" in config):
         architecture = architecture_of(path, config)
         formats = weight_formats(architecture)
         return build_model(config, architecture, dequantized_tensors(path, formats), dtype)

@@ -8,18 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.files import atomic_directory, read_json, write_text
+from compress.core.files import atomic_directory, write_text
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, read_config
-from compress.model.families import parameters
 from compress.model.tensor_files import save_tensors
+from compress.model.weights import INDEX, SINGLE, Stored, checked_weights
 
 SHARD_BYTES = 4 * 2**30
-INDEX = "model.safetensors.index.json"
 # What makes a checkpoint usable besides its weights; copied, never interpreted.
 COMPANIONS = (
     "tokenizer.json",
@@ -32,8 +31,6 @@ COMPANIONS = (
     "chat_template.jinja",
     "generation_config.json",
 )
-# Old llama checkpoints carry this buffer; it is recomputed and means nothing.
-IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
@@ -43,13 +40,14 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     architecture: Architecture
-    files: Mapping[str, Path] = field(repr=False)
+    tensors: Mapping[str, Stored] = field(repr=False)
     finite: set[str] = field(default_factory=set, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor, as stored; InputError if it holds a NaN or an infinity."""
-        with safe_open(self.files[name], framework="pt") as reader:
-            tensor: Tensor = reader.get_tensor(name)
+        stored = self.tensors[name]
+        with safe_open(stored.file, framework="pt") as reader:
+            tensor: Tensor = reader.get_tensor(stored.name)
         if name not in self.finite:
             if not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"tensor {name} in {self.path} holds NaN or infinite values")
@@ -61,52 +59,12 @@ def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint; every tensor must be known to the family's table and have its shape.
 
     Raises:
-        InputError: missing or corrupt file, unknown family, and a tensor that is unknown, missing
-            or misshaped, by name.
+        InputError: missing or corrupt file, unknown family, a quantized checkpoint, and a tensor
+            that is unknown, missing or misshaped, by name.
     """
     config = read_config(path)
-    architecture = architecture_of(path, config)
-    shapes, files = tensor_shapes(path)
-    ignored = {"lm_head.weight"} if architecture.tied else set()
-    for parameter in parameters(architecture):
-        if parameter.name not in shapes:
-            raise InputError(f"{path} has no tensor {parameter.name}")
-        if (found := shapes.pop(parameter.name)) != parameter.shape:
-            raise InputError(
-                f"tensor {parameter.name} in {path} has shape {list(found)}, "
-                f"its config says {list(parameter.shape)}"
-            )
-    for name in sorted(shapes):
-        if name not in ignored and not name.endswith(IGNORED_SUFFIX):
-            raise InputError(
-                f"{path} holds tensor {name}, which no table of {architecture.family} knows"
-            )
-    return Checkpoint(path, config, architecture, files)
-
-
-def tensor_shapes(path: Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Path]]:
-    """Shape and file of every tensor of a directory, from the safetensors headers."""
-    if (path / INDEX).is_file():
-        index = read_json(path / INDEX)
-        if not isinstance(index, dict) or not isinstance(index.get("weight_map"), dict):
-            raise InputError(f"{path / INDEX} has no weight_map")
-        shards = sorted(set(index["weight_map"].values()))
-    else:
-        shards = ["model.safetensors"]
-    shapes: dict[str, tuple[int, ...]] = {}
-    files: dict[str, Path] = {}
-    for shard in shards:
-        file = path / shard
-        if not file.is_file():
-            raise InputError(f"{file} does not exist; weights are read from safetensors only")
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.offset_keys():
-                    shapes[name] = tuple(reader.get_slice(name).get_shape())
-                    files[name] = file
-        except SafetensorError as error:
-            raise InputError(f"{file} is corrupt: {error}") from error
-    return shapes, files
+    architecture, tensors = checked_weights(path, config, architecture_of(path, config))
+    return Checkpoint(path, config, architecture, tensors)
 
 
 def write_checkpoint(
@@ -144,7 +102,7 @@ def write_files(
         shards.append(list(shard))
         total += sum(tensor.nbytes for tensor in shard.values())
     if len(shards) == 1:
-        (partial / "shard-0").rename(partial / "model.safetensors")
+        (partial / "shard-0").rename(partial / SINGLE)
     else:
         weight_map: dict[str, str] = {}
         for number, names in enumerate(shards):

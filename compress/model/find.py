@@ -90,9 +90,7 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     if path.exists():
         return path
     known = f"a directory, one of embedded, {', '.join(FETCHABLE)}, or a hub id (owner/name)"
-    # A path below a directory that exists is a typing error, not a question for the hub.
-    is_id = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name) and not path.parent.exists()
-    if not is_id:
+    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise InputError(f"model {name!r} does not exist; a model is {known}")
     return from_hub(name, revision, config_only)
 
@@ -101,11 +99,12 @@ def from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     """The snapshot of a hub id, downloaded where it is not cached; InputError if unreachable."""
     # Not at the top: it takes longer to import than plan takes to answer.
     from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError
 
     try:
         patterns = ["config.json"] if config_only else HUB_PATTERNS
         return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except OSError as error:
+    except (OSError, HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model {name!r} is no directory and not to be had: {reason}") from error
 

@@ -33,9 +33,11 @@ def convert(gguf: Path, directory: Path) -> None:
     # Its bars go to stderr as it is at the call; which stage runs is ours to say.
     with contextlib.redirect_stderr(io.StringIO()):
         model: Any = AutoModelForCausalLM.from_pretrained(
-            gguf.parent, gguf_file=gguf.name, dtype=torch.float32
+            gguf.parent, gguf_file=gguf.name, dtype=torch.float32, trust_remote_code=False
         )
-        tokenizer: Any = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+        tokenizer: Any = AutoTokenizer.from_pretrained(
+            gguf.parent, gguf_file=gguf.name, trust_remote_code=False
+        )
     tokenizer.model_max_length = model.config.max_position_embeddings
     # Without what every config says and what says nothing about this model.
     common = PreTrainedConfig().to_dict()

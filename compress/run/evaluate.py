@@ -5,6 +5,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from compress.core.errors import InputError
 from compress.core.files import read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note, progress, table
@@ -81,11 +84,25 @@ def evaluate(
             makers[label], sizes[label] = run_model(name)
         elif name not in makers:
             other = Session(session.run, recipe.changed(model=name, revision=None))
+            require_same_tokens(session, other)
             makers[name], sizes[name] = partial(getattr, other, "model"), other.teacher_bytes
     found = on_final_text(session, Built(makers), sizes, tasks, task_data, limit)
     for run in runs:
         write_json(run.path / "eval" / "results.json", found)
     return found
+
+
+def require_same_tokens(teacher: Session, other: Session) -> None:
+    """InputError where a model's own tokenizer reads the text otherwise than the teacher's."""
+    own, theirs = (session.path / "tokenizer.json" for session in (other, teacher))
+    if not (own.is_file() and theirs.is_file()) or own.read_bytes() == theirs.read_bytes():
+        return
+    tokens = teacher.recipe.final_tokens
+    if not torch.equal(other.rows("final", tokens), teacher.rows("final", tokens)):
+        raise InputError(
+            f"{own} reads the text otherwise than {theirs}: KL compares the same tokens; compare "
+            "models of one tokenizer"
+        )
 
 
 def run_model(name: str) -> tuple[Callable[[], Any], int]:

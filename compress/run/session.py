@@ -134,7 +134,8 @@ class Session:
         """Packed rows of a split, [rows, sequence length]."""
         length = length or self.recipe.sequence_length
         texts, what = self.splits[split], self.origin(split)
-        return pack(texts, self.tokenizer, length, tokens, self.recipe.seed, what)
+        vocab = self.architecture.vocab
+        return pack(texts, self.tokenizer, length, tokens, self.recipe.seed, what, vocab)
 
     def training_rows(self, tokens: int, length: int) -> Tensor:
         """Rows to train on: as many as ``tokens`` asks for, or all that there are."""
@@ -143,7 +144,8 @@ class Session:
         plenty = sum(len(text) for text in texts) > 8 * tokens
         wanted = tokens if plenty else None
         what = self.origin("train")
-        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed, what)
+        vocab = self.architecture.vocab
+        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed, what, vocab)
 
     def origin(self, split: Split) -> str:
         """What errors call the text of a split."""

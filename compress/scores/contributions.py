@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.formats.table import Format
+from compress.measure.losses import require_finite
 from compress.model.architecture import Architecture
 from compress.model.modules import Head, final_hidden, head_of
 from compress.model.tensor_files import save_tensors
@@ -102,7 +103,7 @@ def label_gradients(
     slopes = torch.empty(draws, *rows_BT.shape)
     for row, sequence in enumerate(rows_BT):
         generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
-        logits = head.logits(hidden_BTD[row])
+        logits = require_finite(head.logits(hidden_BTD[row]), "the teacher's logits")
         probability, slope = logits.softmax(-1), head.slope(logits)
         labels[:, row] = torch.multinomial(probability, draws, True, generator=generator).T
         slopes[:, row] = slope.expand_as(logits).gather(1, labels[:, row].T).T

@@ -20,6 +20,7 @@ def pack(
     tokens: int | None = None,
     seed: int = 0,
     what: str = "the text",
+    vocab: int | None = None,
 ) -> Tensor:
     """Rows of ``length`` tokens, int64: documents shuffled, each followed by EOS, cut into rows.
 
@@ -28,7 +29,7 @@ def pack(
     not from one book. Otherwise every whole row. ``what`` names the text in the error.
 
     Raises:
-        InputError: there are fewer tokens than that.
+        InputError: there are fewer tokens than that, or tokens from ``vocab`` on.
     """
     rows = None if tokens is None else -(-tokens // length)
     texts = list(documents)
@@ -48,4 +49,15 @@ def pack(
             f"{needed} are needed; give more text, in more rows, or ask for fewer tokens"
         )
     rows = len(stream) // length if rows is None else rows
+    if vocab is not None:
+        require_tokens(max(stream), vocab)
     return torch.tensor(stream[: rows * length]).view(rows, length)
+
+
+def require_tokens(highest: int, vocab: int) -> None:
+    """InputError where the highest token id of a text has no embedding."""
+    if highest >= vocab:
+        raise InputError(
+            f"token id {highest} of the tokenizer is beyond vocab_size {vocab}, and the text has "
+            "it; take it out of the text or of tokenizer.json"
+        )

@@ -1,26 +1,46 @@
 """The tokenizer of a model directory."""
 
 from pathlib import Path
+from typing import Any
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
 
 from compress.core.errors import InputError
+from compress.core.files import read_json
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
-    """The tokenizer of a model directory; InputError if it has none or no end-of-text token."""
-    if not (path / "tokenizer.json").is_file():
+    """The tokenizer of a model directory; InputError if it has none or no end-of-text token.
+
+    ``tokenizer.json`` says all of it. The class that tokenizer_config.json names is not asked: it
+    may be code of the checkpoint, or build another tokenizer (LlamaTokenizerFast loses the spaces
+    of a ByteLevel one before transformers 5.22).
+    """
+    file = path / "tokenizer.json"
+    if not file.is_file():
         raise InputError(f"{path} has no tokenizer.json; copy the tokenizer of the model into it")
     try:
-        Tokenizer.from_file(str(path / "tokenizer.json"))
+        Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
-        raise InputError(f"{path / 'tokenizer.json'} is corrupt: {error}") from error
+        raise InputError(f"{file} is corrupt: {error}") from error
+    fast: Any = PreTrainedTokenizerFast
     try:
-        tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-    except (OSError, ValueError, KeyError) as error:
-        raise InputError(f"the tokenizer in {path} cannot be read: {error}") from error
-    if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer in {path} has no eos_token; documents are joined with it")
+        tokenizer = fast.from_pretrained(path, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())
+        raise InputError(f"the tokenizer in {path} cannot be read: {reason}") from error
     assert isinstance(tokenizer, PreTrainedTokenizerFast)
+    if tokenizer.eos_token_id is None:
+        tokenizer.eos_token = end_of_text(path, tokenizer)
     return tokenizer
+
+
+def end_of_text(path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
+    """The token that config.json ends texts with, where tokenizer_config.json names none."""
+    config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
+    named = config.get("eos_token_id")
+    token = named[0] if isinstance(named, list) and named else named
+    if type(token) is not int or not 0 <= token < len(tokenizer):
+        raise InputError(f"the tokenizer in {path} has no eos_token; documents are joined with it")
+    return str(tokenizer.convert_ids_to_tokens(token))

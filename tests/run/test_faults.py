@@ -114,7 +114,7 @@ def test_a_family_that_is_not_known(command: Command, model: Path) -> None:
     [
         ("{", "is not JSON"),
         ('{"model_type": "llama"}', "config.json has no"),
-        (json.dumps(LLAMA | {"hidden_size": "many"}), "hidden is 'many', not a whole number"),
+        (json.dumps(LLAMA | {"hidden_size": "many"}), "hidden_size is 'many', not a whole number"),
     ],
 )
 def test_a_config_that_cannot_be_read(

@@ -11,6 +11,7 @@ from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.family import Family
 from compress.model.families.llama import LLAMA
 from compress.model.families.nemotron_h import NEMOTRON_H
+from compress.model.families.settings import require
 from compress.model.layout import Parameter, shape
 
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, NEMOTRON_H)}
@@ -18,20 +19,33 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA
 
 def family_of(model_type: str) -> Family:
     """The family of a ``model_type``; InputError lists the known ones."""
-    if model_type not in FAMILIES:
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
         raise InputError(
             f"model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
         )
     return FAMILIES[model_type]
 
 
-def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Architecture of a Hugging Face config; InputError on what the tables cannot express."""
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the family's model code reads of a config, under its own names, of the right kinds.
+
+    All else says how others run the model (attention kernels, output flags, dtypes, quantization
+    that was undone, code of the checkpoint): it is left out.
+    """
     if "model_type" not in config:
         raise InputError("config.json has no model_type")
     family = family_of(config["model_type"])
+    own = family.normal(config)
+    require(own, family.reads)
+    return {key: own[key] for key in family.reads if key in own}
+
+
+def read_architecture(config: Mapping[str, Any]) -> Architecture:
+    """Architecture of a Hugging Face config; InputError on what the tables cannot express."""
+    settings = settings_of(config)
+    family = family_of(config["model_type"])
     try:
-        return family.read(config)
+        return family.read(settings)
     except KeyError as error:
         raise InputError(f"config.json has no {error.args[0]} ({family.model_type})") from error
 

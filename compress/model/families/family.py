@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from compress.model.architecture import Architecture, Block
+from compress.model.families.settings import Kind
 from compress.model.layout import Slot
 
 Config = Mapping[str, Any]
@@ -25,12 +26,16 @@ class Site:
 class Family:
     """One model family. Tensor names are those of the checkpoint on disk.
 
-    ``settings`` gives the config keys that the blocks of one layer fix (a student is plain when all
-    its layers agree on them), ``write`` the keys that the whole architecture fixes. ``modules`` is
-    where transformers keeps the family: module path, model class, layer class.
+    ``normal`` is a config under the family's own names, ``reads`` the keys that its model code
+    reads and their kinds: the others are ignored. ``settings`` gives those that the blocks of one
+    layer fix (a student is plain when all its layers agree on them), ``write`` those that the whole
+    architecture fixes. ``modules`` is where transformers keeps the family: module path, model
+    class, layer class.
     """
 
     model_type: str
+    normal: Callable[[Config], dict[str, Any]]
+    reads: Mapping[str, Kind]
     read: Callable[[Config], Architecture]
     model: Mapping[str, Slot]
     head: str
@@ -42,3 +47,5 @@ class Family:
     modules: tuple[str, str, str]
     final_norm: str
     sites: Mapping[str, Site]
+    # Tensors on disk that transformers leaves out, by the beginning of their names.
+    unread: tuple[str, ...] = ()

@@ -6,6 +6,20 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Attention, Block, Ffn
 from compress.model.families.family import Config, Family, Site
+from compress.model.families.settings import (
+    ACTIVATION,
+    NAMES,
+    NUMBER,
+    REAL,
+    SIZE,
+    SWITCH,
+    TABLE,
+    TOKEN,
+    TOKENS,
+    optional,
+    require_divides,
+    require_rope,
+)
 from compress.model.layout import Slot
 
 MODEL = {
@@ -27,6 +41,31 @@ FFN = {
     "mlp.down_proj.weight": Slot(shape="hidden ffn", fused="down"),
 }
 TENSORS: Mapping[str, Mapping[str, Slot]] = {"attention": ATTENTION, "ffn": FFN}
+READS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "intermediate_size": SIZE,
+    "num_hidden_layers": SIZE,
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": optional(SIZE),
+    "head_dim": optional(SIZE),
+    "hidden_act": ACTIVATION,
+    "max_position_embeddings": SIZE,
+    "rms_norm_eps": REAL,
+    "pad_token_id": TOKEN,
+    "bos_token_id": TOKEN,
+    "eos_token_id": TOKENS,
+    "tie_word_embeddings": SWITCH,
+    "rope_parameters": optional(TABLE),
+    "rope_scaling": optional(TABLE),
+    "rope_theta": NUMBER,
+    "partial_rotary_factor": optional(NUMBER),
+    "original_max_position_embeddings": NUMBER,
+    "attention_bias": SWITCH,
+    "mlp_bias": SWITCH,
+    "attention_dropout": optional(NUMBER),
+    "layer_types": optional(NAMES),
+}
 
 
 def read(config: Config) -> Architecture:
@@ -36,6 +75,21 @@ def read(config: Config) -> Architecture:
             raise InputError(f"{key}=true is not supported for llama models")
     heads = config["num_attention_heads"]
     kv_heads = config.get("num_key_value_heads") or heads
+    # Its own key: hidden // heads is only the default.
+    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    require_divides(
+        config,
+        [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")],
+    )
+    require_rope(config, head_dim)
+    if not -config["vocab_size"] <= (pad := config.get("pad_token_id") or 0) < config["vocab_size"]:
+        raise InputError(f"pad_token_id {pad} is beyond vocab_size {config['vocab_size']}")
+    kinds = config.get("layer_types")
+    if kinds is not None and len(kinds) != config["num_hidden_layers"]:
+        raise InputError(
+            f"layer_types lists {len(kinds)} layers, num_hidden_layers is "
+            f"{config['num_hidden_layers']}"
+        )
     blocks: list[Block] = []
     for layer in range(config["num_hidden_layers"]):
         blocks.append(
@@ -43,8 +97,7 @@ def read(config: Config) -> Architecture:
                 layer=layer,
                 kv_head=kv_heads,
                 query=heads // kv_heads,
-                # Its own key: hidden // heads is only the default.
-                head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+                head_dim=head_dim,
             )
         )
         blocks.append(Ffn(layer=layer, ffn=config["intermediate_size"], gated=True))
@@ -80,6 +133,8 @@ def write(config: Config, student: Architecture) -> dict[str, Any]:
 
 LLAMA = Family(
     model_type="llama",
+    normal=dict,
+    reads=READS,
     read=read,
     model=MODEL,
     head="lm_head.weight",

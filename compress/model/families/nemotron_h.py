@@ -6,6 +6,18 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Attention, Block, Ffn, Mamba, Moe
 from compress.model.families.family import Config, Family, Site
+from compress.model.families.settings import (
+    ACTIVATION,
+    NAMES,
+    NUMBER,
+    REAL,
+    SIZE,
+    SWITCH,
+    TOKEN,
+    TOKENS,
+    optional,
+    require_divides,
+)
 from compress.model.layout import Slot
 
 NORM = {"norm.weight": Slot(shape="hidden", normalizes=("hidden",))}
@@ -80,28 +92,91 @@ LAYER_TYPES = {
     "ffn": "mlp",
     "moe": "moe",
 }
-UNSUPPORTED = ("attention_bias", "mlp_bias", "use_bias", "mamba_proj_bias")
+UNSUPPORTED = ("mlp_bias", "use_bias")
+# Other names of the same keys, which transformers takes before the own ones.
+ALIASES = {
+    "layer_types": "layers_block_type",
+    "num_local_experts": "n_routed_experts",
+    "mamba_n_groups": "n_groups",
+    "mamba_d_conv": "conv_kernel",
+    "mamba_chunk_size": "chunk_size",
+    "mamba_conv_bias": "use_conv_bias",
+    "mamba_dt_min": "time_step_min",
+}
+# What transformers takes where a config is silent; no tensor's shape tells the last two.
+DEFAULTS = {
+    "n_groups": 8,
+    "conv_kernel": 4,
+    "num_key_value_heads": 8,
+    "n_group": 1,
+    "num_experts_per_tok": 2,
+}
+READS = {
+    "vocab_size": SIZE,
+    "hidden_size": SIZE,
+    "layers_block_type": NAMES,
+    "intermediate_size": SIZE,
+    "num_attention_heads": SIZE,
+    "num_key_value_heads": SIZE,
+    "head_dim": SIZE,
+    "sliding_window": optional(SIZE),
+    "mamba_num_heads": SIZE,
+    "mamba_head_dim": SIZE,
+    "n_groups": SIZE,
+    "ssm_state_size": SIZE,
+    "conv_kernel": SIZE,
+    "chunk_size": SIZE,
+    "time_step_min": REAL,
+    "n_routed_experts": SIZE,
+    "num_experts_per_tok": SIZE,
+    "moe_intermediate_size": SIZE,
+    "moe_shared_expert_intermediate_size": SIZE,
+    "moe_latent_size": optional(SIZE),
+    "n_group": SIZE,
+    "topk_group": SIZE,
+    "norm_topk_prob": SWITCH,
+    "routed_scaling_factor": NUMBER,
+    "mlp_hidden_act": ACTIVATION,
+    "mamba_hidden_act": ACTIVATION,
+    "layer_norm_epsilon": REAL,
+    "max_position_embeddings": SIZE,
+    "attention_dropout": NUMBER,
+    "use_conv_bias": SWITCH,
+    "use_bias": SWITCH,
+    "mlp_bias": SWITCH,
+    "tie_word_embeddings": SWITCH,
+    "pad_token_id": TOKEN,
+    "bos_token_id": TOKEN,
+    "eos_token_id": TOKENS,
+}
 
 
-def layer_kinds(config: Config) -> list[str]:
-    """Block kind of every layer, from ``layers_block_type`` or the pattern string."""
-    listed = config.get("layers_block_type") or config.get("hybrid_override_pattern")
-    if not listed:
+def normal(config: Config) -> dict[str, Any]:
+    """A config under today's names, with a list of layer types instead of the pattern."""
+    own = DEFAULTS | dict(config)
+    own |= {name: own.pop(alias) for alias, name in ALIASES.items() if alias in own}
+    pattern, listed = own.pop("hybrid_override_pattern", None), own.get("layers_block_type")
+    if listed is None and not isinstance(pattern, str):
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
-    if unknown := sorted({item for item in listed if item not in KINDS}):
+    layers = pattern if listed is None else listed
+    if unknown := [item for item in layers if item not in KINDS]:
         raise InputError(f"unknown layer type {unknown[0]!r}; known: {', '.join(KINDS)}")
-    return [KINDS[item] for item in listed]
+    if not isinstance(listed, str):
+        own["layers_block_type"] = [LAYER_TYPES[KINDS[item]] for item in layers]
+    if "attention_head_dim" in own:
+        own.setdefault("head_dim", own["attention_head_dim"])
+    return own
 
 
 def read_block(config: Config, kind: str, layer: int) -> Block:
     """One block of a Nemotron-H config."""
     if kind == "attention":
-        kv_heads = config.get("num_key_value_heads") or config["num_attention_heads"]
+        kv_heads = config["num_key_value_heads"]
         return Attention(
             layer=layer,
             kv_head=kv_heads,
             query=config["num_attention_heads"] // kv_heads,
-            head_dim=config.get("head_dim") or config["attention_head_dim"],
+            head_dim=config["head_dim"],
             window=config.get("sliding_window"),
         )
     if kind == "ffn":
@@ -122,7 +197,7 @@ def read_block(config: Config, kind: str, layer: int) -> Block:
         expert_ffn=config["moe_intermediate_size"],
         shared_ffn=config["moe_shared_expert_intermediate_size"],
         top_k=config["num_experts_per_tok"],
-        routing_group=config.get("n_group", 1),
+        routing_group=config["n_group"],
         latent=config.get("moe_latent_size"),
     )
 
@@ -134,14 +209,36 @@ def read(config: Config) -> Architecture:
             raise InputError(f"{key}=true is not supported for nemotron_h models")
     if config.get("use_conv_bias") is False:
         raise InputError("use_conv_bias=false is not supported for nemotron_h models")
-    kinds = layer_kinds(config)
+    require_divides(
+        config,
+        [
+            ("num_attention_heads", "num_key_value_heads"),
+            ("mamba_num_heads", "n_groups"),
+            ("n_routed_experts", "n_group"),
+        ],
+    )
+    kinds = [KINDS[name] for name in config["layers_block_type"]]
+    if "moe" in kinds:
+        require_routing(config)
     return Architecture(
         family="nemotron_h",
         vocab=config["vocab_size"],
         hidden=config["hidden_size"],
-        tied=config.get("tie_word_embeddings", False),
+        # transformers 5.23 ties nothing here, whatever tie_word_embeddings says.
+        tied=False,
         blocks=tuple(read_block(config, kind, layer) for layer, kind in enumerate(kinds)),
     )
+
+
+def require_routing(config: Config) -> None:
+    """InputError where a router would have to choose more than there is."""
+    experts, groups = config["n_routed_experts"], config["n_group"]
+    if (chosen := config["num_experts_per_tok"]) > experts:
+        raise InputError(f"num_experts_per_tok {chosen} is above n_routed_experts {experts}")
+    if (taken := config.get("topk_group", 1)) > groups:
+        raise InputError(f"topk_group {taken} is above n_group {groups}")
+    if experts < 2 * groups:
+        raise InputError(f"n_group {groups} leaves n_routed_experts {experts} no two of a group")
 
 
 def tensors(block: Block) -> Mapping[str, Slot]:
@@ -184,6 +281,8 @@ def write(config: Config, student: Architecture) -> dict[str, Any]:
 
 NEMOTRON_H = Family(
     model_type="nemotron_h",
+    normal=normal,
+    reads=READS,
     read=read,
     model=MODEL,
     head="lm_head.weight",
@@ -204,4 +303,6 @@ NEMOTRON_H = Family(
         "mamba": Site(mixer="mixer", norm="norm"),
         "moe": Site(mixer="mixer", norm="norm"),
     },
+    # Layers that predict further tokens.
+    unread=("mtp.",),
 )

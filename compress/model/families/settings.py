@@ -1,0 +1,104 @@
+"""What values of config.json may be: those that transformers takes, told without importing it."""
+
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from compress.core.errors import InputError
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of value: in words, and whether a value is of it."""
+
+    said: str
+    takes: Callable[[Any], bool]
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a finite number; true and false are none."""
+    return type(value) in (int, float) and math.isfinite(value)
+
+
+def optional(kind: Kind) -> Kind:
+    """The kind, or null."""
+    return Kind(f"{kind.said} or null", lambda value: value is None or kind.takes(value))
+
+
+# torch's functions without parameters that transformers has under these names.
+ACTIVATIONS = (
+    *("gelu", "gelu_10", "gelu_accurate", "gelu_fast", "gelu_new", "gelu_python"),
+    *("gelu_pytorch_tanh", "gelu_python_tanh", "hardswish", "laplace", "leaky_relu", "linear"),
+    *("mish", "quick_gelu", "relu", "relu2", "relu6", "sigmoid", "silu", "sqrtsoftplus"),
+    *("swish", "tanh"),
+)
+ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
+SIZE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
+NUMBER = Kind("a number", is_number)
+# transformers takes no whole number here, nor a number as text.
+REAL = Kind("a number with a decimal point", lambda v: type(v) is float and math.isfinite(v))
+SWITCH = Kind("true or false", lambda value: type(value) is bool)
+TOKEN = optional(Kind("a token id", lambda value: type(value) is int))
+TOKENS = Kind(
+    "a token id, a list of them or null",
+    lambda v: TOKEN.takes(v) or (isinstance(v, list) and all(type(each) is int for each in v)),
+)
+NAMES = Kind(
+    "a list of names", lambda v: isinstance(v, list) and all(isinstance(each, str) for each in v)
+)
+TABLE = Kind("a table", lambda value: isinstance(value, dict))
+
+
+def require(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
+    """InputError on the first setting that is present and not of its kind."""
+    for key, kind in kinds.items():
+        if key in settings and not kind.takes(settings[key]):
+            raise InputError(f"{key} is {settings[key]!r}, not {kind.said}")
+
+
+def require_divides(settings: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> None:
+    """InputError unless the second of each pair, where both are set, divides the first."""
+    for whole, part in pairs:
+        if settings.get(whole) and settings.get(part) and settings[whole] % settings[part]:
+            raise InputError(
+                f"{whole} {settings[whole]} is not a multiple of {part} {settings[part]}"
+            )
+
+
+FACTORS = Kind("a list of numbers", lambda v: isinstance(v, list) and all(map(is_number, v)))
+POSITIVE = Kind("a number above 0", lambda value: is_number(value) and value > 0)
+# What each rope type needs, and what may be there besides (transformers 5.23).
+ROPES: Mapping[str, Mapping[str, Kind]] = {
+    "default": {},
+    "linear": {"factor": POSITIVE},
+    "dynamic": {"factor": POSITIVE},
+    "yarn": {"factor": optional(POSITIVE)},
+    "longrope": {"short_factor": FACTORS, "long_factor": FACTORS},
+    "llama3": {"factor": POSITIVE, "low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE},
+    "proportional": {},
+}
+BESIDES: dict[str, Kind] = dict.fromkeys(
+    ("factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor",
+     "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), optional(NUMBER),
+)  # fmt: skip
+
+
+def require_rope(config: Mapping[str, Any], head_dim: int) -> None:
+    """InputError unless transformers can turn positions as ``rope_scaling`` and others say."""
+    rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    if kind not in ROPES:
+        raise InputError(f"rope type {kind!r} is not known to transformers: {', '.join(ROPES)}")
+    require({"rope_theta": 1e4} | dict(config) | rope, {"rope_theta": POSITIVE} | BESIDES)
+    require({key: rope.get(key) for key in ROPES[kind]}, ROPES[kind])
+    if missing := [key for key in ROPES[kind] if key not in rope]:
+        raise InputError(f"rope type {kind!r} needs {missing[0]}")
+    share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if share not in (None, 1) and kind not in ("default", "proportional"):
+        raise InputError(f"rope type {kind!r} with partial_rotary_factor {share} is not supported")
+    for key in ("short_factor", "long_factor") if kind == "longrope" else ():
+        if len(rope[key]) != head_dim // 2:
+            raise InputError(f"{key} has {len(rope[key])} numbers; head_dim {head_dim} needs half")
+    if head_dim > 4 and head_dim % 2:
+        raise InputError(f"head_dim {head_dim} is odd: positions turn pairs of channels")
