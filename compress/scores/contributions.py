@@ -33,7 +33,7 @@ def contributions(
 ) -> dict[str, Tensor]:
     """The contribution matrix [sequences * draws, *units] of every gate, fp32.
 
-    Squares (``gates.SQUARES``) are sums over all rows, [1, *units].
+    Squares (``taps.SQUARES``) are sums over all rows, [1, *units].
 
     Args:
         model: the teacher in fp32, frozen, in eval mode.

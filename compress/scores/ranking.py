@@ -2,7 +2,7 @@
 
 Forward statistics only. Published aggregation throughout (Muralidharan et al. 2024, Minitron,
 section 2.2, best of its table): mean of |activation| over the tokens of a sequence, then the L2
-norm over sequences. What a decision costs is still predicted from contributions (``scores``).
+norm over sequences. What a decision costs is still predicted from contributions (``costs``).
 """
 
 from collections.abc import Callable, Iterator, Mapping

@@ -165,7 +165,7 @@ def best_units(
     outer = units.cut[inner].within
     if outer is None or outer not in units.cut:
         found = {}
-        for axis in units.cut.keys() & own.keys():
+        for axis in (axis for axis in units.cut if axis in own):
             others = units.others(axis)
             there = kept.amax([at for at in range(-kept.dim(), 0) if at not in others], True)
             found[axis] = top(summed(values * there, units, axis), own[axis].shape[-1])
