@@ -11,6 +11,7 @@ import io
 import logging
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,14 @@ def data_files(task_data: Path) -> dict[str, Path]:
     return found
 
 
+@cache
+def known_tasks(directory: Path, builtin: bool) -> Any:
+    """lm-eval's manager of a directory's tasks, and of its built-in ones: seconds to read."""
+    manager = import_module("lm_eval.tasks").TaskManager
+    with quiet():
+        return manager(include_path=str(directory), include_defaults=builtin)
+
+
 class Tasks:
     """Task names resolved to lm-eval tasks, once for all models.
 
@@ -77,12 +86,9 @@ class Tasks:
     ) -> None:
         self.files = dict(rows) | (data_files(task_data) if task_data else {})
         self.members = {name: self.members_of(name, task_data) for name in names}
-        manager = import_module("lm_eval.tasks").TaskManager
         builtin = [name for name in names if name not in rows]
         directory = shipped("evals", "tasks")
-        with quiet():
-            # The list of built-in tasks is long and slow to read: only when one is asked for.
-            self.manager = manager(include_path=str(directory), include_defaults=bool(builtin))
+        self.manager = known_tasks(directory, bool(builtin))
         for name in builtin:
             if name not in self.manager.all_tasks or (directory / f"{name}.yaml").is_file():
                 raise InputError(

@@ -236,7 +236,7 @@ def test_unknown_task_names_are_refused_before_anything_runs(
     tiny_llama: Path, rows: torch.Tensor
 ) -> None:
     teacher = load_model(tiny_llama)
-    with pytest.raises(InputError, match="no_such_task"):
+    with pytest.raises(InputError, match="task 'no_such_task' is not known to lm-eval"):
         evaluate(
             {"a": teacher},
             teacher,
