@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from typing import cast
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_DATASETS_OFFLINE", "1")
@@ -14,6 +15,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest
 
 from compress import cli
+from compress.core.files import read_json, write_json
 from compress.run.recipe import read_recipe, write_recipe
 
 # Makes what all processes of a test run share, and says where it is; made once, by whom needs it
@@ -66,6 +68,15 @@ def text_file(shared: Shared) -> Path:
     from tiny_models import write_words
 
     return shared("text.jsonl", write_words)
+
+
+@pytest.fixture(scope="session")
+def embedded_text(shared: Shared) -> list[str]:
+    """The embedded text as one process read it, which takes seconds."""
+    from compress.text.documents import read_documents
+
+    file = shared("embedded.json", lambda file: write_json(file, read_documents(None)))
+    return cast(list[str], read_json(file))
 
 
 @pytest.fixture(scope="session")

@@ -17,7 +17,6 @@ from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters, read_architecture
 from compress.model.find import resolve_model
-from compress.text.documents import read_documents
 from compress.text.splits import split_documents
 from compress.text.tokenizer import load_tokenizer
 from compress.train.loop import Progress
@@ -138,7 +137,7 @@ def test_balancing_raises_the_bias_of_idle_experts() -> None:
     assert signs == [-1, -1, 1, 1]
 
 
-def test_the_embedded_teacher_is_what_its_recipe_makes() -> None:
+def test_the_embedded_teacher_is_what_its_recipe_makes(embedded_text: list[str]) -> None:
     teacher = resolve_model("embedded")
     assert (teacher / "model.safetensors").stat().st_size <= 4_000_000
     checkpoint = open_checkpoint(teacher)
@@ -151,7 +150,7 @@ def test_the_embedded_teacher_is_what_its_recipe_makes() -> None:
     assert stay <= 0.2 * count_parameters(architecture)
     # Its text may differ a little between Python versions, its quality not by much.
     metrics = json.loads((teacher / "metrics.json").read_text())
-    documents = split_documents(read_documents(None))["select"]
+    documents = split_documents(embedded_text)["select"]
     held_out = HeldOut(documents, load_tokenizer(teacher), 256)
     measured = held_out.measure(load_model(teacher))
     assert measured["nats_per_token"] == pytest.approx(metrics["nats_per_token"], abs=0.2)
