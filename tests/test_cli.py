@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import yaml
 from published import HYBRID_9B
+from search_files import architecture, student, write_search
 
 import compress
 from compress.cli import app, main
 from compress.core.errors import Infeasible, VerificationFailed
-from compress.core.files import write_json
 from compress.run.recipe import Recipe, write_recipe
 
 COMMANDS = [
@@ -176,11 +176,8 @@ def test_print_config_shows_the_resolved_recipe(
 def test_search_passes_its_recipe_and_names_the_next_command(
     stages: Called, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    cut, whole = ({"hidden": size, "blocks": []} for size in (4, 8))
-    row = {"id": "c1", "kind": "joint", "selected": True, "architecture": cut}
     write_recipe(Recipe(budget="60%"), Path("runs/embedded/recipe.yaml"))
-    write_json(Path("runs/embedded/candidates.json"), [row])
-    write_json(Path("runs/embedded/teacher.json"), {"architecture": whole})
+    write_search(Path("runs/embedded"), student("c1", architecture(8)))
     assert run(monkeypatch, "search", "--budget", "70%") == 0
     [(name, (made, recipe))] = stages.calls
     assert name == "search"

@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
-from compress.report.files import Rows, Student
+from compress.report.files import Rows
 from compress.report.pareto import front
+from compress.report.rows import Student
 
 # The page's colours in light, by the name of its style variable; unique, because the SVG gets the
 # variables in their place.

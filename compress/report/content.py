@@ -10,7 +10,8 @@ from compress.memory.budget import in_format, teacher_bytes
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import Deployment, Footprint, footprint, largest_context
 from compress.model.architecture import Architecture
-from compress.report.files import RunFiles, Student, Teacher
+from compress.report.files import RunFiles
+from compress.report.rows import Student, Teacher
 from compress.student.candidate import repair_note
 
 DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
@@ -96,7 +97,7 @@ def servings(teacher: Teacher, selected: Student | None) -> Iterator[Serving]:
 def repairs(student: Student) -> str:
     """How many blocks of a student are repaired and what that means, empty if none is."""
     blocks = len(student.architecture.blocks)
-    return repair_note(student.repaired, blocks) if student.repaired else ""
+    return repair_note(len(student.repaired), blocks) if student.repaired else ""
 
 
 def cards_matter(shown: Sequence[Serving]) -> bool:

@@ -13,8 +13,7 @@ from safetensors.numpy import load_file
 
 from compress.core.errors import InputError
 from compress.core.files import read_json
-from compress.memory.footprint import Deployment, Footprint, footprint
-from compress.model.architecture import Architecture, from_json
+from compress.report.rows import Student, Teacher, read_students, read_teacher, selected_of
 
 Rows = list[dict[str, Any]]
 # What a row of table.json may leave out.
@@ -36,42 +35,6 @@ TABLE_ROW: dict[str, Any] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Teacher:
-    """``teacher.json``: what was compressed, for which deployment, into how many bytes."""
-
-    name: str
-    note: str
-    architecture: Architecture
-    deployment: Deployment
-    footprint: Footprint
-    budget: int | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Student:
-    """A row of ``candidates.json``; ``repaired`` counts blocks."""
-
-    id: str
-    kind: str
-    budget: int | None
-    bytes: int
-    parameters: int
-    architecture: Architecture
-    predicted_kl: float | None
-    measured_kl: float | None
-    measured_se: float | None
-    distilled_kl: float | None
-    finalist: bool
-    selected: bool
-    repaired: int
-
-    @property
-    def kl(self) -> float | None:
-        """The latest figure: after distillation if it had any."""
-        return self.measured_kl if self.distilled_kl is None else self.distilled_kl
-
-
-@dataclass(frozen=True, kw_only=True)
 class RunFiles:
     """Everything that a report shows."""
 
@@ -88,19 +51,18 @@ class RunFiles:
     @property
     def selected(self) -> Student | None:
         """The student that the run stands for: the one marked, else the best."""
-        marked = [student for student in self.students if student.selected]
-        return next(iter([*marked, *self.students]), None)
+        return next(iter([*selected_of(self.students), *self.students]), None)
 
 
 def read_run(path: Path) -> RunFiles:
     """Read a run directory; InputError when it is none, or when a file is not what it should be."""
     if not (path / "recipe.yaml").is_file() and not (path / "teacher.json").is_file():
         raise InputError(f"{path} is not a run: it has neither recipe.yaml nor teacher.json")
-    students = tuple(read_student(path, row) for row in rows_of(path / "candidates.json"))
+    students = read_students(path)
     run = RunFiles(
         name=path.resolve().name,
         recipe=text_of(path / "recipe.yaml"),
-        teacher=read_teacher(path / "teacher.json"),
+        teacher=read_teacher(path),
         students=students,
         baselines=rows_of(path / "baselines.json", "kind", "reason"),
         curves={
@@ -115,7 +77,7 @@ def read_run(path: Path) -> RunFiles:
         return run
     keep = read_keep(path / "candidates" / run.selected.id / "keep.safetensors")
     teacher = run.teacher
-    if teacher and run.selected.budget is not None:
+    if teacher:
         # Of a sweep, the budget of the student that the run stands for.
         teacher = replace(teacher, budget=run.selected.budget)
     return replace(run, keep=keep, teacher=teacher)
@@ -174,48 +136,6 @@ def read_lines(file: Path) -> Rows:
             if number < len(lines):
                 raise InputError(f"{file}, line {number} is not JSON: {error}") from error
     return rows
-
-
-def read_teacher(file: Path) -> Teacher | None:
-    """The teacher, its memory computed from its architecture."""
-    data = optional(file)
-    if data is None:
-        return None
-    try:
-        architecture = from_json(json.dumps(data["architecture"]))
-        deployment = Deployment(**data["deployment"])
-        return Teacher(
-            name=data["name"],
-            note=data.get("note") or "",
-            architecture=architecture,
-            deployment=deployment,
-            footprint=footprint(architecture, deployment),
-            budget=data["budget"],
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{file} is not a teacher's: {error!r}") from error
-
-
-def read_student(path: Path, row: Mapping[str, Any]) -> Student:
-    """One candidate."""
-    try:
-        return Student(
-            id=row["id"],
-            kind=row["kind"],
-            budget=row.get("budget"),
-            bytes=row["bytes"],
-            parameters=row["parameters"],
-            architecture=from_json(json.dumps(row["architecture"])),
-            predicted_kl=row.get("predicted_kl"),
-            measured_kl=row.get("measured_kl"),
-            measured_se=row.get("measured_se"),
-            distilled_kl=row.get("distilled_kl"),
-            finalist=row.get("finalist", False),
-            selected=row.get("selected", False),
-            repaired=len(row.get("repaired", ())),
-        )
-    except (KeyError, TypeError) as error:
-        raise InputError(f"{path / 'candidates.json'} has a row without {error}") from error
 
 
 def read_keep(file: Path) -> Mapping[str, NDArray[np.int64]] | None:

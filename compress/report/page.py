@@ -33,8 +33,9 @@ from compress.report.content import (
     words,
     worth_listing,
 )
-from compress.report.files import RunFiles, Student, Teacher, read_run
+from compress.report.files import RunFiles, read_run
 from compress.report.layer_map import layer_map
+from compress.report.rows import Student, Teacher
 
 PARTS = ("weights", "kv_cache", "ssm_state", "conv_state", "workspace")
 
@@ -195,7 +196,7 @@ def print_candidates(run: RunFiles) -> None:
                 words(student.kind),
                 format_bytes(student.bytes),
                 format_count(student.parameters),
-                str(student.repaired),
+                str(len(student.repaired)),
                 number(student.predicted_kl),
                 with_error(student.measured_kl, student.measured_se),
                 number(student.distilled_kl),

@@ -1,11 +1,9 @@
 """What the candidates of one search share, and the rows they become."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,9 +12,9 @@ from torch import Tensor
 from compress.core.files import fingerprint, read_json, write_json
 from compress.core.terminal import note, progress
 from compress.measure.kl import Reference, measure, reference
-from compress.model.architecture import to_json
 from compress.model.build import is_plain
 from compress.model.families import count_active, count_parameters
+from compress.report.rows import Student
 from compress.run.score import DEPTH, REPAIR, depth_file, gram_file
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
@@ -52,31 +50,31 @@ class Row:
     distilled_kl: float | None = None
     distilled_tokens: int | None = None
 
-    def to_json(self) -> dict[str, Any]:
-        """A row of ``candidates.json``; KL in nats per token on the selection text."""
+    def student(self) -> Student:
+        """What ``candidates.json`` says of it."""
         trial, architecture = self.trial, self.trial.candidate.architecture
         spread = float(np.std(trial.values, ddof=1)) if len(trial.values) > 1 else 0.0
-        return {
-            "id": trial.candidate.id,
-            "kind": self.kind,
-            "budget": self.budget,
-            "bytes": trial.bytes,
-            "parameters": count_parameters(architecture),
-            "active_parameters": count_active(architecture),
-            "predicted_kl": trial.predicted,
-            "gap": trial.gap,
-            "measured_kl": trial.kl,
-            "measured_se": spread / len(trial.values) ** 0.5,
-            "measured_sequences": len(trial.values),
-            "distilled_kl": self.distilled_kl,
-            "distilled_tokens": self.distilled_tokens,
-            "finalist": self.finalist,
-            "selected": self.selected,
-            "repaired": sorted(trial.candidate.repaired),
-            "reselected": self.reselected,
-            "stock": is_plain(architecture) and architecture.formats == {"bf16"},
-            "architecture": json.loads(to_json(architecture)),
-        }
+        return Student(
+            id=trial.candidate.id,
+            kind=self.kind,
+            budget=self.budget,
+            bytes=trial.bytes,
+            parameters=count_parameters(architecture),
+            active_parameters=count_active(architecture),
+            predicted_kl=trial.predicted,
+            gap=trial.gap,
+            measured_kl=trial.kl,
+            measured_se=spread / len(trial.values) ** 0.5,
+            measured_sequences=len(trial.values),
+            distilled_kl=self.distilled_kl,
+            distilled_tokens=self.distilled_tokens,
+            finalist=self.finalist,
+            selected=self.selected,
+            repaired=tuple(sorted(trial.candidate.repaired)),
+            reselected=self.reselected,
+            stock=is_plain(architecture) and architecture.formats == {"bf16"},
+            architecture=architecture,
+        )
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,7 @@ from compress.core.terminal import note, progress, table
 from compress.measure.evaluation import evaluate as measure_models
 from compress.measure.tasks import write_task_rows
 from compress.model.build import load
+from compress.report.rows import Student, read_students, selected_of
 from compress.run.directory import Run, find_run, is_run
 from compress.run.recipe import Recipe, check, located, read_recipe
 from compress.run.session import Session
@@ -113,8 +114,8 @@ def run_model(name: str) -> tuple[Callable[[], Any], int]:
     candidate, row = find_candidate(session, wanted)
     exported = run.path / "export" / candidate.id
     if exported.is_dir():
-        return partial(load, exported), row["bytes"]
-    return partial(in_formats, session, candidate, latest(session, candidate)), row["bytes"]
+        return partial(load, exported), row.bytes
+    return partial(in_formats, session, candidate, latest(session, candidate)), row.bytes
 
 
 def on_final_text(
@@ -189,22 +190,21 @@ def final_table(
 
     Written to ``eval/results.json`` and ``table.json``; only this reads the final text.
     """
-    rows: list[Mapping[str, Any]] = read_json(session.run.path / "candidates.json")
-    missing: list[Mapping[str, Any]] = read_json(session.run.path / "baselines.json")
-    if sum(row["selected"] for row in rows) > 1:
+    students = read_students(session.run.path)
+    if len(selected_of(students)) != 1:
         find_candidate(session, None)
-    best: dict[str, Mapping[str, Any]] = {}
-    for row in rows:
-        if row["finalist"]:
-            best.setdefault(row["kind"], row)
+    missing: list[Mapping[str, Any]] = read_json(session.run.path / "baselines.json")
+    best: dict[str, Student] = {}
+    for student in students:
+        if student.finalist:
+            best.setdefault(student.kind, student)
     makers: dict[str, Callable[[], Any]] = {"teacher": partial(getattr, session, "model")}
     sizes = {"teacher": session.teacher_bytes}
     for kind in (kind for kind in KINDS if kind in best):
-        row = best[kind]
-        candidate, _ = find_candidate(session, row["id"])
+        candidate, row = find_candidate(session, best[kind].id)
         for name, directory in students_of(session, candidate, kind):
             makers[name] = partial(in_formats, session, candidate, directory)
-            sizes[name] = row["bytes"]
+            sizes[name] = row.bytes
     found = on_final_text(session, Built(makers), sizes, tasks, task_data, limit)
     write_json(session.run.path / "eval" / "results.json", found)
     write_json(session.run.path / "table.json", table_rows(found, best, missing))
@@ -220,7 +220,7 @@ def students_of(session: Session, candidate: Candidate, kind: str) -> list[tuple
 
 def table_rows(
     found: Mapping[str, Any],
-    best: Mapping[str, Mapping[str, Any]],
+    best: Mapping[str, Student],
     missing: Sequence[Mapping[str, Any]],
 ) -> list[dict[str, Any]]:
     """Rows of ``table.json``: one per kind, its figures before and after distillation."""
@@ -230,7 +230,7 @@ def table_rows(
         row, after = models[kind], models.get(f"{kind} distilled")
         rows.append(
             {
-                "name": best[kind]["id"] if kind in best else kind,
+                "name": best[kind].id if kind in best else kind,
                 "kind": kind,
                 "fits": kind != "teacher",
                 "bytes": row["bytes"],

@@ -1,6 +1,5 @@
 """The search stage: candidates of every kind at the same bytes, measured, the best ones trained."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
@@ -13,8 +12,14 @@ from compress.export.targets import restricted
 from compress.measure.kl import Reference, reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
-from compress.model.architecture import to_json
-from compress.report.candidates import print_candidates
+from compress.report.rows import (
+    CANDIDATES,
+    Student,
+    Teacher,
+    read_students,
+    write_students,
+    write_teacher,
+)
 from compress.run.bench import Bench, Row, open_bench
 from compress.run.directory import Run
 from compress.run.finalists import finals
@@ -31,7 +36,7 @@ from compress.run.score import (
     scored_formats,
 )
 from compress.run.session import Session
-from compress.run.students import CANDIDATES, keep_students, pruned, require_replaceable
+from compress.run.students import keep_students, pruned, require_replaceable
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
 from compress.searches.baselines import main_kind, randomly, uniform, variants
@@ -91,8 +96,10 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     }
 
 
-def search(session: Session) -> None:
-    """Search, and write ``candidates.json`` with the finalists' students beside it.
+def search(session: Session) -> tuple[Student, ...]:
+    """The candidates, best first, in ``candidates.json`` with the finalists' students beside it.
+
+    None where the teacher fits as it is and no space was asked for.
 
     Raises:
         Infeasible: nothing of the space fits the budget.
@@ -104,8 +111,8 @@ def search(session: Session) -> None:
         require_replaceable(run)
         keep_recipe(session.recipe, run)
         forget_results(run)
-        write_teacher(session)
-        return
+        write_teacher(teacher_of(session), run.path)
+        return ()
     # What can be refused is refused before the long work: the budget, and too little text.
     for one in sweep:
         require_feasible(
@@ -135,7 +142,7 @@ def search(session: Session) -> None:
         depth_file(session)
     if not done:
         forget_results(run)
-        write_teacher(session)
+        write_teacher(teacher_of(session), run.path)
         text, fresh = selection_text(session)
         recipe, (sequences, length) = session.recipe, text.tokens.shape
         again = recipe.reselect_rounds and recipe.ranking == "contribution"
@@ -154,9 +161,9 @@ def search(session: Session) -> None:
         keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
         write_json(run.path / "baselines.json", unfit)
         ranked = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
-        write_json(run.path / CANDIDATES, [row.to_json() for row in ranked])
+        write_students([row.student() for row in ranked], run.path)
         run.sign(STAGE, inputs)
-    print_candidates(session)
+    return read_students(run.path)
 
 
 def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
@@ -179,22 +186,19 @@ def forget_results(run: Run) -> None:
         (run.path / name).unlink(missing_ok=True)
 
 
-def write_teacher(session: Session) -> None:
-    """Write what is compressed, for which deployment, into how many bytes."""
+def teacher_of(session: Session) -> Teacher:
+    """What is compressed, for which deployment, into how many bytes."""
     made = footprint(session.architecture, session.deployment)
-    write_json(
-        session.run.path / "teacher.json",
-        {
-            "name": session.name,
-            "path": str(session.path),
-            "files": session.files,
-            "note": session.note,
-            "architecture": json.loads(to_json(session.architecture)),
-            "bytes": {**asdict(made), "total": made.total},
-            # Of a sweep the largest; every candidate says which one it is for.
-            "budget": max(one.budget.bytes for one in session.at_each_budget()),
-            "deployment": asdict(session.deployment),
-        },
+    return Teacher(
+        name=session.name,
+        path=str(session.path),
+        files=session.files,
+        note=session.note,
+        architecture=session.architecture,
+        bytes={**asdict(made), "total": made.total},
+        # Of a sweep the largest; every candidate says which one it is for.
+        budget=max(one.budget.bytes for one in session.at_each_budget()),
+        deployment=session.deployment,
     )
 
 

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from compress.core.files import read_json
 from compress.core.terminal import note
 from compress.export.targets import Target
+from compress.report.candidates import print_candidates
 from compress.report.page import report as write_report
 from compress.run import evaluate as evaluating
 from compress.run import score as scoring
@@ -46,7 +48,11 @@ def score(run: Run, recipe: Recipe) -> None:
 
 def search(run: Run, recipe: Recipe) -> None:
     """Find and print the best candidates within the budget."""
-    searching.search(Session(run, recipe))
+    session = Session(run, recipe)
+    if found := searching.search(session):
+        budgets = [one.budget for one in session.at_each_budget()]
+        missing = read_json(run.path / "baselines.json")
+        print_candidates(found, missing, budgets, session.teacher_bytes)
 
 
 def prune(run: Run, candidate: str | None) -> None:
@@ -69,9 +75,9 @@ def finish(run: Run) -> list[str]:
         export(run, None)
         return [shown(run)]
     for row in rows:
-        distill(run, row["id"])
-        export(run, row["id"])
-    return [f"{shown(run)}:{row['id']}" for row in rows]
+        distill(run, row.id)
+        export(run, row.id)
+    return [f"{shown(run)}:{row.id}" for row in rows]
 
 
 def quantize(run: Run, candidate: str | None) -> None:
@@ -118,7 +124,7 @@ def quickstart() -> None:
     run = run_at("quickstart")
     recipe = check(QUICKSTART, "quickstart")
     session = Session(run, recipe)
-    searching.search(session)
+    search(run, recipe)
     students.export(session, None)
     found = evaluating.final_table(session)
     evaluating.print_table(session, found)

@@ -1,7 +1,7 @@
 """From a candidate to a student: cut, trained, quantized, exported."""
 
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import open_checkpoint, write_checkpoint
 from compress.model.families import parameters
+from compress.report.rows import Student, Teacher, read_students, read_teacher
 from compress.run.directory import Run
 from compress.run.score import REPAIR, gram_file
 from compress.run.score import STAGE as SCORE
@@ -29,7 +30,6 @@ from compress.train.distill import DistillSettings
 from compress.train.distill import distill as train_on_teacher
 from compress.train.loop import forget
 
-CANDIDATES = "candidates.json"
 # Directories of a run with one directory per candidate.
 PER_CANDIDATE = ("candidates", "distill", "export")
 SHORT = ".short"
@@ -38,40 +38,42 @@ STUDENT = "student"
 RESULT = "result.json"
 
 
-def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Mapping[str, Any]]:
-    """The candidate of a name, or the selected one, and its row of ``candidates.json``."""
-    file = session.run.path / CANDIDATES
-    if not file.is_file():
-        raise InputError(no_candidates(session))
-    require_same_teacher(session, session.run.path / "teacher.json")
-    rows: list[Mapping[str, Any]] = read_json(file)
-    found = [row for row in rows if (row["id"] == name if name else row["selected"])]
+def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Student]:
+    """The candidate of a name, or the selected one, and its row of ``candidates.json``.
+
+    Raises:
+        InputError: none or several of that name, or the teacher is not the one that was searched.
+    """
+    run, teacher = session.run.path, read_teacher(session.run.path)
+    students = read_students(run)
+    if not teacher or not students:
+        raise InputError(no_candidates(session, teacher))
+    require_same_teacher(session, teacher)
+    found = [each for each in students if (each.id == name if name else each.selected)]
     if not found:
-        known = ", ".join(row["id"] for row in rows[:8])
-        raise InputError(f"no candidate {name} in {session.run.path}; the best are {known}")
+        known = ", ".join(each.id for each in students[:8])
+        raise InputError(f"no candidate {name} in {run}; the best are {known}")
     if len(found) > 1:
-        listed = ", ".join(f"{row['id']} ({format_bytes(row['budget'])})" for row in found)
+        listed = ", ".join(f"{each.id} ({format_bytes(each.budget)})" for each in found)
         raise InputError(
-            f"{session.run.path} has a chosen candidate for each of its {len(found)} budgets: "
-            f"{listed}; name one as {session.run.name}:{found[0]['id']}"
+            f"{run} has a chosen candidate for each of its {len(found)} budgets: "
+            f"{listed}; name one as {session.run.name}:{found[0].id}"
         )
-    directory = session.run.path / "candidates" / found[0]["id"]
-    return load_candidate(directory, found[0]["kind"]), found[0]
+    return load_candidate(run / "candidates" / found[0].id, found[0].kind), found[0]
 
 
-def no_candidates(session: Session) -> str:
+def no_candidates(session: Session, teacher: Teacher | None) -> str:
     """Why a run has no candidates, and what gives it some."""
-    teacher = session.run.path / "teacher.json"
-    if teacher.is_file():
-        facts = read_json(teacher)
-        fits = facts["bytes"]["total"] <= facts["budget"] and session.teacher_is_small
-        if fits and session.recipe.space is None:
+    run = session.run.path
+    if teacher and session.teacher_is_small and session.recipe.space is None:
+        total = teacher.footprint.total
+        if total <= teacher.budget:
             return (
-                f"{session.run.path} has no candidates: the teacher fits as it is, "
-                f"{format_bytes(facts['bytes']['total'])} within {format_bytes(facts['budget'])}; "
-                "compress search --space joint makes a smaller one all the same"
+                f"{run} has no candidates: the teacher fits as it is, {format_bytes(total)} within "
+                f"{format_bytes(teacher.budget)}; compress search --space joint makes a smaller "
+                "one all the same"
             )
-    return f"{session.run.path} has no candidates yet; run compress search first"
+    return f"{run} has no candidates yet; run compress search first"
 
 
 def require_replaceable(run: Run) -> None:
@@ -92,10 +94,9 @@ def require_replaceable(run: Run) -> None:
         )
 
 
-def require_same_teacher(session: Session, file: Path) -> None:
-    """InputError where the teacher is not the one of the search, which ``file`` describes."""
-    known: dict[str, str] = read_json(file).get("files", {})
-    found = session.files
+def require_same_teacher(session: Session, teacher: Teacher) -> None:
+    """InputError where the session's teacher is not the one of the search."""
+    known, found = teacher.files, session.files
     if changed := sorted(n for n in known.keys() | found.keys() if known.get(n) != found.get(n)):
         raise InputError(
             f"the teacher in {session.path} is not the one that {session.run.path} was searched "
@@ -285,10 +286,10 @@ def export(session: Session, name: str | None) -> Path:
     out = run.path / "export" / candidate.id
     card = {
         "command": command("search", session.name, "--run", run.name),
-        "budget": f"budget {format_bytes(row['budget'])}",
+        "budget": f"budget {format_bytes(row.budget)}",
         "teacher": f"{session.name} ({session.note})" if session.note else session.name,
-        "bytes": f"{format_bytes(row['bytes'])} with caches at {session.recipe.context} context",
-        "KL to the teacher": f"{row['measured_kl']:.4f} nats per token before distillation",
+        "bytes": f"{format_bytes(row.bytes)} with caches at {session.recipe.context} context",
+        "KL to the teacher": f"{row.measured_kl:.4f} nats per token before distillation",
         "student": str(directory.relative_to(run.path)),
     }
     if candidate.repaired:
