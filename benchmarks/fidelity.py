@@ -34,22 +34,14 @@ from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.modules import weights_of
 from compress.run.recipe import Recipe, check
 from compress.run.score import scores_of
-from compress.scores.costs import (
-    REMOVAL,
-    Scores,
-    choose,
-    importance,
-    option_cost,
-    option_key,
-    removed,
-)
+from compress.scores.costs import Scores, choose, importance, option_cost, removed
 from compress.scores.costs import load_scores as load
 from compress.scores.replay import NEVER, Keep, Text, block_costs, replayable
 from compress.student.units import AXES
 
 WIDTHS = 16  # FFN widths in sixteenths of the whole
 COLUMNS = (
-    "stratum", "n", "cost", "same", "fresh", "predicted/exact", "removals only", "estimate only",
+    "stratum", "n", "cost", "same", "fresh", "predicted/exact", "estimate only",
 )  # fmt: skip
 
 
@@ -159,7 +151,7 @@ def scored(settings: Namespace, found: Subject, recipe: Recipe) -> tuple[Scores,
             "scored text": f"{rows.numel()} tokens of split score in rows of {rows.shape[1]}, "
             f"{recipe.draws} draws",
             "seed": recipe.seed,
-            "replayed": f"at most {recipe.replay_tokens} tokens; {len(scores.exact)} options",
+            "replayed": f"at most {recipe.replay_tokens} tokens; {len(scores.removals)} removals",
             "cost in teacher forwards": round(cost.token_forwards / rows.numel(), 2),
             "decisions": decisions,
             "seconds of scoring": round(clock.seconds),
@@ -250,10 +242,9 @@ def row(
     architecture: Architecture,
     exact: Mapping[str, Mapping[str, Mapping[str, float]]],
 ) -> dict[str, Any]:
-    """One line of the table; the last two columns rank with fewer anchors."""
+    """One line of the table; the last column ranks without the removals."""
     stratum = STRATA[name]
-    removals = {key: cost for key, cost in scores.exact.items() if key[1] == REMOVAL}
-    variants = [scores, replace(scores, exact=removals), replace(scores, exact={})]
+    variants = [scores, replace(scores, removals={})]
     blocks = [block for block in architecture.blocks if block.kind == stratum.kind]
     predicted: list[list[float]] = []
     for variant in variants:
@@ -267,19 +258,15 @@ def row(
             )
         predicted.append(costs)
     same, fresh = ([exact[t][name][block_name(b)] for b in blocks] for t in ("same", "fresh"))
-    replayed = all(
-        (block_name(b), option_key(stratum.keep(scores, b))) in scores.exact for b in blocks
-    )
     ratio = torch.tensor(predicted[0]) / torch.tensor(same)
     return {
         "stratum": name,
         "n": len(blocks),
-        "cost": "exact" if replayed else "estimated",
+        "cost": "exact" if stratum.removed else "estimated",
         "same": spearman(predicted[0], same),
         "fresh": spearman(predicted[0], fresh),
         "predicted/exact": float(ratio.log().mean().exp()),
-        "removals only": spearman(predicted[1], same),
-        "estimate only": spearman(predicted[2], same),
+        "estimate only": spearman(predicted[1], same),
         "predicted KL": dict(zip(map(block_name, blocks), predicted[0], strict=True)),
         "exact KL": dict(zip(map(block_name, blocks), same, strict=True)),
         "exact KL, fresh": dict(zip(map(block_name, blocks), fresh, strict=True)),

@@ -31,7 +31,7 @@ Command = Callable[..., None]
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
 SCORED = (
     *("revision", "data", "seed", "sequence_length", "score_tokens", "score_length", "draws"),
-    *("replay_tokens", "replay_share"),
+    "replay_tokens",
 )
 TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
 EVALUATED = ("revision", "data", "eval_data", "final_tokens", "sequence_length", "seed")

@@ -68,12 +68,8 @@ class Recipe(BaseModel):
     replay_tokens: int = Field(
         1024,
         ge=1,
-        description="Most tokens to replay removals, deep cuts and layers on.",
+        description="Most tokens to replay removals and layers on.",
     )
-    replay_share: float = Field(
-        0.25, gt=0, lt=1,
-        description="Besides removals, cuts of an axis to this share are replayed.",
-    )  # fmt: skip
     repair_tokens: int = Field(
         4096, ge=2, description="Tokens that output projections are refitted on, if the space may."
     )

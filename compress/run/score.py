@@ -1,18 +1,18 @@
 """The score stage: contributions, exact removals and the KV format, once per teacher and text.
 
-Gram matrices are a stage of their own, only for spaces that repair what they cut; so are the costs
-of whole layers, only for spaces where nothing less may go.
+What other rankings go by is a stage of its own, only where the recipe asks for one. Gram matrices
+are another, only for spaces that repair what they cut; so are the costs of whole layers, only for
+spaces where nothing less may go.
 """
 
-import math
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from statistics import median
-from typing import Any, get_args
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.files import fingerprint
@@ -20,39 +20,30 @@ from compress.core.terminal import note, progress, table
 from compress.formats.kv import set_kv_format
 from compress.formats.table import FORMATS, KV_FORMATS, Format
 from compress.measure.kl import reference, sequence_kl
-from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.architecture import Architecture, Block, block_name
 from compress.model.checkpoint import Checkpoint
+from compress.model.tensor_files import save_tensors
 from compress.run.directory import Run
 from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
 from compress.scores.contributions import Progress, contributions
-from compress.scores.costs import (
-    REMOVAL,
-    Scores,
-    change,
-    choose,
-    importance,
-    kl_of,
-    load_scores,
-    option_key,
-    removed,
-)
+from compress.scores.costs import Scores, change, importance, kl_of, load_scores, removed
 from compress.scores.depth import Depth, layer_costs, load_depth, path_forwards, path_steps
 from compress.scores.ranking import activation_scores
-from compress.scores.replay import Keep, Stop, option_costs, replayable
+from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
-from compress.student.candidate import Ranking
 from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
 from compress.student.units import AXES, UNITS, unit_key
 
 STAGE = "score"
+RANKING = "ranking"
 REPAIR = "repair"
 DEPTH = "depth"
 DEFAULT_SPACE = "joint"
 # A replayed mean is known well enough once its standard error is this much of it: an estimate from
 # 256 rows has hardly less, and blocks of one kind differ by more.
 STOP = Stop(relative=0.15)
-# Replays cost at most so many forward passes of the teacher over the scored text, if an option has
+# Replays cost at most so many forward passes of the teacher over the scored text, if a removal has
 # the fewest rows that tell its error or more.
 REPLAY_FORWARDS = 20
 # The same for removing layers one after another.
@@ -65,11 +56,9 @@ def score_inputs(session: Session) -> dict[str, object]:
     return {
         "session": session.identity(),
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
-        "replay": [recipe.replay_tokens, recipe.replay_share],
-        "rankings": list(get_args(Ranking)),
+        "replay": recipe.replay_tokens,
         "formats": scored_formats(recipe),
-        # Scores before this rule have no squares.
-        "saliency": "mean squares of activation and gradient",
+        "version": 2,
     }
 
 
@@ -104,6 +93,23 @@ def score(session: Session) -> Scores:
     return scores
 
 
+def ranked(session: Session, scores: Scores) -> Scores:
+    """The scores with what the recipe's ranking goes by besides them, computed where missing."""
+    run, recipe = session.run, session.recipe
+    if recipe.ranking == "contribution":
+        return scores
+    inputs = {
+        "session": session.identity(),
+        "tokens": [recipe.score_tokens, recipe.score_length],
+    }
+    file = scores_file(run).with_name("rankings.safetensors")
+    if not (run.stage_done(RANKING, inputs) and file.is_file()):
+        rows = session.rows("score", recipe.score_tokens, recipe.score_length)
+        save_tensors(activation_scores(session.model, session.architecture, rows), file)
+        run.sign(RANKING, inputs)
+    return replace(scores, rankings=load_file(file))
+
+
 def scores_of(
     checkpoint: Checkpoint, model: Any, rows: Tensor, recipe: Recipe, directory: Path
 ) -> Scores:
@@ -119,78 +125,28 @@ def scores_of(
             model, architecture, rows, recipe.draws, formats, recipe.seed,
             progress=stepwise(advance, len(rows)), directory=directory,
         )  # fmt: skip
-    estimated = Scores(found, {}, {}, rows.shape[1])
-    options = {
-        number: deep_cuts(estimated, block, recipe.replay_share)
-        for number, block in enumerate(architecture.blocks)
-    }
-    replayed = rows[: replay_rows(options, architecture, rows, recipe.replay_tokens)]
-    with progress("score: exact costs of deep cuts", len(options)) as advance:
-        costs = option_costs(
-            model, architecture, replayed, options, STOP,
-            progress=stepwise(advance, len(options)), directory=directory / "replay",
-        )  # fmt: skip
-    measured = {
-        number: {key: float(kl.mean()) for key, kl in found_costs.items()}
-        for number, found_costs in costs.items()
-    }
+    replayed = rows[: replay_rows(architecture, rows, recipe.replay_tokens)]
+    blocks = len(architecture.blocks)
+    with progress("score: exact costs of removals", blocks) as advance:
+        removals = removal_costs(
+            model, architecture, replayed, STOP, stepwise(advance, blocks), directory / "replay"
+        )
     text = reference(checkpoint, model, replayed)
     kv: dict[str, float] = {}
     for kv_format in KV_FORMATS[1:]:
         set_kv_format(model, kv_format)
         kv[kv_format] = float(torch.cat(list(sequence_kl(model, text))).mean())
     set_kv_format(model, KV_FORMATS[0])
-    rankings = activation_scores(model, architecture, rows)
-    exact = settled(estimated, architecture, options, measured)
-    return replace(estimated, exact=exact, kv=kv, rankings=rankings)
+    return Scores(found, removals, kv, rows.shape[1])
 
 
-def settled(
-    estimated: Scores,
-    architecture: Architecture,
-    options: Mapping[int, Mapping[str, Keep]],
-    measured: Mapping[int, Mapping[str, float]],
-) -> dict[tuple[str, str], float]:
-    """Costs of the replayed options by block and option key, nats per token.
+def replay_rows(architecture: Architecture, rows: Tensor, tokens: int) -> int:
+    """Rows that removals are replayed on at most: so many tokens, fewer for a deep model.
 
-    Removals cost what was replayed. A cut of an axis is replayed on a part of the text, and blocks
-    of a kind differ by little more than that error: it costs the geometric mean of what was
-    replayed and of its estimate, times the median of their ratio over the blocks of its kind.
+    One costs the share of the depth that comes after it, so that all of them at a fixed number of
+    tokens cost the square of the depth.
     """
-    found: dict[tuple[str, str], float] = {}
-    ratios: dict[tuple[str, str], list[float]] = {}
-    estimates: dict[tuple[int, str], float] = {}
-    for number, costs in measured.items():
-        block = architecture.blocks[number]
-        for key, cost in costs.items():
-            found[block_name(block), key] = cost
-            if (keep := options[number][key]) is not None:
-                estimate = kl_of(change(estimated, block, keep, "bf16"), estimated.length)
-                if min(estimate, cost) > 0:
-                    estimates[number, key] = estimate
-                    ratios.setdefault((block.kind, key), []).append(cost / estimate)
-    for (number, key), estimate in estimates.items():
-        block = architecture.blocks[number]
-        scaled = estimate * median(ratios[block.kind, key])
-        found[block_name(block), key] = math.sqrt(measured[number][key] * scaled)
-    return found
-
-
-def replay_rows(
-    options: Mapping[int, Mapping[str, Keep]],
-    architecture: Architecture,
-    rows: Tensor,
-    tokens: int,
-) -> int:
-    """Rows that options are replayed on at most: so many tokens, fewer for a deep model.
-
-    An option costs the share of the depth that comes after it, so that all of them at a fixed
-    number of tokens cost the square of the depth.
-    """
-    forwards = sum(
-        len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
-        for number, keeps in options.items()
-    )
+    forwards = sum(1 - block.layer / architecture.layers for block in architecture.blocks)
     return affordable_rows(rows, tokens, forwards, REPLAY_FORWARDS)
 
 
@@ -201,21 +157,6 @@ def affordable_rows(rows: Tensor, tokens: int, forwards: float, most: int) -> in
     """
     affordable = int(most * len(rows) / forwards)
     return max(1, min(tokens // rows.shape[1], max(STOP.least, affordable)))
-
-
-def deep_cuts(scores: Scores, block: Block, share: float) -> dict[str, Keep]:
-    """What is replayed of a block, by option key: its removal, and ``share`` of every axis.
-
-    Axes of routed experts are left out: their cuts are not masks.
-    """
-    found: dict[str, Keep] = {REMOVAL: None}
-    for axis in AXES[block.kind]:
-        count = math.ceil(share * sizes(block)[axis])
-        if count < sizes(block)[axis]:
-            keep = choose(scores, block, {axis: count})
-            if replayable(block, keep):
-                found[option_key(keep)] = keep
-    return found
 
 
 def depth_inputs(session: Session) -> dict[str, object]:

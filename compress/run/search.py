@@ -30,6 +30,7 @@ from compress.run.score import (
     depth_inputs,
     gram_file,
     gram_inputs,
+    ranked,
     repair_tokens,
     score,
     score_inputs,
@@ -135,7 +136,7 @@ def search(session: Session) -> tuple[Student, ...]:
     done = run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()
     if not done:
         require_replaceable(run)
-    scores = score(session)
+    scores = ranked(session, score(session))
     if space.repair:
         gram_file(session)
     if space.remove == "layer":

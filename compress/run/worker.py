@@ -13,7 +13,7 @@ import torch
 from compress.run.bench import Bench
 from compress.run.directory import Run
 from compress.run.recipe import check
-from compress.run.score import scores_file
+from compress.run.score import ranked, scores_file
 from compress.run.search import selection_text
 from compress.run.session import Session
 from compress.scores.costs import load_scores
@@ -48,7 +48,7 @@ def bench_of(setup: Job) -> Bench:
     torch.set_num_threads(setup["threads"])
     session = Session(Run(Path(setup["run"])), check(setup["recipe"], "recipe"))
     text, _ = selection_text(session)
-    return Bench(session, load_scores(scores_file(session.run)), text)
+    return Bench(session, ranked(session, load_scores(scores_file(session.run))), text)
 
 
 def main() -> None:

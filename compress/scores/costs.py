@@ -3,15 +3,14 @@
 With the contribution C[s, u] of every unit and format (``taps``), the KL of a change is about
 1/(2T) times the mean over sequences and draws of (sum over changed gates of change * C)^2, the
 Fisher form of the second-order expansion. It underrates big cuts, so removing a whole block is
-scored exactly by ``replay`` and the estimates of its thinner cuts are anchored to that.
+scored exactly by ``replay``, and the estimates of its thinner cuts lead there.
 """
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors import safe_open
 from torch import Tensor
@@ -26,21 +25,18 @@ from compress.student.candidate import Ranking
 from compress.student.masks import alive, summed
 from compress.student.units import AXES, UNITS, Units, array_of, unit_key
 
-REMOVAL = "removed"
-
 
 @dataclass(frozen=True)
 class Scores:
-    """Contributions [rows, *units] of sequences of ``length`` tokens, and costs that were replayed.
+    """Contributions [rows, *units] of sequences of ``length`` tokens, and exact costs.
 
-    ``exact`` maps block names and option keys to the KL of that option alone, nats per token, as
-    replays have settled it (``scoring.settled``); ``kv`` maps KV formats to that of every cache in
-    them, those that cost nothing left out.
-    ``rankings`` is what ``activation_scores`` gives: the other rankings need it.
+    ``removals`` is the KL of removing a block alone by its name, ``kv`` that of storing every KV
+    cache in a format by its name, nats per token; formats that cost nothing are left out.
+    ``rankings`` is what ``activation_scores`` gives, for the other rankings; no part of the file.
     """
 
     contributions: Contributions
-    exact: Mapping[tuple[str, str], float]
+    removals: Mapping[str, float]
     kv: Mapping[str, float]
     length: int
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
@@ -49,10 +45,9 @@ class Scores:
         """Write everything as named tensors, whole or not at all."""
         tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
         tensors |= {
-            f"exact/{block}/{key}": torch.tensor(value, dtype=torch.float64)
-            for (block, key), value in self.exact.items()
+            f"removals/{block}": torch.tensor(value, dtype=torch.float64)
+            for block, value in self.removals.items()
         }
-        tensors |= {f"rankings/{key}": value for key, value in self.rankings.items()}
         tensors |= {f"kv/{key}": torch.tensor(value) for key, value in self.kv.items()}
         tensors["length"] = torch.tensor(self.length)
         save_tensors({key: value.contiguous() for key, value in tensors.items()}, file)
@@ -61,23 +56,19 @@ class Scores:
 def load_scores(file: Path) -> Scores:
     """Read what ``Scores.save`` wrote."""
     contributions: dict[str, Tensor] = {}
-    rankings: dict[str, Tensor] = {}
-    exact: dict[tuple[str, str], float] = {}
+    removals: dict[str, float] = {}
     kv: dict[str, float] = {}
     with safe_open(file, framework="pt") as reader:
         for key in reader.offset_keys():
             group, _, name = key.partition("/")
             if group == "contributions":
                 contributions[name] = reader.get_tensor(key)
-            elif group == "rankings":
-                rankings[name] = reader.get_tensor(key)
             elif group == "kv":
                 kv[name] = float(reader.get_tensor(key))
-            elif group == "exact":
-                block, _, option = name.rpartition("/")
-                exact[block, option] = float(reader.get_tensor(key))
+            elif group == "removals":
+                removals[name] = float(reader.get_tensor(key))
         length = int(reader.get_tensor("length"))
-    return Scores(contributions, exact, kv, length, rankings)
+    return Scores(contributions, removals, kv, length)
 
 
 def kl_of(rows: Tensor, length: int) -> float:
@@ -200,21 +191,9 @@ def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: For
     return total if rest is None else total + rest
 
 
-def option_key(keep: Mapping[str, Tensor] | None) -> str:
-    """Name of what an option keeps, such as ``ffn=768``; ``removed`` for nothing."""
-    if keep is None:
-        return REMOVAL
-    return ",".join(f"{axis}={index.shape[-1]}" for axis, index in sorted(keep.items()))
-
-
-def counts_of(key: str) -> dict[str, int]:
-    """The counts by axis that an option key names."""
-    return {axis: int(count) for axis, _, count in (p.partition("=") for p in key.split(","))}
-
-
 def removed(scores: Scores, block: Block) -> float:
     """Exact KL of removing a block; the estimate where it was not replayed."""
-    found = scores.exact.get((block_name(block), REMOVAL))
+    found = scores.removals.get(block_name(block))
     return kl_of(whole(scores, block), scores.length) if found is None else found
 
 
@@ -224,32 +203,13 @@ def whole(scores: Scores, block: Block) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
-def anchors(scores: Scores, block: Block, axes: Collection[str]) -> list[tuple[float, float]]:
-    """Estimate and exact cost of the block's replayed options that cut no axis but these.
-
-    In ascending order of the estimate; the removal, which cuts everything, is always among them.
-    """
-    found = []
-    for (name, key), cost in scores.exact.items():
-        if name != block_name(block):
-            continue
-        if key == REMOVAL:
-            found.append((kl_of(whole(scores, block), scores.length), cost))
-        elif counts_of(key).keys() <= set(axes):
-            rows = change(scores, block, choose(scores, block, counts_of(key)), "bf16")
-            found.append((kl_of(rows, scores.length), cost))
-    return sorted(found)
-
-
 def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> float:
     """Predicted KL of one option of a block, nats per token.
 
-    The second-order estimate is right for small cuts and low for whole blocks. A replayed option
-    costs what was settled. Others are corrected by those on either side and by a cut of nothing:
-    the ratio exact / estimate is interpolated linearly over the estimate and its root taken.
-    Of what makes a replayed cut dearer than its estimate another cut of the block has only a part,
-    and the replays are of less text (measured: runs/LOG.md, "Fidelity of scores"). None is
-    cheaper than a smaller replayed cut, or dearer than a larger one.
+    The second-order estimate is right for small cuts and low for whole blocks: the ratio of exact
+    to estimated cost is interpolated linearly over the estimate, from a cut of nothing to the
+    removal, and its root taken: of what makes a removal dearer than its estimate a cut has only a
+    part (measured: runs/LOG.md, "Fidelity of scores"). None is dearer than the removal.
     """
     cut = change(scores, block, keep, "bf16")
     # Rounding of what stays has nothing to do with what went: their product is noise, of which a
@@ -257,16 +217,9 @@ def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format
     rounding = kl_of(change(scores, block, keep, format) - cut, scores.length)
     if not keep:
         return rounding
-    structure = kl_of(cut, scores.length)
-    exact = scores.exact.get((block_name(block), option_key(keep)))
-    if exact is None:
-        known = [
-            (estimate, cost) for estimate, cost in anchors(scores, block, keep) if estimate > 0
-        ]
-        points = [0.0, *(estimate for estimate, _ in known)]
-        ratios = [1.0, *(cost / estimate for estimate, cost in known)]
-        guess = structure * math.sqrt(float(np.interp(structure, points, ratios)))
-        least = max((cost for estimate, cost in known if estimate <= structure), default=0.0)
-        most = min((cost for estimate, cost in known if estimate > structure), default=guess)
-        exact = max(least, min(guess, most))
-    return exact + rounding
+    estimate = kl_of(cut, scores.length)
+    largest, exact = kl_of(whole(scores, block), scores.length), removed(scores, block)
+    if largest > 0:
+        ratio = 1 + (exact / largest - 1) * min(1.0, estimate / largest)
+        estimate = min(exact, estimate * math.sqrt(ratio))
+    return estimate + rounding

@@ -22,7 +22,6 @@ from compress.model.families import family_of
 from compress.model.modules import final_hidden, head_of
 from compress.model.tensor_files import save_tensors
 from compress.scores.contributions import Progress
-from compress.scores.costs import REMOVAL
 from compress.student.masks import alive
 from compress.student.units import Units, projections
 
@@ -111,14 +110,14 @@ def option_costs(
         model: the teacher in fp32, in eval mode.
         architecture: the teacher's.
         tokens: [sequences, T]; an option that ``stop`` never settles is run on all of them.
-        options: what is kept, by block number and option key.
+        options: what is kept, by block number and a name of the option.
         stop: an option runs on no further sequences once its mean is known well enough.
         chunk: sequences added at a time.
         progress: called with blocks done and in total.
         directory: keeps every finished block, so that a killed replay continues there.
 
     Returns:
-        By block number and option key the KLs [sequences run] in the order of ``tokens``.
+        By block number and name the KLs [sequences run] in the order of ``tokens``.
 
     Raises:
         ValueError: an option that changes routed experts.
@@ -143,20 +142,28 @@ def option_costs(
 
 
 def removal_costs(
-    model: Any, architecture: Architecture, tokens: Tensor
-) -> dict[tuple[str, str], float]:
-    """Exact KL of removing each block alone, nats per token, as ``Scores.exact`` holds it."""
-    options = {number: {REMOVAL: None} for number in range(len(architecture.blocks))}
+    model: Any,
+    architecture: Architecture,
+    tokens: Tensor,
+    stop: Stop = NEVER,
+    progress: Progress = lambda done, total: None,
+    directory: Path | None = None,
+) -> dict[str, float]:
+    """Exact KL of removing each block alone, nats per token, by its name; see ``option_costs``."""
+    options = {number: {"removed": None} for number in range(len(architecture.blocks))}
+    found = option_costs(
+        model, architecture, tokens, options, stop, progress=progress, directory=directory
+    )
     return {
-        (block_name(architecture.blocks[number]), REMOVAL): float(costs[REMOVAL].mean())
-        for number, costs in option_costs(model, architecture, tokens, options).items()
+        block_name(architecture.blocks[number]): float(costs["removed"].mean())
+        for number, costs in found.items()
     }
 
 
 def block_costs(
     text: Text, architecture: Architecture, block: Block, keeps: Mapping[str, Keep], stop: Stop
 ) -> dict[str, Tensor]:
-    """KLs [sequences run] of one block's options by key."""
+    """KLs [sequences run] of one block's options by name."""
     found = {key: torch.zeros(0) for key in keeps}
     unsettled = list(keeps)
     for number in range(len(text.chunks)):

@@ -178,45 +178,33 @@ def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:
     assert option_cost(scores, ffn, keep, "bf16") == 0
 
 
-def test_replayed_options_cost_what_was_replayed_and_others_lie_between(scored) -> None:
+def test_a_removal_costs_what_was_replayed_and_cuts_lead_there(scored) -> None:
     _, architecture, scores = scored
     block = next(block for block in architecture.blocks if block.kind == "ffn")
     name = block_name(block)
     keeps = {count: choose(scores, block, {"ffn": count}) for count in (16, 32, 48, 64, 80)}
     plain = {count: option_cost(scores, block, keep, "bf16") for count, keep in keeps.items()}
     whole_block = kl_of(whole(scores, block), LENGTH)
-    exact = {(name, "removed"): 3 * whole_block, (name, "ffn=48"): 2 * plain[48]}
-    anchored = replace(scores, exact=exact)
+    anchored = replace(scores, removals={name: 3 * whole_block})
     assert removed(anchored, block) == 3 * whole_block
     cost = {count: option_cost(anchored, block, keep, "bf16") for count, keep in keeps.items()}
-    assert cost[48] == pytest.approx(2 * plain[48])
-    ratio = {count: cost[count] / plain[count] for count in keeps}
-    assert 1 < ratio[80] < ratio[64] < math.sqrt(2)
-    assert math.sqrt(2) < ratio[16] < math.sqrt(3)
-    assert cost[80] < cost[64] <= cost[48] <= cost[32] < cost[16] < 3 * whole_block
+    for count, kept in keeps.items():
+        share = plain[count] / whole_block
+        assert cost[count] == pytest.approx(plain[count] * math.sqrt(1 + 2 * share), rel=1e-5)
+        assert option_cost(replace(scores, removals={name: 0.0}), block, kept, "bf16") == 0
+    assert cost[80] < cost[64] < cost[48] < cost[32] < cost[16] < 3 * whole_block
     # What a format adds is not scaled: it is the estimate's own.
     added = option_cost(anchored, block, keeps[64], "fp8") - cost[64]
     unscaled = option_cost(scores, block, keeps[64], "fp8") - plain[64]
     assert added == pytest.approx(unscaled, rel=1e-3)
 
 
-def test_anchors_of_other_axes_do_not_bend_a_cost(scored) -> None:
-    _, architecture, scores = scored
-    block = next(block for block in architecture.blocks if block.kind == "attention")
-    name, keep = block_name(block), choose(scores, block, {"query": 1})
-    exact = {(name, "kv_head=1"): 1e3}
-    anchored = replace(scores, exact=exact)
-    assert option_cost(anchored, block, keep, "bf16") == option_cost(scores, block, keep, "bf16")
-
-
 def test_scores_survive_the_disk(scored, tmp_path: Path) -> None:
     _, architecture, scores = scored
-    scores = replace(
-        scores, exact={("layers.0.ffn", "removed"): 0.1, ("layers.0.ffn", "ffn=48"): 0.2}
-    )
+    scores = replace(scores, removals={"layers.0.ffn": 0.1, "layers.1.attention": 0.2})
     scores.save(tmp_path / "scores.safetensors")
     again = load_scores(tmp_path / "scores.safetensors")
-    assert again.exact == scores.exact
+    assert again.removals == scores.removals
     assert again.contributions.keys() == scores.contributions.keys()
     block = architecture.blocks[0]
     key = unit_key(block, UNITS[block.kind][0])

@@ -16,7 +16,6 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import (
     Scores,
     choose,
-    load_scores,
     option_cost,
     priority,
     top,
@@ -105,8 +104,8 @@ def test_a_dead_unit_goes_first(
 
 def test_a_dead_layer_costs_nothing(scored: Any) -> None:
     _, _, scores = scored
-    assert min(scores.exact, key=lambda name: scores.exact[name]) == ("layers.4.mamba", "removed")
-    assert scores.exact["layers.4.mamba", "removed"] == pytest.approx(0, abs=1e-6)
+    assert min(scores.removals, key=lambda name: scores.removals[name]) == "layers.4.mamba"
+    assert scores.removals["layers.4.mamba"] == pytest.approx(0, abs=1e-6)
 
 
 def test_batches_and_their_order_do_not_matter(scored: Any) -> None:
@@ -171,14 +170,6 @@ def test_router_saliency_does_not_count_how_often_an_expert_is_chosen(tmp_path: 
     assert priority(scores, moe, "expert", "router").argmax() == 3
     assert activation_importance(found, moe, "expert", {}).argmax() != 3
     assert priority(scores, moe, "expert", "router")[0] == 0
-
-
-def test_rankings_survive_the_disk(scored: Any, tmp_path: Path) -> None:
-    _, _, scores = scored
-    scores.save(tmp_path / "scores.safetensors")
-    again = load_scores(tmp_path / "scores.safetensors").rankings
-    assert again.keys() == scores.rankings.keys()
-    assert all(torch.equal(again[key], scores.rankings[key]) for key in again)
 
 
 def test_the_router_ranks_nothing_in_a_model_without_experts(tiny_llama: Path) -> None:

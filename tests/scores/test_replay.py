@@ -1,7 +1,7 @@
 """A replayed option costs what the masked model costs; replays stop early and resume."""
 
+from dataclasses import replace
 from pathlib import Path
-from statistics import median
 
 import pytest
 import torch
@@ -13,10 +13,8 @@ from compress.measure.kl import measure, reference
 from compress.model.architecture import Architecture, Block, block_name
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
-from compress.run.score import REPLAY_FORWARDS, replay_rows, settled
+from compress.run.score import REPLAY_FORWARDS, replay_rows
 from compress.scores import replay
-from compress.scores.contributions import contributions
-from compress.scores.costs import REMOVAL, Scores, option_cost
 from compress.scores.replay import NEVER, Keep, Stop, Text, option_costs
 from compress.student.candidate import Candidate, student_architecture
 
@@ -163,49 +161,19 @@ def test_cuts_of_routed_experts_are_refused(tiny_hybrid: Path) -> None:
 
 def test_all_replays_cost_no_more_than_their_share(teacher: Teacher) -> None:
     _, _, architecture = teacher
-    # As many as a deep model has.
-    options = {
-        number: {f"{key} {n}": keep for key, keep in keeps.items() for n in range(20)}
-        for number, keeps in cuts(architecture).items()
-    }
-    forwards = sum(
-        len(keeps) * (1 - architecture.blocks[number].layer / architecture.layers)
-        for number, keeps in options.items()
+    # As many layers as a deep model has.
+    deep = replace(
+        architecture,
+        blocks=tuple(
+            replace(block, layer=block.layer + n * architecture.layers)
+            for n in range(20)
+            for block in architecture.blocks
+        ),
     )
+    forwards = sum(1 - block.layer / deep.layers for block in deep.blocks)
     many = torch.zeros(10_000, LENGTH)
-    taken = replay_rows(options, architecture, many, tokens=10_000 * LENGTH)
+    taken = replay_rows(deep, many, tokens=10_000 * LENGTH)
     assert REPLAY_FORWARDS - forwards / len(many) < taken * forwards / len(many) <= REPLAY_FORWARDS
-    assert replay_rows(options, architecture, many, tokens=5 * LENGTH) == 5
-    least = replay_rows(options, architecture, many[:1], tokens=10_000 * LENGTH)
+    assert replay_rows(deep, many, tokens=5 * LENGTH) == 5
+    least = replay_rows(deep, many[:1], tokens=10_000 * LENGTH)
     assert least == max(4, int(REPLAY_FORWARDS / forwards))
-
-
-def test_a_replayed_cut_is_settled_between_the_replay_and_its_scaled_estimate(
-    teacher: Teacher,
-) -> None:
-    _, model, architecture = teacher
-    scores = Scores(contributions(model, architecture, TOKENS, 2, [], 0), {}, {}, LENGTH)
-    blocks = [n for n, block in enumerate(architecture.blocks) if block.kind == "ffn"]
-    options: dict[int, dict[str, Keep]] = {
-        n: {REMOVAL: None, "ffn=24": {"ffn": torch.arange(24)}} for n in blocks
-    }
-    names = {n: block_name(architecture.blocks[n]) for n in blocks}
-    # The same ratio everywhere: what was replayed is what it costs.
-    estimates = {n: cost_of(scores, architecture, n, options[n]["ffn=24"]) for n in blocks}
-    same = {n: {REMOVAL: 7.0, "ffn=24": 3 * estimates[n]} for n in blocks}
-    found = settled(scores, architecture, options, same)
-    for n in blocks:
-        assert found[names[n], REMOVAL] == 7.0
-        assert found[names[n], "ffn=24"] == pytest.approx(3 * estimates[n], rel=1e-6)
-    # The ratios differ: it lies between.
-    equal = settled(scores, architecture, options, {n: {"ffn=24": 1.0} for n in blocks})
-    ratio = median(1 / estimate for estimate in estimates.values())
-    for n in blocks:
-        low, high = sorted((1.0, ratio * estimates[n]))
-        assert low * 0.999 <= equal[names[n], "ffn=24"] <= high * 1.001
-
-
-def cost_of(scores: Scores, architecture: Architecture, number: int, keep: Keep) -> float:
-    """The estimate of a cut."""
-    assert keep is not None
-    return option_cost(scores, architecture.blocks[number], keep, "bf16")
