@@ -48,7 +48,7 @@ from compress.run.recipe import Recipe, check
 from compress.run.score import score
 from compress.run.search import selection_text
 from compress.run.session import Session
-from compress.run.students import in_formats, is_cut, kl_of, pruned, train_inputs, train_until
+from compress.run.students import in_formats, is_cut, kl_of, pruned, train, train_inputs
 from compress.searches.baselines import uniform, variants
 from compress.searches.space import Space, load_space
 from compress.student.candidate import Candidate
@@ -256,7 +256,7 @@ def measured(
     before = after = values(cut, final)
     trained = 0
     if is_cut(session, candidate):
-        student = train_until(session, candidate, tokens, candidate.id)
+        student = train(session, candidate, tokens, candidate.id)
         model = in_formats(session, candidate, student)
         if kl_of(model, fresh) < kl_of(cut, fresh):
             after, trained = values(model, final), tokens

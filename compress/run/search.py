@@ -22,7 +22,7 @@ from compress.report.rows import (
 )
 from compress.run.bench import Bench, Row, open_bench
 from compress.run.directory import Run
-from compress.run.finalists import finals
+from compress.run.finalists import best_of, with_finalists
 from compress.run.recipe import keep_recipe
 from compress.run.score import (
     DEFAULT_SPACE,
@@ -37,7 +37,7 @@ from compress.run.score import (
     scored_formats,
 )
 from compress.run.session import Session
-from compress.run.students import keep_students, pruned, require_replaceable
+from compress.run.students import keep_students, require_replaceable
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
 from compress.searches.baselines import main_kind, randomly, uniform, variants
@@ -240,51 +240,3 @@ def selection_text(session: Session) -> tuple[Reference, Reference]:
     text = reference(session.checkpoint, session.model, tokens)
     half = len(tokens) // 2
     return text.part(0, half), text.part(half, len(tokens))
-
-
-def with_finalists(
-    session: Session, space: Space, rows: Sequence[Row], fresh: Reference
-) -> list[Row]:
-    """All rows, the finalists' students written and shortly distilled; best first.
-
-    Finalists are the best of the searched kind, of which successive halving leaves one or two, and
-    the best of every other. All are measured after training on text that the search has not seen,
-    in their formats; one is chosen of those that went the whole distance, the others come after.
-    """
-    main = main_kind(space)
-    ordered = sorted(rows, key=rank)
-    final = best_of(rows, main, session.recipe.finalists)
-    for row in final:
-        pruned(session, row.trial.candidate)
-    done, whole = [replace(row, finalist=True) for row in final], set[str]()
-    if session.recipe.short_distill_tokens:
-        searched = [row.trial.candidate for row in final if row.kind == main]
-        others = [row.trial.candidate for row in final if row.kind != main]
-        found, arrived = finals(session, searched, others, fresh)
-        whole = set(arrived)
-        done = [
-            replace(row, distilled_kl=last.kl, distilled_tokens=last.tokens)
-            for row, last in ((row, found[row.trial.candidate.id]) for row in done)
-        ]
-        done.sort(key=lambda row: (row.trial.candidate.id not in whole, rank(row)))
-    else:
-        done.sort(key=rank)
-    allowed = set(space.formats)
-    best = next(row for row in done if row.trial.candidate.architecture.formats <= allowed)
-    marked = [replace(row, selected=row is best) for row in done]
-    ids = {row.trial.candidate.id for row in final}
-    return [*marked, *(row for row in ordered if row.trial.candidate.id not in ids)]
-
-
-def best_of(rows: Sequence[Row], main: str, count: int) -> list[Row]:
-    """The best rows of the searched kind, so many, and the best of every other."""
-    ordered = sorted(rows, key=rank)
-    found = [row for row in ordered if row.kind == main][:count]
-    kinds = {row.kind for row in ordered} - {main}
-    return found + [next(row for row in ordered if row.kind == kind) for kind in sorted(kinds)]
-
-
-def rank(row: Row) -> tuple[bool, float]:
-    """Best first, those stopped early last; KL after distillation where they have it."""
-    after = row.distilled_kl
-    return not row.trial.complete, row.trial.kl if after is None else after

@@ -185,10 +185,8 @@ def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[st
     }
 
 
-def train_until(
-    session: Session, candidate: Candidate, tokens: int, name: str, end: int | None = None
-) -> Path:
-    """Directory of the BF16 student after ``end`` of the ``tokens`` of a training on its teacher.
+def train(session: Session, candidate: Candidate, tokens: int, name: str) -> Path:
+    """Directory of the BF16 student after so many tokens of a training on its teacher.
 
     ``name`` is the training's directory in the run, whose checkpoint it goes on from and leaves.
     """
@@ -203,7 +201,7 @@ def train_until(
     )
     student = load_model(pruned(session, candidate))
     rows = session.training_rows(tokens, recipe.distill_length)
-    train_on_teacher(session.model, student, rows, settings, directory, until=end)
+    train_on_teacher(session.model, student, rows, settings, directory)
     architecture = candidate.architecture
     write_checkpoint(
         directory / STUDENT,
@@ -215,13 +213,16 @@ def train_until(
     return directory / STUDENT
 
 
-def distilled(session: Session, candidate: Candidate, tokens: int) -> Path:
-    """Directory of the student trained on its teacher for so many tokens, in BF16."""
-    directory = session.run.path / "distill" / candidate.id
-    stage, inputs = f"distill:{candidate.id}", train_inputs(session, candidate, tokens)
+def distilled(session: Session, candidate: Candidate, tokens: int, name: str) -> Path:
+    """Directory of the student trained on its teacher for so many tokens, in BF16, if not yet.
+
+    ``name`` is the training's, of which ``RESULT`` is unlinked where the student is made anew.
+    """
+    directory = session.run.path / "distill" / name
+    stage, inputs = f"distill:{name}", train_inputs(session, candidate, tokens)
     if not (session.run.stage_done(stage, inputs) and (directory / STUDENT).is_dir()):
         (directory / RESULT).unlink(missing_ok=True)
-        train_until(session, candidate, tokens, candidate.id)
+        train(session, candidate, tokens, name)
         session.run.sign(stage, inputs)
         forget(directory)
     return directory / STUDENT
@@ -250,7 +251,7 @@ def distill(session: Session, name: str | None) -> None:
     if not is_cut(session, candidate):
         note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
         return
-    directory = distilled(session, candidate, recipe.distill_tokens)
+    directory = distilled(session, candidate, recipe.distill_tokens, candidate.id)
     after = kl_of(in_formats(session, candidate, directory), text)
     result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
     write_json(directory.parent / RESULT, result)

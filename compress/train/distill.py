@@ -41,7 +41,6 @@ def distill(
     settings: DistillSettings,
     directory: Path | None = None,
     progress: Progress | None = None,
-    until: int | None = None,
 ) -> list[CurvePoint]:
     """Train ``student`` in place towards ``teacher`` on ``rows`` [N, T]; the curve, a point a step.
 
@@ -49,7 +48,6 @@ def distill(
     student is trained in fp32 (cast here if it is not); with ``bf16`` both run under autocast.
     Afterwards it is in eval mode and frozen. With a directory, checkpoints and the curve are kept
     there and an interrupted distillation of the same settings and rows continues bit for bit.
-    ``until`` stops on the way, at the step that reaches so many tokens; a later call goes on.
 
     Raises:
         InputError: ``rows`` or settings that give no step, vocabularies that differ, or a loss that
@@ -91,7 +89,6 @@ def distill(
         what="distill",
         directory=directory,
         progress=progress,
-        until=None if until is None else -(-until // (batch * rows.shape[1])),
     )
     student.train(False)
     student.requires_grad_(False)

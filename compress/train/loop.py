@@ -70,7 +70,6 @@ def train(
     directory: Path | None = None,
     progress: Progress | None = None,
     after_step: Callable[[int], Mapping[str, float] | None] | None = None,
-    until: int | None = None,
 ) -> list[CurvePoint]:
     """Train what requires a gradient in ``model``, in place; the curve, a point per step.
 
@@ -78,9 +77,8 @@ def train(
     unfinished training of the same start and settings continues; any other is started over.
     ``loss_of`` gives a step's loss, or parts that add up to it, for batches larger than memory.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
-    runs after every update (its figures join the progress report). It may change
-    buffers of the model, which checkpoints keep, and nothing else. ``until`` ends after so many of
-    the steps, with a checkpoint that a later call continues.
+    runs after every update (its figures join the progress report). It may change buffers of the
+    model, which checkpoints keep, and nothing else.
 
     Raises:
         InputError: the loss is not finite; the message names the step.
@@ -88,15 +86,14 @@ def train(
     optimizer = optimizer_of(model, settings)
     # Taken before a checkpoint is loaded: the same start, settings and text are the same training.
     identity = identity_of(model, settings) if directory else ""
-    last = settings.steps if until is None else min(until, settings.steps)
-    losses = resume(directory, model, optimizer, identity, last) if directory else []
-    left = last - len(losses)
+    losses = resume(directory, model, optimizer, identity) if directory else []
+    left = settings.steps - len(losses)
     with nullcontext(progress) if progress else shown(what, left) as report:
-        for step in range(len(losses), last):
+        for step in range(len(losses), settings.steps):
             losses.append(update(model, optimizer, loss_of(step), step, settings))
             done = step + 1
             figures = after_step(done) if after_step else None
-            if directory and (done % settings.checkpoint_every == 0 or done == last):
+            if directory and (done % settings.checkpoint_every == 0 or done == settings.steps):
                 save(directory, model, optimizer, curve_of(losses, settings), identity)
             rate = rate_at(step, settings)
             report(done, settings.steps, {"loss": losses[-1], "lr": rate, **(figures or {})})
@@ -204,16 +201,13 @@ def save(
 
 
 def resume(
-    directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, identity: str, last: int
+    directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, identity: str
 ) -> list[float]:
-    """Load the directory's checkpoint into model and optimizer; the losses so far, else none.
-
-    One that is past step ``last`` is of no use: nothing leads back.
-    """
+    """Load the directory's checkpoint into model and optimizer; the losses so far, else none."""
     if not (directory / STATE).is_file():
         return []
     state = read_json(directory / STATE)
-    if state["identity"] != identity or len(state["losses"]) > last:
+    if state["identity"] != identity:
         return []
     try:
         tensors = load_file(directory / state["file"])
