@@ -38,8 +38,9 @@ EVALUATED = ("revision", "data", "eval_data", "final_tokens", "sequence_length",
 SEARCHED = (
     *SERVED,
     "active_parameters",
-    *("space", "target", "ranking", "trials", "finalists", "short_distill_tokens", "select_tokens"),
-    *("repair_tokens", "eval_data", "final_tokens", "workers"),
+    *("space", "baselines", "target", "ranking", "trials", "reselect_rounds", "finalists"),
+    *("short_distill_tokens", "select_tokens", "repair_tokens", "eval_data", "final_tokens"),
+    "workers",
     *SCORED,
     *TRAINED,
 )

@@ -19,11 +19,11 @@ from compress.run.directory import Run, find_run, is_run
 from compress.run.recipe import Recipe, check, located, read_recipe
 from compress.run.session import Session
 from compress.run.students import find_candidate, in_formats, latest, pruned
+from compress.searches.space import KINDS
 from compress.student.candidate import Candidate
 
 CHOICE_ROWS = 200
 ROLLING_CHARACTERS = 40000
-KINDS = ("uniform", "random", "prune", "formats", "prune_then_quantize", "joint")
 
 
 class Built(Mapping[str, Any]):

@@ -18,7 +18,7 @@ from compress.memory.devices import Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
 from compress.model.find import is_named
 from compress.run.directory import Run
-from compress.searches.space import shipped_spaces
+from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
 
 
@@ -53,6 +53,11 @@ class Recipe(BaseModel):
         None,
         description="Search space: a shipped one or a YAML file; default: formats where they "
         "suffice, else joint.",
+    )
+    baselines: str | None = Field(
+        None,
+        description="What is compared with at the same bytes: all, none, or kinds separated by "
+        "commas; default: all, of a space that is named those that are a part of it.",
     )
     target: Target = Field("compress", description="Loader the student has to work with.")
     data: str | None = Field(
@@ -191,6 +196,8 @@ def complete(recipe: Recipe, source: str) -> Recipe:
     for budget, limit in zip(recipe.budgets, recipe.limits, strict=True):
         if recipe.limits.count(limit) > 1:
             raise InputError(f"{source}: budget {recipe.budget!r} names {budget} twice")
+    if recipe.baselines not in (None, "all", "none"):
+        asked_kinds(recipe.baselines)
     return recipe
 
 

@@ -40,7 +40,15 @@ from compress.run.session import Session
 from compress.run.students import keep_students, require_replaceable
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
-from compress.searches.baselines import main_kind, randomly, uniform, variants
+from compress.searches.baselines import (
+    FREE,
+    baselines,
+    kind_of,
+    main_kind,
+    randomly,
+    uniform,
+    variants,
+)
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
 from compress.searches.space import Space, load_space
@@ -48,6 +56,17 @@ from compress.searches.space import Space, load_space
 STAGE = "search"
 # A searched baseline gets this share of the trials, and at least so many.
 BASELINE_SHARE, BASELINE_TRIALS = 10, 4
+
+
+def comparisons(session: Session, space: Space) -> tuple[dict[str, Space], list[str]]:
+    """The spaces of all searched kinds by study name, and the kinds to compare with."""
+    recipe, offered = session.recipe, space
+    if len(space.formats) == 1:
+        formats = ("bf16", *scored_formats(recipe))
+        offered = restricted(space.model_copy(update={"formats": formats}), recipe.target)
+    named = variants(space, offered.formats, space.kv_formats)
+    asked = recipe.baselines or (None if recipe.space else "all")
+    return named, baselines(space, named, asked)
 
 
 def chosen_space(session: Session) -> Space | None:
@@ -88,11 +107,11 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "repair": fingerprint(gram_inputs(session)) if space.repair else None,
         "depth": fingerprint(depth_inputs(session)) if space.remove == "layer" else None,
         "space": space.model_dump(mode="json"),
+        "baselines": comparisons(session, space)[1],
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": recipe.active,
         "deployment": asdict(session.deployment),
-        # Searches before this rule have nothing that says whether training helped.
-        "students": "as cut or as trained, whichever is better",
+        "version": 2,
         **{key: getattr(recipe, key) for key in keys},
     }
 
@@ -207,13 +226,12 @@ def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, An
     """Measured candidates of the space and of every baseline, and the baselines that do not fit."""
     session = bench.session
     recipe, main = session.recipe, main_kind(space)
-    offered = space.model_copy(update={"formats": ("bf16", *scored_formats(recipe))})
-    named = variants(space, restricted(offered, recipe.target).formats, space.kv_formats)
+    named, kinds = comparisons(session, space)
     missing: list[dict[str, Any]] = []
     rows = bench.explored(bench.problem(space), main, recipe.trials)
     for name, variant in named.items():
-        kind = name.partition("-")[0]
-        if kind == main:
+        kind = kind_of(name)
+        if kind == main or kind not in kinds:
             continue
         problem = bench.problem(variant, blind_to_rounding=kind == "prune_then_quantize")
         trials = max(BASELINE_TRIALS, recipe.trials // BASELINE_SHARE)
@@ -225,8 +243,9 @@ def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, An
     rows = [bench.reselected(row) if row.trial.candidate.id in again else row for row in rows]
     # What people do without a search, they do without repair.
     plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
-    blind = {"uniform": uniform(plain), "random": randomly(plain, BASELINE_TRIALS, recipe.seed)}
-    for kind, found in blind.items():
+    for kind in [kind for kind in kinds if kind in FREE]:
+        random = kind == "random"
+        found = randomly(plain, BASELINE_TRIALS, recipe.seed) if random else uniform(plain)
         if not found:
             missing.append({"kind": kind, "fits": False, "reason": f"no {kind} cut fits"})
         rows += [bench.measured(candidate, predicted) for candidate, predicted in found]

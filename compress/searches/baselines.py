@@ -2,7 +2,7 @@
 
 import math
 import random
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -13,9 +13,11 @@ from compress.searches.knapsack import Limit, excesses
 from compress.searches.problem import Choice, Globals, Problem, total_bytes
 from compress.searches.program import Floats
 from compress.searches.space import (
+    KINDS,
     Option,
     Space,
     admissible,
+    asked_kinds,
     last_attention_must_stay,
     offered_formats,
     resized,
@@ -30,7 +32,8 @@ STEPS = 256
 EXPERT_STEP = 8
 # Axes that groups run along: a width that is no multiple of a group stays BF16.
 GROUPED_AXES = {u.axes[-1] for arrays in UNITS.values() for u in arrays if u.scalar}
-KINDS = ("joint", "prune_then_quantize", "prune", "formats", "uniform", "random")
+# Kinds that need no search, only cuts.
+FREE = ("uniform", "random")
 
 
 def main_kind(space: Space) -> str:
@@ -59,6 +62,29 @@ def variants(space: Space, offered: Sequence[Format], kv: Sequence[KvFormat]) ->
             name = f"prune_then_quantize-{format}"
             found[name] = structure.model_copy(update={"formats": (format,), **both})
     return found
+
+
+def baselines(space: Space, named: Mapping[str, Space], asked: str | None) -> list[str]:
+    """The kinds to compare with: ``all``, ``none`` or some, separated by commas.
+
+    Not asked for: those whose space (of ``named``, by study) is a part of the searched one, and
+    the free ones.
+    """
+    if asked == "none":
+        return []
+    if asked not in (None, "all"):
+        return [kind for kind in KINDS if kind in asked_kinds(asked)]
+    parts = {
+        kind_of(name)
+        for name, part in named.items()
+        if set(part.formats) <= set(space.formats) and (space.prunes or not part.prunes)
+    }
+    return [kind for kind in KINDS if asked == "all" or kind in {*parts, *FREE}]
+
+
+def kind_of(study: str) -> str:
+    """The kind of a study's candidates: studies are named ``kind`` or ``kind-variant``."""
+    return study.partition("-")[0]
 
 
 def uniform(problem: Problem, format: Format = "bf16") -> list[tuple[Candidate, float]]:

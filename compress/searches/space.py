@@ -19,6 +19,8 @@ from compress.student.units import AXES
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
 WIDTHS = {"hidden"} | {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
+# What candidates are, in the order of the last table: one kind is searched for, others compare.
+KINDS = ("uniform", "random", "prune", "formats", "prune_then_quantize", "joint")
 
 
 class Axis(BaseModel):
@@ -49,6 +51,17 @@ class Space(BaseModel):
     def prunes(self) -> bool:
         """Whether any structure may go."""
         return bool(self.axes) or self.remove != "none"
+
+
+def asked_kinds(text: str) -> list[str]:
+    """The kinds that a text lists, separated by commas; InputError where one is none."""
+    found = [part.strip() for part in text.split(",")]
+    if unknown := [kind for kind in found if kind not in KINDS]:
+        raise InputError(
+            f"baselines {text!r}: {unknown[0]!r} is none; a list has {', '.join(KINDS)}, or it is "
+            "all or none"
+        )
+    return found
 
 
 def shipped_spaces() -> dict[str, Path]:

@@ -15,11 +15,12 @@ from compress.model.architecture import Attention, Moe
 from compress.model.build import is_plain
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters, parameters
-from compress.searches.baselines import main_kind, randomly, uniform, variants
+from compress.run.recipe import check
+from compress.searches.baselines import baselines, main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
 from compress.searches.problem import Globals, total_bytes
 from compress.searches.proposals import decode, neutral, seeds
-from compress.searches.space import load_space, shipped_spaces
+from compress.searches.space import KINDS, load_space, shipped_spaces
 from compress.searches.study import explore
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate
@@ -214,6 +215,32 @@ def test_baselines_are_those_that_the_searched_kind_is_not(space: str) -> None:
     assert found["prune"].formats == ("bf16",)
     assert not found["formats"].prunes
     assert found["joint"].prunes
+
+
+@pytest.mark.parametrize(
+    ("space", "kinds"),
+    [
+        ("joint", {"prune", "formats", "prune_then_quantize", "joint"}),
+        ("formats", {"formats"}),
+        ("puzzle", {"prune"}),
+        ("minitron", {"prune"}),
+    ],
+)
+def test_a_space_is_compared_with_its_parts_and_with_what_is_asked_for(
+    space: str, kinds: set[str]
+) -> None:
+    loaded = load_space(space)
+    named = variants(loaded, ("bf16", "fp8", "nvfp4"), loaded.kv_formats)
+    assert set(baselines(loaded, named, None)) == kinds | {"uniform", "random"}
+    assert baselines(loaded, named, "all") == list(KINDS)
+    assert baselines(loaded, named, "none") == []
+    assert baselines(loaded, named, "joint, uniform") == ["uniform", "joint"]
+
+
+@pytest.mark.parametrize("text", ["unifrom", "uniform,", "all,prune", ""])
+def test_a_baseline_that_is_none_is_refused(text: str) -> None:
+    with pytest.raises(InputError, match="a list has uniform, random, prune"):
+        check({"baselines": text}, "x")
 
 
 # The study
