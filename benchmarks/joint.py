@@ -42,7 +42,7 @@ from compress.core.terminal import note, table
 from compress.formats.table import FORMATS, Format
 from compress.measure.kl import Reference, measure, reference, sequence_kl
 from compress.model.families import count_parameters
-from compress.run.bench import Bench, Row, open_bench
+from compress.run.bench import Bench, Row
 from compress.run.directory import Run
 from compress.run.recipe import Recipe, check
 from compress.run.score import score
@@ -103,11 +103,10 @@ def main() -> None:
     facts: dict[str, Any] = {}
     for name, deployment in asked.items():
         session = base.deployed(**deployment)
-        with open_bench(session, scores, select) as bench:
-            entries = {
-                kind: entry_of(bench, space, kind, name, fresh, final)
-                for kind in (*SEARCHED, *BLIND)
-            }
+        bench = Bench(session, scores, select)
+        entries = {
+            kind: entry_of(bench, space, kind, name, fresh, final) for kind in (*SEARCHED, *BLIND)
+        }
         rows += [{"deployment": name, **row} for row in compared(entries)]
         for stage in STAGES:
             facts |= {f"{name} {stage}, {key}": v for key, v in verdict(entries, stage).items()}

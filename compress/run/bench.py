@@ -1,7 +1,6 @@
 """What the candidates of one search share, and the rows they become."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
@@ -23,11 +22,11 @@ from compress.scores.costs import Scores
 from compress.scores.depth import Depth
 from compress.scores.reselect import moved, reselect
 from compress.scores.tangent import Tangent, tangent, turn
+from compress.searches.baselines import kind_of
 from compress.searches.prices import Linearize
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.space import Space
 from compress.searches.study import StudySettings, Trial, explore
-from compress.searches.workers import Crew, crew
 from compress.student.candidate import Candidate
 from compress.student.grams import Grams
 from compress.student.repair import repair_ratio
@@ -79,15 +78,11 @@ class Row:
 
 @dataclass(frozen=True)
 class Bench:
-    """Where candidates are measured: the session, the teacher's scores and the selection text.
-
-    Studies are measured by the crew where there is one, else in this process.
-    """
+    """Where candidates are measured: the session, the teacher's scores and the selection text."""
 
     session: Session
     scores: Scores
     text: Reference
-    crew: Crew | None = None
 
     @cached_property
     def grams(self) -> Grams:
@@ -162,15 +157,17 @@ class Bench:
             seed=recipe.seed,
         )
         with progress(f"search: {study}", trials) as advance:
+            seen = 0
 
-            def report(best: float) -> None:
-                advance(1, f"best KL {best:.4f}")
+            def report(done: int, best: float) -> None:
+                nonlocal seen
+                advance(done - seen, f"best KL {best:.4f}")
+                seen = done
 
-            if self.crew is None:
-                found = explore(problem, settings, self.measure, report, self.linearize(problem))
-            else:
-                found = self.crew.explore(problem, settings, report)
-        kind = study.partition("-")[0]
+            found = explore(problem, settings, self.measure, report, self.linearize(problem))
+            # Others may have measured the last ones.
+            advance(len(found) - seen, "")
+        kind = kind_of(study)
         return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
     def linearize(self, problem: Problem) -> Linearize:
@@ -251,19 +248,3 @@ class Bench:
             complete=True,
         )
         return Row(trial=trial, kind=candidate.kind, budget=self.session.budget.bytes)
-
-
-@contextmanager
-def open_bench(session: Session, scores: Scores, text: Reference) -> Iterator[Bench]:
-    """The bench of a search, with the crew that its recipe asks for."""
-    count, run = session.recipe.workers, session.run
-    if count == 1:
-        yield Bench(session, scores, text)
-        return
-    setup = {
-        "run": str(run.path),
-        "recipe": session.recipe.model_dump(),
-        "threads": max(1, torch.get_num_threads() // count),
-    }
-    with crew(count, run.path / "study" / "journal.log", setup) as hired:
-        yield Bench(session, scores, text, hired)

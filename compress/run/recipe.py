@@ -25,7 +25,7 @@ from compress.student.candidate import Ranking
 class Recipe(BaseModel):
     """Everything that decides what a run computes.
 
-    The same recipe gives the same candidates. Several workers begin with the same ones; what they
+    The same recipe gives the same candidates. Several processes begin with the same ones; what they
     propose later depends on who finishes when. Paths are absolute, so that a run can be continued
     from every directory.
     """
@@ -93,7 +93,10 @@ class Recipe(BaseModel):
     )
     trials: int = Field(100, ge=1, description="Candidates to measure.")
     workers: int = Field(
-        1, ge=1, description="Processes that measure candidates; each holds its own models."
+        1,
+        ge=1,
+        description="Processes that measure candidates; each holds its own models. The same "
+        "command on a run that is being searched adds one.",
     )
     finalists: int = Field(3, ge=1, description="Candidates to distil shortly before choosing one.")
     short_distill_tokens: int = Field(16384, ge=0, description="Training tokens of a finalist.")

@@ -1,6 +1,6 @@
 """The search stage: candidates of every kind at the same bytes, measured, the best ones trained."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -20,10 +20,10 @@ from compress.report.rows import (
     write_students,
     write_teacher,
 )
-from compress.run.bench import Bench, Row, open_bench
+from compress.run.bench import Bench, Row
 from compress.run.directory import Run
 from compress.run.finalists import best_of, with_finalists
-from compress.run.recipe import keep_recipe
+from compress.run.recipe import Recipe
 from compress.run.score import (
     DEFAULT_SPACE,
     depth_file,
@@ -38,6 +38,8 @@ from compress.run.score import (
 )
 from compress.run.session import Session
 from compress.run.students import keep_students, require_replaceable
+from compress.run.together import alone, helped, joined
+from compress.scores.costs import Scores
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
 from compress.searches.baselines import (
@@ -121,20 +123,53 @@ def search(session: Session) -> tuple[Student, ...]:
 
     None where the teacher fits as it is and no space was asked for.
 
+    Of several processes on one run all measure; one at a time scores, and writes what was found.
+
     Raises:
         Infeasible: nothing of the space fits the budget.
+        InputError: another process searches the run with other settings.
     """
     run, sweep = session.run, session.at_each_budget()
     # One space for a sweep: what the smallest budget needs.
     space = chosen_space(min(sweep, key=lambda one: one.budget.bytes))
     if space is None:
         require_replaceable(run)
-        keep_recipe(session.recipe, run)
-        forget_results(run)
-        write_teacher(teacher_of(session), run.path)
+        with joined(run, session.recipe):
+            forget_results(run)
+            write_teacher(teacher_of(session), run.path)
         return ()
-    # What can be refused is refused before the long work: the budget, and too little text.
-    for one in sweep:
+    require_searchable(session, space)
+    inputs = search_inputs(session, space)
+    if not searched(run, inputs):
+        require_replaceable(run)
+    with joined(run, session.recipe) as first:
+        with alone(run):
+            scores = prepared(session, space)
+            if not (over := searched(run, inputs)):
+                forget_results(run)
+                write_teacher(teacher_of(session), run.path)
+        if not over:
+            text, fresh = selection_text(session)
+            note_little_text(session.recipe, text)
+            benches = [Bench(one, scores, text) for one in sweep]
+            with helped(run, session.recipe.workers - 1 if first else 0):
+                found = [studied(bench, space) for bench in benches]
+            with alone(run):
+                if not searched(run, inputs):
+                    conclude(session, space, benches, found, fresh)
+                    run.sign(STAGE, inputs)
+        return read_students(run.path)
+
+
+def searched(run: Run, inputs: Mapping[str, Any]) -> bool:
+    """Whether the stage is done."""
+    return run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()
+
+
+def require_searchable(session: Session, space: Space) -> None:
+    """Refuse before the long work what can be refused: the budget, and too little text."""
+    recipe = session.recipe
+    for one in session.at_each_budget():
         require_feasible(
             Problem(
                 one.architecture,
@@ -145,45 +180,53 @@ def search(session: Session) -> tuple[Student, ...]:
                 active=one.recipe.active,
             )
         )
-    require_ranked(session.architecture, session.recipe.ranking)
-    session.rows("score", session.recipe.score_tokens)
-    session.rows("select", 2 * session.recipe.select_tokens)
-    session.rows("final", session.recipe.final_tokens)
+    require_ranked(session.architecture, recipe.ranking)
+    session.rows("score", recipe.score_tokens)
+    session.rows("final", recipe.final_tokens)
     if space.repair:
         session.rows("score", repair_tokens(session))
-    inputs = search_inputs(session, space)
-    done = run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()
-    if not done:
-        require_replaceable(run)
+    session.rows("select", 2 * recipe.select_tokens)
+
+
+def note_little_text(recipe: Recipe, text: Reference) -> None:
+    """Say where the selection text is too little to choose units again."""
+    sequences, length = text.tokens.shape
+    again = recipe.reselect_rounds and recipe.ranking == "contribution"
+    if again and sequences < FEWEST:
+        note(
+            f"units are not chosen again: {sequences} sequences of select text prove nothing "
+            f"better; --select-tokens {FEWEST * length} would"
+        )
+
+
+def prepared(session: Session, space: Space) -> Scores:
+    """The scores, and what else the space needs, computed where missing."""
     scores = ranked(session, score(session))
     if space.repair:
         gram_file(session)
     if space.remove == "layer":
         depth_file(session)
-    if not done:
-        forget_results(run)
-        write_teacher(teacher_of(session), run.path)
-        text, fresh = selection_text(session)
-        recipe, (sequences, length) = session.recipe, text.tokens.shape
-        again = recipe.reselect_rounds and recipe.ranking == "contribution"
-        if again and sequences < FEWEST:
-            note(
-                f"units are not chosen again: {sequences} sequences of select text prove nothing "
-                f"better; --select-tokens {FEWEST * length} would"
-            )
-        found: list[tuple[Session, list[Row]]] = []
-        unfit: list[dict[str, Any]] = []
-        for one in session.at_each_budget():
-            with open_bench(one, scores, text) as bench:
-                rows, missing = candidates(bench, space)
-            found.append((one, rows if len(sweep) == 1 else named_by_budget(one, rows)))
-            unfit += [{**row, "budget": one.budget.bytes} for row in missing]
-        keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
-        write_json(run.path / "baselines.json", unfit)
-        ranked = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
-        write_students([row.student() for row in ranked], run.path)
-        run.sign(STAGE, inputs)
-    return read_students(run.path)
+    return scores
+
+
+def conclude(
+    session: Session,
+    space: Space,
+    benches: Sequence[Bench],
+    studies: Sequence[tuple[list[Row], list[dict[str, Any]]]],
+    fresh: Reference,
+) -> None:
+    """Write the candidates of each budget's studies: best units, baselines, finalists trained."""
+    run, found, unfit = session.run, list[tuple[Session, list[Row]]](), list[dict[str, Any]]()
+    for bench, (rows, missing) in zip(benches, studies, strict=True):
+        one = bench.session
+        rows, unsearched = compared(bench, space, rows)
+        found.append((one, rows if len(benches) == 1 else named_by_budget(one, rows)))
+        unfit += [{**row, "budget": one.budget.bytes} for row in (*missing, *unsearched)]
+    keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
+    write_json(run.path / "baselines.json", unfit)
+    final = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
+    write_students([row.student() for row in final], run.path)
 
 
 def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
@@ -222,11 +265,10 @@ def teacher_of(session: Session) -> Teacher:
     )
 
 
-def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, Any]]]:
-    """Measured candidates of the space and of every baseline, and the baselines that do not fit."""
-    session = bench.session
-    recipe, main = session.recipe, main_kind(space)
-    named, kinds = comparisons(session, space)
+def studied(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, Any]]]:
+    """Measured candidates of the space and of searched baselines, and baselines that do not fit."""
+    recipe, main = bench.session.recipe, main_kind(space)
+    named, kinds = comparisons(bench.session, space)
     missing: list[dict[str, Any]] = []
     rows = bench.explored(bench.problem(space), main, recipe.trials)
     for name, variant in named.items():
@@ -239,17 +281,26 @@ def candidates(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, An
             rows += bench.explored(problem, name, trials)
         except Infeasible as error:
             missing.append({"kind": kind, "fits": False, "reason": str(error)})
-    again = {row.trial.candidate.id for row in best_of(rows, main, recipe.finalists)}
-    rows = [bench.reselected(row) if row.trial.candidate.id in again else row for row in rows]
+    return rows, missing
+
+
+def compared(
+    bench: Bench, space: Space, rows: Sequence[Row]
+) -> tuple[list[Row], list[dict[str, Any]]]:
+    """The rows, units of the best chosen again, with cuts without a search; those that fit not."""
+    recipe, (named, kinds) = bench.session.recipe, comparisons(bench.session, space)
+    again = {row.trial.candidate.id for row in best_of(rows, main_kind(space), recipe.finalists)}
+    found = [bench.reselected(row) if row.trial.candidate.id in again else row for row in rows]
+    missing: list[dict[str, Any]] = []
     # What people do without a search, they do without repair.
     plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
     for kind in [kind for kind in kinds if kind in FREE]:
         random = kind == "random"
-        found = randomly(plain, BASELINE_TRIALS, recipe.seed) if random else uniform(plain)
-        if not found:
+        cuts = randomly(plain, BASELINE_TRIALS, recipe.seed) if random else uniform(plain)
+        if not cuts:
             missing.append({"kind": kind, "fits": False, "reason": f"no {kind} cut fits"})
-        rows += [bench.measured(candidate, predicted) for candidate, predicted in found]
-    return rows, missing
+        found += [bench.measured(candidate, predicted) for candidate, predicted in cuts]
+    return found, missing
 
 
 def selection_text(session: Session) -> tuple[Reference, Reference]:

@@ -1,7 +1,7 @@
-"""The journal of a run's studies: locks that die with their holder, and what a killed one left."""
+"""The journal of a run's studies: who takes part in one, and what a killed one left."""
 
-import fcntl
 import os
+import secrets
 import warnings
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
@@ -9,52 +9,46 @@ from pathlib import Path
 
 import optuna
 from optuna.storages.journal import JournalFileBackend, JournalFileOpenLock
-from optuna.trial import TrialState
+from optuna.trial import FrozenTrial, TrialState
 
-from compress.core.terminal import note
+from compress.core.errors import InputError
+from compress.core.locks import locked, opened, took
 
 # A trial is stopped once the chance of values as bad as its own is under this, if it were as good
 # as the best one. Most steps fail: half of their text is better spent on the next one.
 STOP_P_VALUE = 0.25
 
 
-@contextmanager
-def locked(path: Path, busy: str = "") -> Iterator[int]:
-    """Hold the lock of a file, which is made where missing; say ``busy`` before a wait.
-
-    Yields:
-        The descriptor that holds it. The lock is free when every process that has the descriptor
-        closed it or is dead, however it died.
-    """
-    descriptor = os.open(path, os.O_RDONLY | os.O_CREAT, 0o644)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if busy:
-                note(busy)
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield descriptor
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def alone(journal: Path) -> Iterator[int]:
-    """Be the only search that uses a journal: wait until another, and its workers, have ended.
-
-    Yields:
-        The descriptor that holds the lock, for workers to inherit.
-    """
-    journal.parent.mkdir(parents=True, exist_ok=True)
-    busy = f"another search uses {journal}: waiting for its end"
-    with locked(journal.with_name("search.lock"), busy) as descriptor:
-        yield descriptor
-
-
-def claiming(journal: Path) -> AbstractContextManager[int]:
+def claiming(journal: Path) -> AbstractContextManager[None]:
     """Be the only one that opens trials, or closes another's: so that none is closed by two."""
     return locked(journal.with_name("claim.lock"))
+
+
+@contextmanager
+def attending(journal: Path) -> Iterator[str]:
+    """A name for the trials of one who takes part, whose lock is free once it is dead or done."""
+    name = secrets.token_hex(4)
+    lock = lock_of(journal, name)
+    with ExitStack() as held:
+        # ``alive`` takes the files of free locks away, but not between making and holding this one.
+        with claiming(journal):
+            held.enter_context(locked(lock))
+        yield name
+        lock.unlink(missing_ok=True)
+
+
+def lock_of(journal: Path, name: str) -> Path:
+    """The lock of one who takes part."""
+    return journal.with_name(f"process-{name}.lock")
+
+
+def alive(journal: Path, name: str) -> bool:
+    """Whether one who took part still does; only while ``claiming``."""
+    with opened(lock_of(journal, name)) as lock:
+        if not took(lock):
+            return True
+        lock_of(journal, name).unlink()
+        return False
 
 
 class JournalLock(JournalFileOpenLock):
@@ -93,23 +87,49 @@ def mend(journal: Path) -> None:
 
 
 def open_study(journal: Path, name: str) -> optuna.Study:
-    """The study of a run, new or as other processes made it."""
+    """The study of a run, new or as other processes made it.
+
+    Raises:
+        InputError: a line of the journal is damaged or gone.
+    """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
+    journal.parent.mkdir(parents=True, exist_ok=True)
     backend = JournalFileBackend(str(journal), lock_obj=JournalLock(journal))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
-        return optuna.create_study(
-            storage=optuna.storages.JournalStorage(backend),
-            study_name=name,
-            load_if_exists=True,
-            pruner=optuna.pruners.WilcoxonPruner(p_threshold=STOP_P_VALUE),
-        )
+        try:
+            study = optuna.create_study(
+                storage=optuna.storages.JournalStorage(backend),
+                study_name=name,
+                load_if_exists=True,
+                pruner=optuna.pruners.WilcoxonPruner(p_threshold=STOP_P_VALUE),
+            )
+            for trial in finished(study):
+                # Told last, so that a trial which lacks it has lost a line.
+                _ = trial.user_attrs["values"]
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            # What optuna's replay of a line that is not one of its own ends with.
+            raise InputError(
+                f"{journal} is damaged ({type(error).__name__}: {error}); delete it, and the same "
+                "command measures its candidates again"
+            ) from error
+    return study
 
 
-def close_running(study: optuna.Study, worker: int | None = None) -> None:
-    """Close the trials that a dead worker was measuring, by its process id, or those of all."""
-    for trial in study.get_trials(deepcopy=False, states=(TrialState.RUNNING,)):
-        if worker is None or trial.user_attrs.get("worker") == worker:
+def finished(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that were measured, in order."""
+    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
+
+
+def elsewhere(study: optuna.Study) -> list[FrozenTrial]:
+    """Trials that others are measuring, in order."""
+    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
+
+
+def close_dead(study: optuna.Study, journal: Path) -> None:
+    """Close the trials that nobody measures any more; only while ``claiming``."""
+    for trial in elsewhere(study):
+        if not alive(journal, trial.user_attrs["worker"]):
             study.tell(trial.number, state=TrialState.FAIL)
 
 

@@ -1,10 +1,9 @@
 """The outer problem: Optuna asks, the knapsack decodes, the student in memory is measured.
 
-A proposal (``moves``) is a function of the seed, the finished trials and those that other workers
-are measuring, so that a killed study of one worker continues as if it had not been killed.
+A proposal (``moves``) is a function of the seed, the finished trials and those that others are
+measuring, so that a study of one process continues after a kill as if there had been none.
 """
 
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -17,10 +16,12 @@ from optuna.trial import FrozenTrial, TrialState
 from torch import Tensor
 
 from compress.searches.journal import (
-    alone,
+    attending,
     claiming,
-    close_running,
+    close_dead,
     close_waiting,
+    elsewhere,
+    finished,
     open_study,
 )
 from compress.searches.moves import propose
@@ -38,7 +39,7 @@ from compress.student.candidate import Candidate
 
 # A trial is stopped early only after so many tokens.
 EARLIEST_STOP_TOKENS = 512
-# Between two looks at what other workers are doing.
+# Between two looks at what others are doing.
 LOOK_SECONDS = 0.1
 
 Measure = Callable[[Candidate], Iterator[Tensor]]
@@ -85,16 +86,19 @@ def explore(
     problem: Problem,
     settings: StudySettings,
     measure: Measure,
-    progress: Callable[[float], None] = lambda best: None,
+    progress: Callable[[int, float], None] = lambda done, best: None,
     linearize: Linearize | None = None,
 ) -> list[Trial]:
     """Measure different candidates of a problem (fewer than asked for if there are no more).
+
+    Others may explore the same study at the same time: each takes what none of them has taken, and
+    all wait until the last trial is measured.
 
     Args:
         problem: teacher, scores, space, deployment and budget.
         settings: of the study; trials of an earlier process count.
         measure: gives a candidate's per-sequence KL, a batch at a time.
-        progress: called after every trial with the best KL so far.
+        progress: called after every trial with how many are measured and the best KL so far.
         linearize: gives the tangent at a candidate, for steps; without it they are priced by the
             teacher's scores alone.
 
@@ -104,43 +108,26 @@ def explore(
     Raises:
         Infeasible: nothing in the space fits the budget.
     """
-    with alone(settings.journal):
-        study = open_study(settings.journal, settings.name)
-        close_running(study)
-        close_waiting(study)
-        take_part(study, problem, settings, measure, progress, linearize)
-        return results(study, problem, settings)
-
-
-def take_part(
-    study: optuna.Study,
-    problem: Problem,
-    settings: StudySettings,
-    measure: Measure,
-    progress: Callable[[float], None] = lambda best: None,
-    linearize: Linearize | None = None,
-) -> None:
-    """Measure candidates of a study, alone or beside other workers, until none is left to measure.
-
-    Raises:
-        Infeasible: nothing in the space fits the budget.
-    """
+    study = open_study(settings.journal, settings.name)
     first, pricing = seeds(problem), Pricing(problem, linearize)
-    while (claimed := claim(study, settings, first, pricing)) is not None:
-        trial, candidate = claimed
-        run_trial(trial, measure(candidate), settings.tokens_per_sequence)
-        progress(study.best_value)
+    with attending(settings.journal) as worker:
+        while (claimed := claim(study, settings, worker, first, pricing)) is not None:
+            trial, candidate = claimed
+            run_trial(trial, measure(candidate), settings.tokens_per_sequence)
+            progress(len(finished(study)), study.best_value)
+    return results(study, problem, settings)
 
 
 def claim(
     study: optuna.Study,
     settings: StudySettings,
+    worker: str,
     first: Sequence[tuple[dict[str, Any], Proposal]],
     pricing: Pricing,
 ) -> tuple[optuna.Trial, Candidate] | None:
-    """A running trial of this process and its candidate, which no other trial has.
+    """A running trial of this ``worker`` and its candidate, which no other trial has.
 
-    Waits while the last candidates are with other workers: a worker that dies leaves its own.
+    Waits while the last candidates are with others: one that dies leaves its own.
 
     Returns:
         None when enough candidates are measured, or there are no more.
@@ -150,6 +137,7 @@ def claim(
     while True:
         # One at a time, so that a proposal knows all others.
         with claiming(settings.journal):
+            close_dead(study, settings.journal)
             close_waiting(study)
             done, running = finished(study), elsewhere(study)
             if len(done) >= settings.trials:
@@ -166,7 +154,7 @@ def claim(
                         "key": key_of(problem, move.proposal),
                         "predicted": move.proposal.predicted,
                         "gap": move.proposal.gap,
-                        "worker": os.getpid(),
+                        "worker": worker,
                     }
                     study.enqueue_trial(move.params, user_attrs=attributes)
                     trial = study.ask(distributions(problem))
@@ -176,7 +164,7 @@ def claim(
                 unpriced = move is not None
             seen = None if unpriced else now
         if unpriced:
-            # Beside the lock: other workers go on meanwhile.
+            # Beside the lock: others go on meanwhile.
             pricing.fill(done)
         else:
             time.sleep(LOOK_SECONDS)
@@ -200,16 +188,6 @@ def run_trial(trial: optuna.Trial, batches: Iterator[Tensor], tokens_per_sequenc
         study.tell(trial, float(np.mean(values)))
     else:
         study.tell(trial, state=TrialState.PRUNED)
-
-
-def finished(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that were measured, in order."""
-    return study.get_trials(deepcopy=False, states=(TrialState.COMPLETE, TrialState.PRUNED))
-
-
-def elsewhere(study: optuna.Study) -> list[FrozenTrial]:
-    """Trials that workers are measuring, in order."""
-    return study.get_trials(deepcopy=False, states=(TrialState.RUNNING,))
 
 
 def results(study: optuna.Study, problem: Problem, settings: StudySettings) -> list[Trial]:

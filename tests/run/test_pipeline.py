@@ -86,7 +86,7 @@ def test_from_search_to_report(
 def test_a_finished_stage_is_not_redone(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stages.distill(Run(run_copy), "uniform-000")
     before = stamps(run_copy, "**/*.safetensors") | stamps(run_copy, "candidates.json")
-    monkeypatch.setattr(searching, "candidates", refuse)
+    monkeypatch.setattr(searching, "studied", refuse)
     monkeypatch.setattr(students, "train_on_teacher", refuse)
     again(run_copy)
     stages.distill(Run(run_copy), "uniform-000")
