@@ -95,6 +95,9 @@ def plan(
         print(jsonlib.dumps(made.to_json()))
         return
     print_plan(model, made)
+    if made.quantized:
+        note(f"next: compress eval TEACHER {model}, with what it was made from as TEACHER")
+        return
     limit = ["--budget", recipe.budget or "70%"]
     if recipe.device and not recipe.budget:
         limit = ["--device", recipe.device]

@@ -31,7 +31,7 @@ from compress.export.targets import LOADERS, Target
 from compress.formats.packed import pack_block
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
-from compress.model.build import build_model, is_plain, load_model
+from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
 from compress.model.families import parameters
 from compress.model.weights import INDEX
@@ -120,9 +120,16 @@ def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
         yield parameter.name, checkpoint[parameter.name].to(dtype)
 
 
-def bf16_config(config: Mapping[str, Any]) -> dict[str, Any]:
-    """A family's config that says BF16."""
-    return {key: config[key] for key in config if key != "torch_dtype"} | {"dtype": "bfloat16"}
+def family_config(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Any]:
+    """The family's config of the student, which says BF16."""
+    config = student_config(checkpoint.config, architecture)
+    base = config.get("base_config", config)
+    return {key: base[key] for key in base if key != "torch_dtype"} | {"dtype": "bfloat16"}
+
+
+def own_config(base: Mapping[str, Any]) -> dict[str, Any]:
+    """A config that only our reader takes."""
+    return {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
 
 
 def logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
@@ -137,11 +144,8 @@ def write_plain(
 ) -> Tensor:
     """Write a BF16 student; returns the logits that reading it back has to give."""
     expected = logits(build_model(checkpoint.config, architecture, stored(checkpoint)), rows)
-    config = dict(checkpoint.config)
-    if "base_config" in config:
-        config["base_config"] = bf16_config(config["base_config"])
-    else:
-        config = bf16_config(config)
+    base = family_config(checkpoint, architecture)
+    config = base if is_plain(architecture) else own_config(base)
     write_checkpoint(directory, stored(checkpoint), config, checkpoint.path, to_json(architecture))
     return expected
 
@@ -161,17 +165,12 @@ def write_quantized(
     del plain
     tensors = quantized(stored(checkpoint), architecture)
     expected = logits(build_model(checkpoint.config, architecture, tensors), rows)
-    base = bf16_config(checkpoint.config.get("base_config", checkpoint.config))
+    base = family_config(checkpoint, architecture)
     quantization, details = quantization_json(architecture)
     if target == "vllm":
         config = {**base, "quantization_config": quantization}
     else:
-        config = {
-            "model_type": "compress",
-            "architectures": base.get("architectures"),
-            "base_config": base,
-            "quantization": quantization,
-        }
+        config = {**own_config(base), "quantization": quantization}
     made = packed(stored(checkpoint), architecture, inputs)
     write_checkpoint(directory, made, config, checkpoint.path, to_json(architecture))
     write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))

@@ -11,7 +11,7 @@ from compress.memory.budget import Budget, in_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
 from compress.model.architecture import Architecture, Attention
-from compress.model.config import read_config
+from compress.model.config import is_export, read_config
 from compress.model.families import count_active, count_parameters
 from compress.model.weights import planned_architecture
 
@@ -28,9 +28,13 @@ class Option:
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer to ``compress plan``; ``largest_context`` is None without a budget or a limit."""
+    """The answer to ``compress plan``; ``largest_context`` is None without a budget or a limit.
+
+    ``quantized``: it is one of our quantized exports, whatever it is planned in.
+    """
 
     architecture: Architecture
+    quantized: bool
     deployment: Deployment
     footprint: Footprint
     largest_context: int | None
@@ -125,6 +129,7 @@ def make_plan(
     spoken_of = None if longest is None else max(longest, deployment.context)
     return Plan(
         architecture=planned,
+        quantized=is_export(model, config),
         deployment=deployment,
         footprint=footprint(planned, deployment),
         largest_context=longest if limit else None,

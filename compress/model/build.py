@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
-from transformers import AutoConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
@@ -21,8 +21,8 @@ from compress.formats.kv import set_kv_format
 from compress.formats.packed import dequantized_tensors
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block
-from compress.model.checkpoint import open_checkpoint
-from compress.model.config import ARCHITECTURE, architecture_of, read_config
+from compress.model.checkpoint import GENERATION, open_checkpoint
+from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family
 
@@ -97,6 +97,7 @@ def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> 
     base = family.normal(teacher_config.get("base_config", teacher_config))
     written = shared_settings(student) | family.write(base, student)
     written["tie_word_embeddings"] = student.tied
+    written["architectures"] = base.get("architectures") or [family.modules[1]]
     if (depth := base.get("num_hidden_layers")) != student.layers:
         # Lists by layer that nobody writes anew would speak of other layers.
         base = {
@@ -109,7 +110,7 @@ def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> 
         return base
     return {
         "model_type": "compress",
-        "architectures": base.get("architectures"),
+        "architectures": base["architectures"],
         "base_config": base,
     }
 
@@ -239,8 +240,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         InputError: what ``open_checkpoint`` refuses.
     """
     config = read_config(path)
-    ours = (path / ARCHITECTURE).is_file()
-    if ours and ("quantization" in config or "quantization_config" in config):
+    if is_export(path, config):
         architecture = architecture_of(path, config)
         formats = weight_formats(architecture)
         return build_model(config, architecture, dequantized_tensors(path, formats), dtype)
@@ -254,9 +254,11 @@ def load(path: str | Path) -> PreTrainedModel:
     """A torch model with transformers' ``forward`` and ``generate``, fp32, from any directory.
 
     Plain Hugging Face checkpoints, heterogeneous students, and quantized exports (dequantized, and
-    reading an FP8 KV cache where that was decided).
+    reading an FP8 KV cache where that was decided); ``generate`` as the directory says.
     """
     directory = Path(path)
     model = load_model(directory)
+    if (directory / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)
     set_kv_format(model, architecture_of(directory, read_config(directory)).kv_format)
     return model

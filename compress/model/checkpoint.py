@@ -14,22 +14,26 @@ from torch import Tensor
 from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
 from compress.model.architecture import Architecture
-from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, read_config
+from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, is_export, read_config
 from compress.model.tensor_files import save_tensors
 from compress.model.weights import INDEX, SINGLE, Stored, checked_weights
 
 SHARD_BYTES = 4 * 2**30
-# What makes a checkpoint usable besides its weights; copied, never interpreted.
+GENERATION = "generation_config.json"
+# What makes a checkpoint usable besides its weights, as patterns; copied, never interpreted.
 COMPANIONS = (
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
     "special_tokens_map.json",
     "added_tokens.json",
-    "vocab.json",
+    "vocab.*",
     "merges.txt",
-    "chat_template.jinja",
-    "generation_config.json",
+    "*.jinja",
+    "additional_chat_templates/*.jinja",
+    GENERATION,
+    "LICENSE*",
+    "NOTICE*",
 )
 
 
@@ -63,7 +67,14 @@ def open_checkpoint(path: Path) -> Checkpoint:
             that is unknown, missing or misshaped, by name.
     """
     config = read_config(path)
-    architecture, tensors = checked_weights(path, config, architecture_of(path, config))
+    architecture = architecture_of(path, config)
+    if is_export(path, config):
+        formats = ", ".join(sorted(architecture.formats - {"bf16"}))
+        raise InputError(
+            f"{path} is quantized ({formats}); this needs BF16 weights: take its teacher, or the "
+            "student in its run, under distill/ or candidates/"
+        )
+    architecture, tensors = checked_weights(path, config, architecture)
     return Checkpoint(path, config, architecture, tensors)
 
 
@@ -112,9 +123,11 @@ def write_files(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(partial / INDEX, json.dumps(index, indent=1))
     write_text(partial / CONFIG, json.dumps(dict(config), indent=2))
-    for name in COMPANIONS if source else ():
-        if source and (source / name).is_file():
-            shutil.copyfile(source / name, partial / name)
+    if source:
+        for companion in (found for pattern in COMPANIONS for found in source.glob(pattern)):
+            copy = partial / companion.relative_to(source)
+            copy.parent.mkdir(exist_ok=True)
+            shutil.copyfile(companion, copy)
 
 
 def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:

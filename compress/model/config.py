@@ -27,6 +27,14 @@ def read_config(path: Path) -> dict[str, Any]:
     return config
 
 
+def is_export(path: Path, config: Mapping[str, Any]) -> bool:
+    """Whether a model is one of our quantized exports, whose architecture names the formats."""
+    beside = (path.parent if path.suffix == ".json" else path) / ARCHITECTURE
+    return beside.is_file() and bool(
+        config.get("quantization") or config.get("quantization_config")
+    )
+
+
 def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
     """The architecture of a model: the file beside its config, else what the config says."""
     beside = (path.parent if path.suffix == ".json" else path) / ARCHITECTURE

@@ -13,7 +13,15 @@ from compress.core.files import read_json
 SOURCE = "source.json"
 
 
-HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja", "tokenizer.model", "merges.txt", "vocab.txt"]
+HUB_PATTERNS = [
+    "*.json",
+    "*.safetensors",
+    "*.jinja",
+    "tokenizer.model",
+    "merges.txt",
+    "vocab.txt",
+    "LICENSE*",
+]
 
 
 @dataclass(frozen=True, kw_only=True)

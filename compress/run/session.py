@@ -11,12 +11,14 @@ from torch import Tensor
 from compress.core.errors import InputError
 from compress.core.files import digests
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
-from compress.memory.footprint import Deployment
+from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture
-from compress.model.build import load_model
+from compress.model.build import load
 from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.config import is_export, read_config
 from compress.model.families import count_active
 from compress.model.find import is_named, note_of, resolve_model
+from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
 from compress.text.documents import read_documents
@@ -25,7 +27,7 @@ from compress.text.splits import Split, split_documents
 from compress.text.tokenizer import load_tokenizer
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
-SHARED = ("path", "files", "checkpoint", "model", "tokenizer", "splits")
+SHARED = ("path", "files", "checkpoint", "architecture", "model", "tokenizer", "splits")
 
 
 # Of a teacher's files besides its weights, those that decide what it computes of a text.
@@ -65,15 +67,15 @@ class Session:
         """The teacher on disk; it has to be in BF16."""
         return open_checkpoint(self.path)
 
-    @property
+    @cached_property
     def architecture(self) -> Architecture:
         """The teacher's."""
-        return self.checkpoint.architecture
+        return planned_architecture(self.path, read_config(self.path))
 
     @cached_property
     def model(self) -> Any:
-        """The teacher in fp32."""
-        return load_model(self.path)
+        """The teacher in fp32; one of our quantized exports dequantized, with its KV cache."""
+        return load(self.path)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -113,7 +115,12 @@ class Session:
 
     @property
     def teacher_bytes(self) -> int:
-        """The teacher with BF16 weights and a 16-bit cache in the same deployment."""
+        """The teacher in the same deployment: with BF16 weights and a 16-bit cache.
+
+        One of our quantized exports, which eval compares like a teacher, as it is.
+        """
+        if is_export(self.path, read_config(self.path)):
+            return footprint(self.architecture, self.deployment).total
         return teacher_bytes(self.architecture, self.deployment)
 
     @property

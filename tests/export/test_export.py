@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from tiny_models import HYBRID, LLAMA, TINY, write_tiny
 from transformers import AutoModelForCausalLM
 
+from compress import load
 from compress.core.errors import InputError, VerificationFailed
 from compress.export.inputs import token_rows
 from compress.export.student import export_student
@@ -287,3 +289,48 @@ def test_sharded_exports_are_read_whole(
     rows = token_rows(architecture, seed=2)
     expected = fake_quantized_logits(path, architecture, rows)
     torch.testing.assert_close(load_model(out)(rows).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("formats", "target"),
+    [(["bf16"], "transformers"), (["nvfp4"], "vllm"), (["nvfp4", "bf16"], "compress")],
+)
+@pytest.mark.parametrize("told", ["layers_block_type", "hybrid_override_pattern"])
+def test_a_hybrid_tells_its_layers_to_every_server_and_names_no_code(
+    tmp_path: Path, told: str, formats: Sequence[Format], target: Target
+) -> None:
+    auto_map = {"auto_map": {"AutoConfig": "configuration_nemotron_h.NemotronHConfig"}}
+    config = {key: HYBRID[key] for key in HYBRID if key != "architectures"} | auto_map
+    if told == "hybrid_override_pattern":
+        del config["layers_block_type"]
+        config[told] = "ME*-M"
+    path, out = write_tiny(tmp_path / "teacher", config), tmp_path / "out"
+    export_student(path, out, architecture_of(path, formats), target, CARD)
+    written = json.loads((out / "config.json").read_text(encoding="utf-8"))
+    own = written.get("base_config", written)
+    assert "auto_map" not in written | own
+    assert own["layers_block_type"] == HYBRID["layers_block_type"]
+    assert own["hybrid_override_pattern"] == "ME*-M"
+    assert written["architectures"] == own["architectures"] == ["NemotronHForCausalLM"]
+
+
+def test_what_a_server_needs_besides_weights_comes_along(tiny_llama: Path, tmp_path: Path) -> None:
+    path, out = Path(shutil.copytree(tiny_llama, tmp_path / "teacher")), tmp_path / "out"
+    files = {
+        "chat_template.jinja": "{{ messages }}",
+        "other.jinja": "{{ tools }}",
+        "additional_chat_templates/rag.jinja": "{{ documents }}",
+        "LICENSE": "free",
+        "LICENSE.txt": "as well",
+        "vocab.txt": "a",
+        "generation_config.json": json.dumps({"do_sample": True, "temperature": 0.25}),
+    }
+    (path / "additional_chat_templates").mkdir()
+    for name, text in files.items():
+        (path / name).write_text(text, encoding="utf-8")
+    (path / "modeling_llama.py").write_text("raise SystemExit", encoding="utf-8")
+    export_student(path, out, architecture_of(path, ["fp8"]), "vllm", CARD)
+    assert {name: (out / name).read_text(encoding="utf-8") for name in files} == files
+    assert not list(out.glob("*.py"))
+    for directory in (path, out):
+        assert load(directory).generation_config.temperature == 0.25

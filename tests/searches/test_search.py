@@ -1,3 +1,4 @@
+import math
 import random
 from collections.abc import Iterator
 from dataclasses import replace
@@ -5,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tiny_models import HYBRID, LLAMA, write_tiny
 from torch import Tensor
 
 from compress.core.errors import Infeasible, InputError
@@ -16,6 +18,7 @@ from compress.model.build import is_plain
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters, parameters
 from compress.run.recipe import check
+from compress.run.score import scored_formats
 from compress.searches.baselines import baselines, main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
 from compress.searches.problem import Globals, total_bytes
@@ -314,3 +317,38 @@ def test_a_small_space_ends_when_there_is_nothing_new(hybrid: Teacher, tmp_path:
     found = explore(problem, settings(tmp_path / "journal.log", 100), invented)
     assert 1 < len(found) < 2 ** len(hybrid.architecture.blocks)
     assert len({trial.candidate.architecture for trial in found}) == len(found)
+
+
+# A cut takes the width to a multiple of what a format needs, where the whole block is none.
+ODD: dict[str, dict[str, object]] = {
+    "ffn": LLAMA | {"intermediate_size": 100},
+    "hidden": LLAMA | {"hidden_size": 72},
+    "shared_ffn": HYBRID | {"moe_shared_expert_intermediate_size": 40},
+    "expert_ffn": HYBRID | {"moe_intermediate_size": 24},
+    "expert": HYBRID | {"n_routed_experts": 8, "n_group": 2, "topk_group": 1},
+    "head": HYBRID | {"mamba_num_heads": 6, "mamba_head_dim": 12},
+}
+
+
+@pytest.mark.parametrize("axis", list(ODD))
+def test_what_is_offered_was_scored(tmp_path: Path, axis: str) -> None:
+    teacher = Teacher(write_tiny(tmp_path / "teacher", ODD[axis]))
+    problem = teacher.problem("joint", 0.5)
+    for shares in ({}, {"hidden": 0.9}):
+        chosen = Globals(kv_format="fp8", shares=shares)
+        for choices in problem.groups(chosen):
+            for number, option in (pair for choice in choices for pair in choice):
+                assert all(math.isfinite(cost) for cost in problem.cost(number, option))
+    assert uniform(problem, "nvfp4")
+
+
+def test_a_space_decides_which_formats_are_scored(tmp_path: Path) -> None:
+    default: list[Format] = ["fp8", "nvfp4"]
+    assert scored_formats(check({}, "test")) == default
+    for name in SPACES:
+        assert scored_formats(check({"space": name}, "test")) == default
+    file = tmp_path / "space.yaml"
+    text = "remove: none\naxes: {}\nkv_formats: [bf16]\nformats: "
+    for listed, expected in (("[bf16, int4, mxfp4]", ["mxfp4", "int4"]), ("[bf16]", default)):
+        file.write_text(text + listed, encoding="utf-8")
+        assert scored_formats(check({"space": str(file)}, "test")) == expected

@@ -92,6 +92,8 @@ LAYER_TYPES = {
     "ffn": "mlp",
     "moe": "moe",
 }
+# The same as one letter a layer: what servers and transformers below 5.13 read.
+LETTERS = {"mamba": "M", "attention": "*", "ffn": "-", "moe": "E"}
 UNSUPPORTED = ("mlp_bias", "use_bias")
 # Other names of the same keys, which transformers takes before the own ones.
 ALIASES = {
@@ -275,6 +277,7 @@ def write(config: Config, student: Architecture) -> dict[str, Any]:
         "hidden_size": student.hidden,
         "num_hidden_layers": student.layers,
         "layers_block_type": kinds,
+        "hybrid_override_pattern": "".join(LETTERS[block.kind] for block in student.blocks),
         "layer_norm_epsilon": eps * config["hidden_size"] / student.hidden,
     }
 
