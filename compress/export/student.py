@@ -32,8 +32,7 @@ from compress.formats.packed import pack_block
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import build_model, is_plain, load_model, student_config
-from compress.model.checkpoint import Checkpoint, open_checkpoint, write_checkpoint
-from compress.model.families import parameters
+from compress.model.checkpoint import Checkpoint, in_bf16, open_checkpoint, write_checkpoint
 from compress.model.weights import INDEX
 from compress.student.surgery import by_block, quantized
 
@@ -115,9 +114,7 @@ def without_formats(architecture: Architecture) -> Architecture:
 
 def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     """The checkpoint's tensors as an export stores them: BF16 but for the FP32 slots."""
-    for parameter in parameters(checkpoint.architecture):
-        dtype = torch.float32 if parameter.slot.float32 else torch.bfloat16
-        yield parameter.name, checkpoint[parameter.name].to(dtype)
+    return in_bf16(checkpoint.items(), checkpoint.architecture)
 
 
 def family_config(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Any]:

@@ -30,7 +30,6 @@ LOADERS: Mapping[Target, Loader] = {
         uneven=False,
     ),
 }
-TARGETS: tuple[Target, ...] = tuple(LOADERS)
 
 
 def restricted(space: Space, target: Target) -> Space:

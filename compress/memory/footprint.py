@@ -17,7 +17,7 @@ from typing import Literal
 from compress.formats.table import FORMATS, KV_BYTES, Format, KvFormat
 from compress.model.architecture import Architecture, Attention, Block, Mamba, sizes
 from compress.model.families import experts_of, family_of
-from compress.model.layout import Parameter, Slot, shape
+from compress.model.layout import Slot, shape
 
 SsmFormat = Literal["fp32", "bf16"]
 
@@ -57,11 +57,6 @@ def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format) -> int
     if slot.float32:
         return prod(dimensions) * FP32_BYTES
     return FORMATS[format if slot.fused else "bf16"].bytes(dimensions)
-
-
-def parameter_bytes(parameter: Parameter, format: Format) -> int:
-    """Bytes of one parameter on disk when its block has this format."""
-    return tensor_bytes(parameter.slot, parameter.shape, format)
 
 
 # A search asks for the same few hundred blocks hundreds of thousands of times.

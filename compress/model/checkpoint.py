@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, is_export, read_config
+from compress.model.families import parameters
 from compress.model.tensor_files import save_tensors
 from compress.model.weights import INDEX, SINGLE, Stored, checked_weights
 
@@ -57,6 +58,19 @@ class Checkpoint:
                 raise InputError(f"tensor {name} in {self.path} holds NaN or infinite values")
             self.finite.add(name)
         return tensor
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor of the family's table, by name."""
+        return ((each.name, self[each.name]) for each in parameters(self.architecture))
+
+
+def in_bf16(
+    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
+) -> Iterator[tuple[str, Tensor]]:
+    """A checkpoint's tensors as they are stored: BF16, but what the tables keep in fp32."""
+    wide = {parameter.name for parameter in parameters(architecture) if parameter.slot.float32}
+    for name, tensor in tensors:
+        yield name, tensor.to(torch.float32 if name in wide else torch.bfloat16)
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

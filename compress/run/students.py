@@ -16,8 +16,7 @@ from compress.formats.kv import set_kv_format
 from compress.measure.kl import Reference, reference, sequence_kl
 from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
-from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters
+from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
 from compress.report.rows import Student, Teacher, read_students, read_teacher
 from compress.run.directory import Run
 from compress.run.score import REPAIR, gram_file
@@ -25,7 +24,7 @@ from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate, repair_note
-from compress.student.surgery import in_bf16, load_candidate, prune, same_candidate, save_candidate
+from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
 from compress.train.distill import DistillSettings
 from compress.train.distill import distill as train_on_teacher
 from compress.train.loop import forget
@@ -230,8 +229,7 @@ def distilled(session: Session, candidate: Candidate, tokens: int, name: str) ->
 
 def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:
     """The BF16 student of a directory as a model in fp32, in the candidate's formats."""
-    checkpoint = open_checkpoint(directory)
-    tensors = ((p.name, checkpoint[p.name]) for p in parameters(candidate.architecture))
+    tensors = open_checkpoint(directory).items()
     return student_model(session.checkpoint, candidate.architecture, tensors)
 
 

@@ -13,7 +13,7 @@ from compress.core.files import atomic_directory, write_text
 from compress.formats.fake import fake_quantize_block
 from compress.model.architecture import Architecture, from_json, sizes, to_json
 from compress.model.build import student_config
-from compress.model.checkpoint import Checkpoint, write_checkpoint
+from compress.model.checkpoint import Checkpoint, in_bf16, write_checkpoint
 from compress.model.config import ARCHITECTURE
 from compress.model.families import experts_of, family_of, parameters
 from compress.model.layout import Slot, take
@@ -122,15 +122,6 @@ def prune(
         to_json(candidate.architecture),
         lambda partial: save_keep(candidate, partial / KEEP),
     )
-
-
-def in_bf16(
-    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
-) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors as they are stored: BF16, but what the tables keep in fp32."""
-    wide = {parameter.name for parameter in parameters(architecture) if parameter.slot.float32}
-    for name, tensor in tensors:
-        yield name, tensor.to(torch.float32 if name in wide else torch.bfloat16)
 
 
 def save_keep(candidate: Candidate, file: Path) -> None:

@@ -31,7 +31,6 @@ class DistillSettings:
     weight_decay: float = 0.0
     seed: int = 0
     checkpoint_every: int = 100
-    bf16: bool = False
 
 
 def distill(
@@ -45,9 +44,9 @@ def distill(
     """Train ``student`` in place towards ``teacher`` on ``rows`` [N, T]; the curve, a point a step.
 
     The loss is the mean over all positions of KL(teacher || student), in nats per token. The
-    student is trained in fp32 (cast here if it is not); with ``bf16`` both run under autocast.
-    Afterwards it is in eval mode and frozen. With a directory, checkpoints and the curve are kept
-    there and an interrupted distillation of the same settings and rows continues bit for bit.
+    student is trained in fp32 (cast here if it is not). Afterwards it is in eval mode and frozen.
+    With a directory, checkpoints and the curve are kept there and an interrupted distillation of
+    the same settings and rows continues bit for bit.
 
     Raises:
         InputError: ``rows`` or settings that give no step, vocabularies that differ, or a loss that
@@ -70,7 +69,7 @@ def distill(
         whole = batch_at(rows, step, batch, settings.seed)
         for part in torch.split(whole, max(MICRO_TOKENS // rows.shape[1], 1)):
             share = part.shape[0] / whole.shape[0]
-            yield kl(teacher, student, part, settings.bf16) * share
+            yield kl(teacher, student, part) * share
 
     curve = train(
         student,
@@ -84,7 +83,7 @@ def distill(
             weight_decay=settings.weight_decay,
             seed=settings.seed,
             checkpoint_every=settings.checkpoint_every,
-            data=f"{digest(rows)} bf16={settings.bf16}",
+            data=digest(rows),
         ),
         what="distill",
         directory=directory,
@@ -105,13 +104,12 @@ def schedule(rows: Tensor, settings: DistillSettings) -> tuple[int, int]:
     return batch, -(-settings.tokens // (batch * rows.shape[1]))
 
 
-def kl(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Tensor, bf16: bool) -> Tensor:
+def kl(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Mean KL(teacher || student) over all positions of a batch, nats per token."""
     ids_BT = ids_BT.to(student.device)
-    with torch.autocast(student.device.type, torch.bfloat16, enabled=bf16):
-        with torch.no_grad():
-            teacher_BTD = final_hidden(teacher, ids_BT)
-        student_BTD = final_hidden(student, ids_BT)
+    with torch.no_grad():
+        teacher_BTD = final_hidden(teacher, ids_BT)
+    student_BTD = final_hidden(student, ids_BT)
     return kl_from_hidden(
         student_BTD.flatten(0, 1), head_of(student), teacher_BTD.flatten(0, 1), head_of(teacher)
     ).mean()

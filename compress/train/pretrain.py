@@ -24,8 +24,8 @@ from compress.core.settings import read_settings
 from compress.core.terminal import note
 from compress.measure.losses import nll_from_hidden
 from compress.model.build import load_model
-from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters, read_architecture
+from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
+from compress.model.families import read_architecture
 from compress.model.modules import final_hidden, head_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
@@ -39,7 +39,6 @@ BIAS = "e_score_correction_bias"
 BALANCE_RATE = 1e-3
 HELD_OUT_TOKENS = 16_384
 RECIPE, METRICS = "recipe.yaml", "metrics.json"
-FLOAT = {False: torch.bfloat16, True: torch.float32}
 
 
 def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[str, float]:
@@ -240,12 +239,11 @@ def write_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ou
         model.save_pretrained(stock)
         tokenizer.save_pretrained(stock)
         checkpoint = open_checkpoint(stock)
-        table = parameters(checkpoint.architecture)
         # Its unused infinity is no JSON number, and transformers writes it as an object.
         config = {k: v for k, v in checkpoint.config.items() if k != "time_step_limit"}
         write_checkpoint(
             out,
-            ((p.name, checkpoint[p.name].to(FLOAT[p.slot.float32])) for p in table),
+            in_bf16(checkpoint.items(), checkpoint.architecture),
             config | {"dtype": "bfloat16"},
             stock,
         )

@@ -18,7 +18,7 @@ from compress.memory.footprint import (
     footprint,
     largest_context,
     outside_bytes,
-    parameter_bytes,
+    tensor_bytes,
     weight_bytes,
 )
 from compress.model.architecture import Architecture, Attention
@@ -73,8 +73,9 @@ def test_predicted_bytes_are_the_bytes_of_the_files(tiny: Path) -> None:
 def test_blocks_and_the_rest_add_up_to_the_parameters(name: str, format: Format) -> None:
     architecture = in_format(read_architecture(PUBLISHED[name][0]), format)
     one_by_one = sum(
-        parameter_bytes(
-            parameter,
+        tensor_bytes(
+            parameter.slot,
+            parameter.shape,
             "bf16" if parameter.block is None else architecture.blocks[parameter.block].format,
         )
         for parameter in parameters(architecture)
