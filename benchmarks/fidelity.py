@@ -36,7 +36,7 @@ from compress.run.recipe import Recipe, check
 from compress.run.score import scores_of
 from compress.scores.costs import Scores, choose, importance, option_cost, removed
 from compress.scores.costs import load_scores as load
-from compress.scores.replay import NEVER, Keep, Text, block_costs, replayable
+from compress.scores.replay import Keep, Text, option_kl
 from compress.student.units import AXES
 
 WIDTHS = 16  # FFN widths in sixteenths of the whole
@@ -191,21 +191,22 @@ def exact_costs(
     known: dict[str, float] = read_json(file) if file.is_file() else {}
     text = Text(model, torch.split(rows, 8))
     # Before any block is rounded: it keeps what the teacher computes when first asked.
-    for number in range(len(text.chunks)):
-        text.chunk(number)
+    for chunk in range(len(text.chunks)):
+        text.chunk(chunk)
     found: dict[str, dict[str, float]] = {stratum: {} for stratum in wanted}
-    for block in architecture.blocks:
+    for number, block in enumerate(architecture.blocks):
         mine = {s: STRATA[s] for s in wanted if STRATA[s].kind == block.kind}
         keeps = {s: stratum.keep(scores, block) for s, stratum in mine.items()}
         keys = {s: identity(name, rows, block, s, keep) for s, keep in keeps.items()}
-        missing = [s for s in mine if keys[s] not in known and replayable(block, keeps[s])]
+        missing = [s for s in mine if keys[s] not in known]
         by_format: dict[Format, dict[str, Keep]] = {}
         for stratum in missing:
             by_format.setdefault(mine[stratum].format, {})[stratum] = keeps[stratum]
         for format, options in by_format.items():
             with torch.no_grad(), rounded(model, architecture, block, format):
-                costs = block_costs(text, architecture, block, options, NEVER)
-            known |= {keys[s]: float(kl.mean()) for s, kl in costs.items()}
+                for stratum, keep in options.items():
+                    kl = option_kl(text, architecture, number, keep)
+                    known[keys[stratum]] = float(kl.mean())
         if missing:
             write_json(file, known)
         for stratum, key in keys.items():

@@ -17,7 +17,7 @@ from torch import Tensor
 from benchmarks.common import Cost
 from compress.measure.kl import Reference, measure
 from compress.model.architecture import block_name
-from compress.scores.replay import Keep, option_costs, replayable
+from compress.scores.replay import Keep, Text, option_kl
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import Knapsack, diverse, value
 from compress.searches.problem import Choice, Globals, Problem
@@ -252,8 +252,8 @@ def with_exact_costs(trials: Trials, share: float) -> Problem:
         for ((number, option),) in group:
             keep = None if option.removed else problem.keep_of(number, option)
             cuts = option.removed or option.target
-            # Cuts of routed experts are no masks: they keep their estimates.
-            if cuts and replayable(problem.teacher.blocks[number], keep):
+            # Widths of routed experts are no masks: they keep their estimates.
+            if cuts and "expert_ffn" not in (keep or {}):
                 options.setdefault(number, {})[str(option.target)] = keep
                 named[number, str(option.target)] = option
     for number, costs in replayed(trials, options, share).items():
@@ -280,7 +280,11 @@ def replayed(
     affordable = int(share * trials.left / (forwards * length))
     tokens = trials.text.tokens[: max(1, affordable)]
     trials.cost.add(forwards * tokens.numel())
-    return option_costs(trials.model, teacher, tokens, options)
+    text = Text(trials.model, torch.split(tokens, 4))
+    return {
+        number: {key: option_kl(text, teacher, number, keep) for key, keep in keeps.items()}
+        for number, keeps in options.items()
+    }
 
 
 METHODS: Mapping[str, Callable[[Trials], Candidate]] = {

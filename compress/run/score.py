@@ -128,9 +128,9 @@ def scores_of(
     replayed = rows[: replay_rows(architecture, rows, recipe.replay_tokens)]
     blocks = len(architecture.blocks)
     with progress("score: exact costs of removals", blocks) as advance:
-        removals = removal_costs(
-            model, architecture, replayed, STOP, stepwise(advance, blocks), directory / "replay"
-        )
+        known = directory / "removals.json"
+        step = stepwise(advance, blocks)
+        removals = removal_costs(model, architecture, replayed, STOP, step, known)
     text = reference(checkpoint, model, replayed)
     kv: dict[str, float] = {}
     for kv_format in KV_FORMATS[1:]:

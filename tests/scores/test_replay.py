@@ -1,7 +1,8 @@
-"""A replayed option costs what the masked model costs; replays stop early and resume."""
+"""A replayed option costs what the student costs; replays stop early and resume."""
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,12 +11,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.measure.kl import measure, reference
-from compress.model.architecture import Architecture, Block, block_name
+from compress.model.architecture import Architecture, block_name
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.run.score import REPLAY_FORWARDS, replay_rows
 from compress.scores import replay
-from compress.scores.replay import NEVER, Keep, Stop, Text, option_costs
+from compress.scores.replay import NEVER, Keep, Stop, Text, option_kl, removal_costs
 from compress.student.candidate import Candidate, student_architecture
 
 LENGTH = 16
@@ -42,7 +43,10 @@ def cuts(architecture: Architecture) -> dict[int, dict[str, Keep]]:
                 "query": {"query": torch.tensor([[0], [1]])},
             },
             "ffn": {"ffn": {"ffn": torch.arange(0, 96, 2)}},
-            "moe": {"shared_ffn": {"shared_ffn": torch.arange(16)}},
+            "moe": {
+                "shared_ffn": {"shared_ffn": torch.arange(16)},
+                "expert": {"expert": torch.tensor([0, 2, 3, 5])},
+            },
             "mamba": {
                 "head": {"head": torch.tensor([[0, 2], [1, 3]])},
                 "channel": {"channel": torch.arange(0, 16, 4)},
@@ -52,13 +56,25 @@ def cuts(architecture: Architecture) -> dict[int, dict[str, Keep]]:
     return options
 
 
+def replayed(
+    model: PreTrainedModel, architecture: Architecture, stop: Stop = NEVER, chunk: int = 4
+) -> dict[int, dict[str, Tensor]]:
+    """KLs of all ``cuts`` by block number."""
+    text = Text(model, torch.split(TOKENS, chunk))
+    return {
+        number: {
+            key: option_kl(text, architecture, number, cut, stop) for key, cut in keeps.items()
+        }
+        for number, keeps in cuts(architecture).items()
+    }
+
+
 def test_a_replayed_option_costs_what_the_student_of_surgery_costs(teacher: Teacher) -> None:
     checkpoint, model, architecture = teacher
-    options = cuts(architecture)
-    found = option_costs(model, architecture, TOKENS, options)
+    found = replayed(model, architecture)
     text = reference(checkpoint, model, TOKENS)
     everything = list(range(len(architecture.blocks)))
-    for number, keeps in options.items():
+    for number, keeps in cuts(architecture).items():
         prefix = block_name(architecture.blocks[number])
         for key, cut in keeps.items():
             blocks = [n for n in everything if cut is not None or n != number]
@@ -70,31 +86,26 @@ def test_a_replayed_option_costs_what_the_student_of_surgery_costs(teacher: Teac
             torch.testing.assert_close(found[number][key], kl, rtol=2e-2, atol=1e-5)
 
 
-def test_stacking_and_chunks_do_not_matter(teacher: Teacher) -> None:
+def test_chunks_do_not_matter(teacher: Teacher) -> None:
     _, model, architecture = teacher
-    options = cuts(architecture)
-    together = option_costs(model, architecture, TOKENS, options, chunk=8)
-    for number, keeps in options.items():
-        for key, keep in keeps.items():
-            alone = option_costs(model, architecture, TOKENS, {number: {key: keep}}, chunk=3)
-            torch.testing.assert_close(
-                together[number][key], alone[number][key], rtol=1e-3, atol=1e-6
-            )
+    some, others = (replayed(model, architecture, chunk=chunk) for chunk in (8, 3))
+    for number, found in some.items():
+        for key, kl in found.items():
+            torch.testing.assert_close(kl, others[number][key], rtol=1e-3, atol=1e-6)
 
 
 def test_sequences_are_added_until_the_mean_is_known(teacher: Teacher) -> None:
     _, model, architecture = teacher
-    keeps: dict[str, Keep] = cuts(architecture)[0]
-    whole = option_costs(model, architecture, TOKENS, {0: keeps}, NEVER, chunk=2)[0]
+    whole = replayed(model, architecture, chunk=2)[0]
     assert {len(kl) for kl in whole.values()} == {len(TOKENS)}
-    early = option_costs(model, architecture, TOKENS, {0: keeps}, Stop(relative=10.0), chunk=2)[0]
+    early = replayed(model, architecture, Stop(relative=10.0), chunk=2)[0]
     assert {len(kl) for kl in early.values()} == {4}
     for key, kl in early.items():
         torch.testing.assert_close(kl, whole[key][:4], rtol=1e-3, atol=1e-6)
     # A bound that only some options meet: those stop, the others go on to the limit.
     errors = {key: float(kl[:4].std()) / 2 for key, kl in whole.items()}
     bound = Stop(absolute=min(errors.values()) * 1.001)
-    mixed = option_costs(model, architecture, TOKENS, {0: keeps}, bound, chunk=4)[0]
+    mixed = replayed(model, architecture, bound)[0]
     easiest = min(errors, key=lambda key: errors[key])
     assert len(mixed[easiest]) == 4
     assert max(len(kl) for kl in mixed.values()) == len(TOKENS)
@@ -104,41 +115,34 @@ def test_a_killed_replay_continues_with_the_finished_blocks(
     teacher: Teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, model, architecture = teacher
-    options = cuts(architecture)
-    plain = option_costs(model, architecture, TOKENS, options)
-    run: list[str] = []
-    block_costs = replay.block_costs
+    plain = removal_costs(model, architecture, TOKENS)
+    assert list(plain) == [block_name(block) for block in architecture.blocks]
+    run: list[int] = []
 
-    def killed(
-        text: Text, architecture: Architecture, block: Block, keeps: dict[str, Keep], stop: Stop
-    ) -> dict[str, Tensor]:
+    def killed(text: Text, architecture: Architecture, number: int, *rest: Any) -> Tensor:
         if len(run) == 2:
             raise KeyboardInterrupt
-        run.append(block_name(block))
-        return block_costs(text, architecture, block, keeps, stop)
+        run.append(number)
+        return option_kl(text, architecture, number, *rest)
 
-    monkeypatch.setattr(replay, "block_costs", killed)
+    monkeypatch.setattr(replay, "option_kl", killed)
+    known = tmp_path / "removals.json"
     with pytest.raises(KeyboardInterrupt):
-        option_costs(model, architecture, TOKENS, options, directory=tmp_path)
+        removal_costs(model, architecture, TOKENS, known=known)
     finished = list(run)
-    monkeypatch.undo()
     seen: list[tuple[int, int]] = []
 
-    def counted(
-        text: Text, architecture: Architecture, block: Block, keeps: dict[str, Keep], stop: Stop
-    ) -> dict[str, Tensor]:
-        assert block_name(block) not in finished
-        return block_costs(text, architecture, block, keeps, stop)
+    def counted(text: Text, architecture: Architecture, number: int, *rest: Any) -> Tensor:
+        assert number not in finished
+        return option_kl(text, architecture, number, *rest)
 
-    monkeypatch.setattr(replay, "block_costs", counted)
-    again = option_costs(
-        model, architecture, TOKENS, options,
-        progress=lambda done, total: seen.append((done, total)), directory=tmp_path,
+    monkeypatch.setattr(replay, "option_kl", counted)
+    again = removal_costs(
+        model, architecture, TOKENS,
+        progress=lambda done, total: seen.append((done, total)), known=known,
     )  # fmt: skip
-    assert seen[-1] == (len(options), len(options))
-    for number, costs in plain.items():
-        for key, kl in costs.items():
-            assert torch.equal(again[number][key], kl)
+    assert seen[-1] == (len(plain), len(plain))
+    assert again == plain
 
 
 def test_a_dead_layer_costs_nothing_and_ranks_last(tmp_path: Path) -> None:
@@ -146,17 +150,10 @@ def test_a_dead_layer_costs_nothing_and_ranks_last(tmp_path: Path) -> None:
     model, architecture = load_model(path), open_checkpoint(path).architecture
     model.model.layers[1].mlp.down_proj.weight.zero_()
     model.model.layers[1].self_attn.o_proj.weight.zero_()
-    found = option_costs(model, architecture, TOKENS, cuts(architecture))
     dead = {2, 3}
-    for number, costs in found.items():
+    for number, costs in replayed(model, architecture).items():
         for kl in costs.values():
             assert (float(kl.mean()) < 1e-6) == (number in dead)
-
-
-def test_cuts_of_routed_experts_are_refused(tiny_hybrid: Path) -> None:
-    model, architecture = load_model(tiny_hybrid), open_checkpoint(tiny_hybrid).architecture
-    with pytest.raises(ValueError, match="expert=2 changes routed experts"):
-        option_costs(model, architecture, TOKENS, {1: {"expert=2": {"expert": torch.arange(2)}}})
 
 
 def test_all_replays_cost_no_more_than_their_share(teacher: Teacher) -> None:

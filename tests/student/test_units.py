@@ -1,12 +1,15 @@
 """The table of units agrees with the families' tables, and nothing else knows a kind of block."""
 
 import itertools
+import re
+from pathlib import Path
 
 import pytest
 import torch
 from tiny_models import TINY
 from torch import Tensor
 
+import compress
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families import family_of, read_architecture
 from compress.model.layout import axes
@@ -72,3 +75,11 @@ def test_units_of_an_axis_are_sums_of_the_finest_ones(teacher: Architecture, blo
         expected = [sizes(block)[name] for name in (rule.within, axis) if name]
         assert list(found.shape) == [3, *expected]
         torch.testing.assert_close(found.flatten(1).sum(1), values.flatten(1).sum(1))
+
+
+def test_no_other_file_knows_a_kind_of_block() -> None:
+    root = Path(compress.__file__).parent
+    named = re.compile(r"import .*\b(Mamba|Moe|Ffn)\b|\bkind [!=]= \"(mamba|moe|ffn|attention)")
+    for package in ("scores", "student", "searches"):
+        for file in sorted((root / package).glob("*.py")):
+            assert not named.search(file.read_text()), file
