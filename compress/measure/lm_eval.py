@@ -209,7 +209,7 @@ def require_requests(adapter: Any, window: int, vocab: int) -> None:
                 "leave that task out"
             )
         for _, context, answer in requests:
-            require_tokens(max([*context, *answer], default=0), vocab)
+            require_tokens([*context, *answer], vocab)
         return score(requests, **options)
 
     adapter._loglikelihood_tokens = checked

@@ -50,14 +50,14 @@ def pack(
         )
     rows = len(stream) // length if rows is None else rows
     if vocab is not None:
-        require_tokens(max(stream), vocab)
+        require_tokens(stream, vocab)
     return torch.tensor(stream[: rows * length]).view(rows, length)
 
 
-def require_tokens(highest: int, vocab: int) -> None:
-    """InputError where the highest token id of a text has no embedding."""
-    if highest >= vocab:
+def require_tokens(ids: Sequence[int], vocab: int) -> None:
+    """InputError where a token id of a text has no embedding."""
+    if beyond := [id for id in ids if id >= vocab]:
         raise InputError(
-            f"token id {highest} of the tokenizer is beyond vocab_size {vocab}, and the text has "
-            "it; take it out of the text or of tokenizer.json"
+            f"token id {min(beyond)} of the tokenizer is beyond vocab_size {vocab}, and the text "
+            "has it; take it out of the text or of tokenizer.json"
         )

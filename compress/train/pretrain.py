@@ -144,7 +144,10 @@ def tokenizer_of(settings: PretrainRecipe, documents: list[str]) -> PreTrainedTo
 
 def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> PreTrainedModel:
     """A freshly initialized model of the recipe's config: fp32, training, on a GPU if any."""
-    architecture = read_architecture(settings.model)
+    try:
+        architecture = read_architecture(settings.model)
+    except InputError as error:
+        raise InputError(f"the recipe's model: {error}") from error
     if architecture.vocab < len(tokenizer):
         raise InputError(
             f"model.vocab_size {architecture.vocab} is below the tokenizer's {len(tokenizer)}"
