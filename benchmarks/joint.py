@@ -40,7 +40,7 @@ from compress.core.files import fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
 from compress.formats.table import FORMATS, Format
-from compress.measure.kl import Reference, measure, reference, sequence_kl
+from compress.measure.kl import Reference, mean_kl, measure, reference, sequence_kl
 from compress.model.families import count_parameters
 from compress.run.bench import Bench, Row
 from compress.run.directory import Run
@@ -48,7 +48,7 @@ from compress.run.recipe import Recipe, check
 from compress.run.score import score
 from compress.run.search import selection_text
 from compress.run.session import Session
-from compress.run.students import in_formats, is_cut, kl_of, pruned, train, train_inputs
+from compress.run.students import in_formats, is_cut, pruned, train, train_inputs
 from compress.searches.baselines import uniform, variants
 from compress.searches.space import Space, load_space
 from compress.student.candidate import Candidate
@@ -257,7 +257,7 @@ def measured(
     if is_cut(session, candidate):
         student = train(session, candidate, tokens, candidate.id)
         model = in_formats(session, candidate, student)
-        if kl_of(model, fresh) < kl_of(cut, fresh):
+        if mean_kl(model, fresh) < mean_kl(cut, fresh):
             after, trained = values(model, final), tokens
     found: dict[str, Any] = {"candidate": row.trial.candidate.id, "bytes": row.trial.bytes}
     found |= {**choice_of(session, candidate), "trained on": trained}

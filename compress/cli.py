@@ -23,6 +23,7 @@ from compress.flags import (
     SERVED,
     TRAINED,
     begin,
+    beside,
     compared,
     require_known,
     require_limit,
@@ -185,7 +186,7 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
     from compress.run import stages
 
     stages.export(chosen, candidate, recipe.target)
-    note(f"next: {command('eval', near(recipe.model), run)}")
+    note(f"next: {command('eval', near(recipe.model), beside(recipe, run))}")
 
 
 @app.command(name="eval")

@@ -15,7 +15,7 @@ from compress.core.terminal import note
 from compress.model.config import read_config
 from compress.model.find import commit_of, is_named, resolve_model
 from compress.model.weights import planned_architecture
-from compress.run.directory import Run, find_run, is_run, require_free, run_at
+from compress.run.directory import Run, by_path, find_run, is_run, require_free, run_at
 from compress.run.recipe import (
     Recipe,
     check,
@@ -143,6 +143,12 @@ def compared(names: list[str], recipe: Recipe) -> list[str]:
     """The names to evaluate: a candidate alone has no table, and is compared with its teacher."""
     alone = len(names) == 1 and is_run(names[0]) and ":" in names[0]
     return [near(recipe.model), *names] if alone else names
+
+
+def beside(recipe: Recipe, target: str) -> str:
+    """RUN or RUN:CANDIDATE beside its teacher in a command, by path if that has its name."""
+    run, candidate = find_run(target)
+    return by_path(run, candidate) if run.name == near(recipe.model) else target
 
 
 def require_limit(recipe: Recipe) -> None:

@@ -38,20 +38,28 @@ def mean_of(values: ArrayLike) -> Estimate:
 def ratio_of(numerators: ArrayLike, denominators: ArrayLike) -> Estimate:
     """The sum of numerators over the sum of denominators: nats over bytes, say."""
     above, below = (np.asarray(part, dtype=np.float64) for part in (numerators, denominators))
-    ratio = float(above.sum() / below.sum())
-    return Estimate(ratio, ratio + (above - ratio * below) / below.mean())
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratio = float(above.sum() / below.sum())
+        return Estimate(ratio, ratio + (above - ratio * below) / below.mean())
 
 
 def exponential(estimate: Estimate) -> Estimate:
-    """The estimate as an exponent of e: a perplexity from nats."""
-    value = math.exp(estimate.value)
-    return Estimate(value, value * (1 + estimate.influence - estimate.value))
+    """The estimate as an exponent of e: a perplexity from nats, infinite beyond floats."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        value = float(np.exp(estimate.value))
+        return Estimate(value, value * (1 + estimate.influence - estimate.value))
+
+
+def finite(value: float | None) -> float | None:
+    """A value as JSON may hold it: null where it is not finite."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def difference(a: Estimate, b: Estimate) -> tuple[float, float | None]:
     """``b - a`` and its standard error, paired over the samples that both were measured on."""
     assert len(a.influence) == len(b.influence)
-    return b.value - a.value, standard_error(b.influence - a.influence)
+    with np.errstate(invalid="ignore"):
+        return b.value - a.value, standard_error(b.influence - a.influence)
 
 
 def pooled(estimates: Sequence[Estimate]) -> Estimate:
@@ -60,7 +68,7 @@ def pooled(estimates: Sequence[Estimate]) -> Estimate:
 
 
 def standard_error(values: Values) -> float | None:
-    """Standard deviation (n - 1) over sqrt(n); None for less than two values."""
-    if len(values) < 2:
+    """Standard deviation (n - 1) over sqrt(n); None for less than two values or infinite ones."""
+    if len(values) < 2 or not np.isfinite(values).all():
         return None
     return float(values.std(ddof=1) / math.sqrt(len(values)))

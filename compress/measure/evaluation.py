@@ -6,9 +6,8 @@ paired differences.
 
 import itertools
 import math
-import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,11 +15,9 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from compress.core.errors import InputError
-from compress.measure.estimates import Estimate, difference, mean_of, ratio_of
+from compress.measure.estimates import Estimate, difference, finite, mean_of, ratio_of
 from compress.measure.lm_eval import TaskResults, Tasks, run_tasks
-from compress.measure.losses import kl_from_hidden, nll_from_hidden, require_finite
-from compress.model.build import load_model
+from compress.measure.losses import check_finite, kl_from_hidden, nll_from_hidden
 from compress.model.modules import final_hidden, head_of
 
 BATCH_TOKENS = 2048
@@ -28,73 +25,75 @@ BATCH_TOKENS = 2048
 Metrics = dict[str, Estimate]
 
 
-def evaluate(
-    models: Mapping[str, Path | PreTrainedModel],
+@dataclass(frozen=True)
+class Subject:
+    """A model to measure: what builds it, and the bytes that it takes to serve."""
+
+    build: Callable[[], PreTrainedModel]
+    bytes: int
+
+
+def compare(
+    subjects: Mapping[str, Subject],
     teacher: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     rows_RT: Tensor,
+    tasks: Tasks | None = None,
     *,
-    tasks: Sequence[str] = (),
-    task_rows: Mapping[str, Path] | None = None,
-    task_data: Path | None = None,
     task_limit: int | None = None,
-    sizes: Mapping[str, int] | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
     """Measure models on held-out rows of tokens and on lm-eval tasks; one model in memory at once.
 
     Args:
-        models: by name, loaded or to be loaded; the first is the reference of tables.
+        subjects: by name; the first is the reference of tables.
         teacher: what KL is measured from.
         tokenizer: the teacher's; students share it.
         rows_RT: packed held-out text; KL is over all its positions, nats over the tokens that
             are predicted, all but a row's first.
-        tasks: our own (``choice``, ``rolling``) and any that lm-eval knows.
-        task_rows: files of our own tasks by name, as ``harness.write_task_rows`` gives them.
-        task_data: a directory of JSONL files that built-in tasks read instead of the hub.
+        tasks: what to run besides.
         task_limit: take the first documents of each task only.
-        sizes: bytes of the models; without it, bytes of their weights.
         progress: told in a few words what begins.
 
     Returns:
         ``{"models": {name: {"bytes", "kl", "nats_per_token", "bits_per_byte", "stderr": {...},
         "tasks": {task: {metric: value, "stderr": of the first metric, "METRIC_stderr": of the
         others}}}}, "paired": [{"a", "b", "metric", "difference": b - a, "stderr"}], "text":
-        {"sequences", "tokens", "bytes"}, "samples": {task: count}}``. ``kl`` is in nats per token.
-        Every pair of models is compared, ``a`` being the earlier one; task metrics are called
-        ``task/metric``. A standard error is null where one sample gives none.
+        {"sequences", "tokens", "bytes"}, "samples": {task: count}, "notes": [...]}``. ``kl`` is in
+        nats per token. Every pair of models is compared, ``a`` being the earlier one; task metrics
+        are called ``task/metric``. A standard error is null where one sample gives none, a task's
+        metric where it is not finite. Notes are what a reader of the figures must know.
+
+    Raises:
+        InputError: a model's predictions of the text are not finite.
     """
-    if not models:
-        raise InputError("no model to evaluate")
-    # Names are checked before the first model runs.
-    resolved = Tasks(tasks, task_rows or {}, task_data) if tasks else None
     bytes_R = row_bytes(rows_RT, tokenizer)
     progress("teacher")
     teacher_hidden = [hidden.cpu() for _, hidden in hidden_states(teacher, rows_RT)]
-    measured: dict[str, tuple[int, Metrics, TaskResults]] = {}
-    for name, source in models.items():
+    found: dict[str, tuple[Metrics, TaskResults]] = {}
+    for name, subject in subjects.items():
         progress(name)
-        model = load_model(source) if isinstance(source, Path) else source
-        held_out = on_text(model, teacher, teacher_hidden, rows_RT, bytes_R)
-        results = run_tasks(model, tokenizer, resolved, task_limit) if resolved else {}
-        size = weight_bytes(source)
-        measured[name] = (sizes[name] if sizes and name in sizes else size, held_out, results)
+        model = subject.build()
+        held_out = on_text(model, teacher, teacher_hidden, rows_RT, bytes_R, name)
+        found[name] = held_out, run_tasks(model, tokenizer, tasks, task_limit) if tasks else {}
     return {
-        "models": {name: model_json(*found) for name, found in measured.items()},
-        "paired": paired(
-            {name: flat(text, results) for name, (_, text, results) in measured.items()}
-        ),
+        "models": {
+            name: {"bytes": subjects[name].bytes, **model_json(*parts)}
+            for name, parts in found.items()
+        },
+        "paired": paired({name: flat(*parts) for name, parts in found.items()}),
         "text": {
             "sequences": rows_RT.shape[0],
             "tokens": rows_RT.numel(),
             "bytes": int(bytes_R.sum()),
         },
         "samples": {
-            task: len(next(iter(found.values())).influence)
-            for _, _, results in measured.values()
-            for task, found in results.items()
-            if found
+            task: len(next(iter(metrics.values())).influence)
+            for _, results in found.values()
+            for task, metrics in results.items()
+            if metrics
         },
+        "notes": list(tasks.notes.values()) if tasks else [],
     }
 
 
@@ -125,6 +124,7 @@ def on_text(
     teacher_hidden: Sequence[Tensor],
     rows_RT: Tensor,
     bytes_R: np.ndarray[Any, Any],
+    name: str = "the model",
 ) -> Metrics:
     """KL, nats per token and bits per byte, with one value per row."""
     kl_R: list[Tensor] = []
@@ -135,10 +135,10 @@ def on_text(
     ):
         reference_ND = reference.to(model.device).flatten(0, 1)
         kl_N = kl_from_hidden(hidden.flatten(0, 1), head, reference_ND, teacher_head)
+        check_finite(kl_N, name, reference_ND, teacher_head, "the teacher")
         nats_N = nll_from_hidden(hidden[:, :-1].flatten(0, 1), head, rows[:, 1:].flatten())
         kl_R.append(kl_N.reshape(len(rows), -1).double().mean(1).cpu())
         nats_R.append(nats_N.reshape(len(rows), -1).double().mean(1).cpu())
-    require_finite(torch.cat([*kl_R, *nats_R]), "the logits of a model or of its teacher")
     nats = torch.cat(nats_R).numpy()
     return {
         "kl": mean_of(torch.cat(kl_R).numpy()),
@@ -147,25 +147,10 @@ def on_text(
     }
 
 
-def weight_bytes(source: Path | PreTrainedModel) -> int:
-    """Bytes of all tensors: as stored, or as loaded (tied ones once)."""
-    if isinstance(source, Path):
-        return sum(stored_bytes(file) for file in sorted(source.glob("*.safetensors")))
-    return sum(parameter.nbytes for parameter in source.parameters())
-
-
-def stored_bytes(file: Path) -> int:
-    """Bytes of the tensors of a safetensors file: what follows its header."""
-    with file.open("rb") as stream:
-        (header,) = struct.unpack("<Q", stream.read(8))
-    return file.stat().st_size - 8 - int(header)
-
-
-def model_json(size: int, text: Metrics, tasks: TaskResults) -> dict[str, Any]:
-    """The figures of one model as ``evaluate`` returns them."""
+def model_json(text: Metrics, tasks: TaskResults) -> dict[str, Any]:
+    """The figures of one model as ``compare`` returns them."""
     return {
-        "bytes": size,
-        **{metric: estimate.value for metric, estimate in text.items()},
+        **{metric: finite(estimate.value) for metric, estimate in text.items()},
         "stderr": {metric: estimate.stderr for metric, estimate in text.items()},
         "tasks": {task: task_json(metrics) for task, metrics in tasks.items()},
     }
@@ -175,7 +160,7 @@ def task_json(metrics: Metrics) -> dict[str, float | None]:
     """Values of a task's metrics; ``stderr`` belongs to the first."""
     found: dict[str, float | None] = {}
     for number, (metric, estimate) in enumerate(metrics.items()):
-        found[metric] = estimate.value
+        found[metric] = finite(estimate.value)
         found[f"{metric}_stderr" if number else "stderr"] = estimate.stderr
     return found
 
@@ -195,5 +180,6 @@ def paired(models: Mapping[str, Metrics]) -> list[dict[str, Any]]:
     for a, b in itertools.combinations(models, 2):
         for metric in models[a]:
             change, stderr = difference(models[a][metric], models[b][metric])
-            rows.append({"a": a, "b": b, "metric": metric, "difference": change, "stderr": stderr})
+            figures = {"difference": finite(change), "stderr": stderr}
+            rows.append({"a": a, "b": b, "metric": metric, **figures})
     return rows

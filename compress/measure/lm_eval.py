@@ -1,7 +1,7 @@
 """lm-eval as a function: a model and task names in, estimates with per-sample values out.
 
 Benchmarks that lm-eval knows read their data from the hub, or from local JSONL files with the same
-columns. Two tasks are our own (``evals/tasks``); ``harness`` makes their rows.
+columns. Two tasks are our own (``evals/tasks``); ``measure.tasks`` makes their rows.
 
 lm-eval takes seconds to import and has no types: it is imported by name, where it is used.
 """
@@ -15,19 +15,23 @@ from functools import cache
 from importlib import import_module
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
+from jinja2 import UndefinedError
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from compress.core.errors import InputError
 from compress.measure.estimates import Estimate, exponential, mean_of, pooled, ratio_of
+from compress.measure.task_files import data_files, file_task, take_shots
+from compress.measure.tasks import OWN
 from compress.model.find import shipped
 from compress.text.packing import require_tokens
 
 # Longer windows would only make the logits of one forward bigger: [tokens, vocab] in float32.
 LONGEST_WINDOW = 1024
 LOGITS_BYTES = 2**28
+# What lm-eval's own command line seeds the drawing of shots with.
+SHOTS_SEED = 1234
 
 # {task: {metric: estimate}}
 TaskResults = dict[str, dict[str, Estimate]]
@@ -50,27 +54,13 @@ AGGREGATIONS: Mapping[str, Callable[[Any], Estimate]] = {
 }
 
 
-def data_files(task_data: Path) -> dict[str, Path]:
-    """JSONL files of a directory by task name.
-
-    ``piqa/validation.jsonl`` belongs to ``piqa``, ``blimp/adjunct_island.jsonl`` to
-    ``blimp_adjunct_island``.
-    """
-    if not task_data.is_dir():
-        raise InputError(f"task data {task_data} is not a directory")
-    found = {}
-    for file in sorted(task_data.glob("*/*.jsonl")):
-        whole = file.stem in ("train", "validation", "test")
-        found[file.parent.name if whole else f"{file.parent.name}_{file.stem}"] = file
-    return found
-
-
 @cache
-def known_tasks(directory: Path, builtin: bool) -> Any:
-    """lm-eval's manager of a directory's tasks, and of its built-in ones: seconds to read."""
-    manager = import_module("lm_eval.tasks").TaskManager
+def manager(builtin: bool) -> Any:
+    """lm-eval's index of tasks: ours, and only where asked for the many built-in ones (slow)."""
     with quiet():
-        return manager(include_path=str(directory), include_defaults=builtin)
+        return import_module("lm_eval.tasks").TaskManager(
+            include_path=str(shipped("evals", "tasks")), include_defaults=builtin
+        )
 
 
 class Tasks:
@@ -78,19 +68,20 @@ class Tasks:
 
     ``rows`` are the files of our own tasks. With ``task_data`` every other name must be covered by
     a file of that directory (a group stands for its members that are); else lm-eval gets its data
-    where it always does.
+    where it always does. ``notes`` says, once they are loaded, where the shots of a task are from.
     """
 
     def __init__(
         self, names: Sequence[str], rows: Mapping[str, Path], task_data: Path | None = None
     ) -> None:
-        self.files = dict(rows) | (data_files(task_data) if task_data else {})
+        own = {name: {"test": file} for name, file in rows.items()}
+        self.files = own | (data_files(task_data) if task_data else {})
+        self.notes: dict[str, str] = {}
         self.members = {name: self.members_of(name, task_data) for name in names}
         builtin = [name for name in names if name not in rows]
-        directory = shipped("evals", "tasks")
-        self.manager = known_tasks(directory, bool(builtin))
+        self.manager = manager(bool(builtin))
         for name in builtin:
-            if name not in self.manager.all_tasks or (directory / f"{name}.yaml").is_file():
+            if name in OWN or name not in self.manager.all_tasks:
                 raise InputError(
                     f"task {name!r} is not known to lm-eval, nor one that has rows here: "
                     f"{', '.join(rows) or 'none'}"
@@ -115,32 +106,23 @@ class Tasks:
         if leaves:
             # lm-eval 0.4.13: overrides inherit the registered task only inside a group.
             overridden = [file_task(task, self.files[task], cache) for task in leaves]
-            tasks |= self.manager.load([{"group": "local", "task": overridden}])["tasks"]
+            broken = import_module("datasets.exceptions").DatasetsError
+            try:
+                tasks |= self.manager.load([{"group": "local", "task": overridden}])["tasks"]
+            except (KeyError, UndefinedError, broken) as error:
+                reason = error.__cause__ or error
+                raise InputError(f"rows of {', '.join(leaves)} do not fit: {reason}") from error
+            for name in leaves:
+                if note := take_shots(tasks[name], self.files[name]):
+                    self.notes[name] = f"task {name}: {note}"
         members: dict[str, list[str]] = {}
         for name, listed in self.members.items():
             loaded = self.manager.load([name])["tasks"] if listed is None else {}
             tasks |= loaded
             members[name] = listed or list(loaded)
+        for task in tasks.values():
+            task.set_fewshot_seed(SHOTS_SEED)
         return tasks, members
-
-
-def file_task(task: str, file: Path, cache: str) -> dict[str, Any]:
-    """A registered task reading one local JSONL file, its other splits and its dataset absent.
-
-    The cache is our own: the shared one of datasets may hold rows of an older file of that name.
-    """
-    if not file.is_file():
-        raise InputError(f"{file}, the rows of task {task!r}, does not exist")
-    return {
-        "task": task,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": {"test": str(file)}, "cache_dir": cache},
-        "training_split": None,
-        "validation_split": None,
-        "fewshot_split": None,
-        "test_split": "test",
-    }
 
 
 def run_tasks(
@@ -166,15 +148,8 @@ def run_tasks(
         )
         require_requests(adapter, window, model.config.vocab_size)
         loaded, members = tasks.load(cache)
-        found = import_module("lm_eval").simple_evaluate(
-            model=adapter,
-            tasks=list(loaded.values()),
-            task_manager=tasks.manager,
-            limit=limit,
-            bootstrap_iters=0,
-            random_seed=None,
-            numpy_random_seed=None,
-            torch_random_seed=None,
+        found = import_module("lm_eval").evaluate(
+            adapter, {"tasks": loaded, "groups": {}}, limit=limit, bootstrap_iters=0
         )
     results = {name: task_estimates(loaded[name], found["samples"][name]) for name in loaded}
     for name, leaves in members.items():
@@ -248,16 +223,8 @@ def quiet() -> Iterator[None]:
     logger = logging.getLogger("lm_eval")
     level = logger.level
     logger.setLevel(logging.ERROR)
-    evaluator = import_module("lm_eval.evaluator")
-    # lm-eval 0.4.13 asks git for the commit of the folder it runs in, and git complains on the
-    # terminal where that is no repository.
-    silent = mock.patch.object(evaluator, "get_git_commit_hash", return_value=None)
     try:
-        with (
-            silent,
-            contextlib.redirect_stderr(io.StringIO()),
-            contextlib.redirect_stdout(io.StringIO()),
-        ):
+        with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
             yield
     finally:
         logger.setLevel(level)

@@ -67,6 +67,21 @@ def kl_from_hidden(
     return kl_N
 
 
+def check_finite(
+    kl_N: Tensor, model: str, teacher_hidden_ND: Tensor, teacher_head: Head, teacher: str
+) -> None:
+    """InputError where a KL is not finite; it names the model whose predictions are not."""
+    if bool(torch.isfinite(kl_N).all()):
+        return
+    at_fault = model
+    if not bool(torch.isfinite(teacher_head.logits(teacher_hidden_ND)).all()):
+        at_fault = teacher
+    raise InputError(
+        f"{at_fault} predicts NaN or infinite logits on this text: nothing can be measured; its "
+        "weights or its config.json must be wrong"
+    )
+
+
 def nll_from_hidden(hidden_ND: Tensor, head: Head, targets_N: Tensor, chunk: int = CHUNK) -> Tensor:
     """Negative log-likelihood of every target token, in nats; differentiable like the KL."""
     apply: Any = _FromHidden.apply

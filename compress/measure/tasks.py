@@ -15,41 +15,50 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from compress.core.errors import InputError
 from compress.core.files import write_text
 
+OWN = ("choice", "rolling")
 CHOICES = 4
-CONTEXT_CHARACTERS = 240
-CHOICE_CHARACTERS = 48
+CHOICE_ROWS = 200
+# Characters of a context and of what follows: the first for which any document is long enough.
+CHOICE_SIZES = ((240, 48), (120, 24), (60, 12))
 ROLLING_CHARACTERS = 4000
+ROLLING_TEXT = 40_000
+# Where a word begins (at a single space) and ends; at any character in scripts that put no spaces
+# between words: Thai to Tibetan, Burmese, Khmer, Chinese and Japanese.
+EDGES = (r"(?<=\S) (?=\S)", r"\S(?!\S)")
+UNSPACED_EDGES = (r"(?<=\S)(?=\S)", r"\S")
+UNSPACED = re.compile(
+    "[\u0e00-\u0fff\u1000-\u109f\u1780-\u17ff\u2e80-\ua4cf\uf900-\ufaff\U00020000-\U0003ffff]"
+)
 
 
-def make_choice_rows(documents: Sequence[str], count: int, seed: int) -> list[dict[str, Any]]:
+def make_choice_rows(
+    documents: Sequence[str], count: int, seed: int
+) -> tuple[list[dict[str, Any]], tuple[int, int]]:
     """At most ``count`` rows ``{context, choices, answer}``: what follows, among four pieces.
 
     All four have the same number of characters and consist of whole words; the three false ones
-    begin at random places of ``documents``. Contexts do not overlap.
-
-    Raises:
-        InputError: the documents are too short for a single row.
+    begin at random places of ``documents``. Contexts do not overlap. The rows come with the
+    characters of context and choice; there are none where the documents are too short for any.
     """
-    generator = random.Random(seed)
     words = [found for found in map(Words.of, documents) if found.starts]
-    places = [(number, span) for number, text in enumerate(words) for span in text.spans()]
-    generator.shuffle(places)
-    found = (choice_row(words, number, span, generator) for number, span in places)
-    rows = list(itertools.islice(filter(None, found), count))
-    if not rows:
-        raise InputError(
-            "the held-out text is too short for the task choice: no document of it has "
-            f"{CONTEXT_CHARACTERS} characters of prose and what follows; give more text"
-        )
-    return rows
+    for size in CHOICE_SIZES:
+        generator = random.Random(seed)
+        places = [(number, span) for number, text in enumerate(words) for span in text.spans(*size)]
+        generator.shuffle(places)
+        found = (choice_row(words, number, span, generator) for number, span in places)
+        if rows := list(itertools.islice(filter(None, found), count)):
+            break
+    return rows, size
 
 
 @dataclass(frozen=True)
 class Words:
-    """A text, and where pieces of whole words may begin (at single spaces) and end, ascending."""
+    """A text, and where pieces of whole words may begin and end, ascending.
+
+    They begin at single spaces; where most of a text is of scripts without, at any character.
+    """
 
     text: str
     starts: Sequence[int]
@@ -58,24 +67,26 @@ class Words:
     @classmethod
     def of(cls, text: str) -> "Words":
         """The words of a text."""
-        starts = [match.start() for match in re.finditer(r"(?<=\S) (?=\S)", text)]
-        return cls(text, starts, [match.end() for match in re.finditer(r"\S+", text)])
+        unspaced = 2 * len(UNSPACED.findall(text)) > len(text)
+        start, end = UNSPACED_EDGES if unspaced else EDGES
+        starts = [match.start() for match in re.finditer(start, text)]
+        return cls(text, starts, [match.end() for match in re.finditer(end, text)])
 
     def piece(self, start: int, length: int) -> str | None:
         """So many characters from an edge on, None if they do not end with a word."""
         end = start + length
         return self.text[start:end] if first_from(self.ends, end) == end else None
 
-    def spans(self) -> Iterator[tuple[int, int, int]]:
+    def spans(self, context: int, choice: int) -> Iterator[tuple[int, int, int]]:
         """Where context, continuation and rest begin, one row after the other, words kept whole."""
         begin = 0
         while True:
-            start = first_from(self.starts, begin + CONTEXT_CHARACTERS)
-            end = first_from(self.ends, start + CHOICE_CHARACTERS)
+            start = first_from(self.starts, begin + context)
+            end = first_from(self.ends, start + choice)
             if end > len(self.text):
                 return
             # Text without single spaces for long, or a long word, is no prose.
-            if end <= begin + CONTEXT_CHARACTERS + 3 * CHOICE_CHARACTERS:
+            if end <= begin + context + 3 * choice:
                 yield begin, start, end
             begin = end
 
@@ -136,13 +147,26 @@ def make_rolling_rows(documents: Sequence[str], characters: int, seed: int) -> l
 
 
 def write_task_rows(
-    directory: Path, documents: Sequence[str], count: int, characters: int, seed: int
-) -> dict[str, Path]:
-    """Write the rows of our own tasks from held-out ``documents``; their files by task name."""
-    rows: dict[str, Sequence[Mapping[str, Any]]] = {
-        "choice": make_choice_rows(documents, count, seed),
-        "rolling": make_rolling_rows(documents, characters, seed),
-    }
+    directory: Path, documents: Sequence[str], tasks: Sequence[str], seed: int
+) -> tuple[dict[str, Path], list[str]]:
+    """Write rows of those of our own tasks that are among ``tasks``, from held-out ``documents``.
+
+    Returns their files by task name, without ``choice`` where no document is long enough, and what
+    a reader must know of the rows.
+    """
+    rows: dict[str, Sequence[Mapping[str, Any]]] = {}
+    notes = []
+    if "choice" in tasks:
+        found, (context, choice) = make_choice_rows(documents, CHOICE_ROWS, seed)
+        size = f"{context} characters of prose and {choice} that follow"
+        if found:
+            rows["choice"] = found
+        else:
+            notes.append(f"task choice is left out: no held-out document has {size}")
+        if found and (context, choice) != CHOICE_SIZES[0]:
+            notes.append(f"task choice asks after {size}: held-out documents are short")
+    if "rolling" in tasks:
+        rows["rolling"] = make_rolling_rows(documents, ROLLING_TEXT, seed)
     for task, lines in rows.items():
         write_text(directory / f"{task}.jsonl", "".join(json.dumps(line) + "\n" for line in lines))
-    return {task: directory / f"{task}.jsonl" for task in rows}
+    return {task: directory / f"{task}.jsonl" for task in rows}, notes

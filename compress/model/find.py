@@ -103,6 +103,12 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     return from_hub(name, revision, config_only)
 
 
+def is_model(name: str) -> bool:
+    """Whether a name is one of the short names, or a model's directory on this machine."""
+    ours = name in ("embedded", *FETCHABLE)
+    return ours or (Path(name).expanduser() / "config.json").is_file()
+
+
 def from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     """The snapshot of a hub id, downloaded where it is not cached; InputError if unreachable."""
     # Not at the top: it takes longer to import than plan takes to answer.

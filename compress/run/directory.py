@@ -102,6 +102,11 @@ def require_free(run: Run) -> None:
         raise InputError(f"{run.path} exists and is no run; take another --run")
 
 
+def by_path(run: Run, candidate: str | None) -> str:
+    """RUN or RUN:CANDIDATE with the path of the run, which is no model's name."""
+    return str(run.path) if candidate is None else f"{run.path}:{candidate}"
+
+
 def shown(run: Run) -> str:
     """How to name the run in the next command."""
     if run.path.parent == RUNS:

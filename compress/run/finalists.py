@@ -9,10 +9,10 @@ from dataclasses import replace
 
 from compress.core.files import write_json
 from compress.core.terminal import note
-from compress.measure.kl import Reference
+from compress.measure.kl import Reference, mean_kl
 from compress.run.bench import Row
 from compress.run.session import Session
-from compress.run.students import RESULT, SHORT, distilled, in_formats, is_cut, kl_of, pruned
+from compress.run.students import RESULT, SHORT, distilled, in_formats, is_cut, pruned
 from compress.searches.baselines import main_kind
 from compress.searches.space import Space
 
@@ -45,12 +45,12 @@ def trained(session: Session, row: Row, fresh: Reference) -> Row:
     0 tokens where it is better as it was cut, and where nothing is cut: then nothing is trained.
     """
     candidate, tokens = row.trial.candidate, session.recipe.short_distill_tokens
-    kl = kl_of(in_formats(session, candidate, pruned(session, candidate)), fresh)
+    kl = mean_kl(in_formats(session, candidate, pruned(session, candidate)), fresh)
     said = "nothing is cut and nothing to train"
     reached = replace(row, distilled_kl=kl, distilled_tokens=0)
     if is_cut(session, candidate):
         student = distilled(session, candidate, tokens, candidate.id + SHORT)
-        after = kl_of(in_formats(session, candidate, student), fresh)
+        after = mean_kl(in_formats(session, candidate, student), fresh)
         result = {"before": kl, "after": after, "tokens": tokens}
         write_json(student.parent / RESULT, result)
         said = "as it was cut, which training made worse"

@@ -13,7 +13,7 @@ from compress.report.page import report as write_report
 from compress.run import evaluate as evaluating
 from compress.run import score as scoring
 from compress.run import search as searching
-from compress.run import students
+from compress.run import students, table
 from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.guide import selected
 from compress.run.recipe import Recipe, check, read_recipe
@@ -105,17 +105,17 @@ def evaluate(
     A run alone is its last table: the teacher and the best of every kind, before and after
     distillation.
     """
-    table = len(names) == 1 and is_run(names[0])
-    if table:
+    alone = len(names) == 1 and is_run(names[0])
+    if alone:
         session = Session(find_run(names[0])[0], recipe)
-        found = evaluating.final_table(session, tasks or ("choice",), task_data, limit)
+        found = table.final_table(session, tasks or ("choice",), task_data, limit)
     else:
         found = evaluating.evaluate(names, tasks, recipe, task_data, limit)
     if as_json:
         print(json.dumps(found))
         return
-    if table:
-        evaluating.print_table(session, found)
+    if alone:
+        table.print_table(session, found)
     evaluating.print_results(found)
 
 
@@ -126,6 +126,6 @@ def quickstart() -> None:
     session = Session(run, recipe)
     search(run, recipe)
     students.export(session, None)
-    found = evaluating.final_table(session)
-    evaluating.print_table(session, found)
+    found = table.final_table(session)
+    table.print_table(session, found)
     write_report(run.path)

@@ -5,15 +5,13 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from compress.core.errors import InputError
 from compress.core.files import read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
 from compress.export.student import export_student
 from compress.formats.kv import set_kv_format
-from compress.measure.kl import Reference, reference, sequence_kl
+from compress.measure.kl import mean_kl, reference
 from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
@@ -233,11 +231,6 @@ def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:
     return student_model(session.checkpoint, candidate.architecture, tensors)
 
 
-def kl_of(model: Any, text: Reference) -> float:
-    """Mean KL of a model to the teacher on a text, nats per token."""
-    return float(torch.cat(list(sequence_kl(model, text))).mean())
-
-
 def distill(session: Session, name: str | None) -> None:
     """Train the candidate for the whole distance and say what it bought."""
     candidate, _ = find_candidate(session, name)
@@ -245,12 +238,12 @@ def distill(session: Session, name: str | None) -> None:
     text = reference(
         session.checkpoint, session.model, session.rows("select", 2 * recipe.select_tokens)
     )
-    before = kl_of(in_formats(session, candidate, pruned(session, candidate)), text)
+    before = mean_kl(in_formats(session, candidate, pruned(session, candidate)), text)
     if not is_cut(session, candidate):
         note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
         return
     directory = distilled(session, candidate, recipe.distill_tokens, candidate.id)
-    after = kl_of(in_formats(session, candidate, directory), text)
+    after = mean_kl(in_formats(session, candidate, directory), text)
     result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
     write_json(directory.parent / RESULT, result)
     note(
@@ -272,8 +265,8 @@ def quantize(session: Session, name: str | None) -> None:
     text = reference(session.checkpoint, session.model, tokens)
     plain = load_model(directory)
     set_kv_format(plain, architecture.kv_format)
-    whole = kl_of(plain, text)
-    rounded = kl_of(in_formats(session, candidate, directory), text)
+    whole = mean_kl(plain, text)
+    rounded = mean_kl(in_formats(session, candidate, directory), text)
     formats = ", ".join(sorted(architecture.formats))
     note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
 

@@ -8,6 +8,7 @@ import re
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from compress.core.errors import InputError
 
@@ -34,28 +35,37 @@ def read_documents(path: Path | None) -> list[str]:
         return embedded_documents()
     if not path.is_file():
         raise InputError(f"{path} does not exist; data is a JSONL file with a text in every row")
-    with path.open("rb") as lines:
-        texts = [
-            text_of(line, f"{path}:{number}")
-            for number, line in enumerate(lines, 1)
-            if line.removeprefix(codecs.BOM_UTF8).strip()
-        ]
-    if not (documents := [text for text in texts if text.strip()]):
+    documents = []
+    for where, row in read_rows(path):
+        if not isinstance(text := row.get("text"), str):
+            raise InputError(f'{where} has no text; a row looks like {{"text": "..."}}')
+        if text.strip():
+            documents.append(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text))
+    if not documents:
         raise InputError(f"{path} holds no documents; data is a JSONL file with a text in each row")
     return documents
 
 
-def text_of(line: bytes, where: str) -> str:
-    """The text of one JSONL row."""
-    try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except UnicodeDecodeError as error:
-        raise InputError(f"{where} is not UTF-8 text: {error}") from error
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where} is not JSON: {error}") from error
-    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-        raise InputError(f'{where} has no text; a row looks like {{"text": "..."}}')
-    return LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", row["text"])
+def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Objects of a JSONL file, each with its file and line; blank lines are left out.
+
+    Raises:
+        InputError: a line is not UTF-8 or no JSON object.
+    """
+    with path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.removeprefix(codecs.BOM_UTF8).strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json.loads(line.decode("utf-8-sig"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{where} is not UTF-8 text: {error}") from error
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{where} is not JSON: {error}") from error
+            if not isinstance(row, dict):
+                raise InputError(f'{where} is no row; one looks like {{"text": "..."}}')
+            yield where, row
 
 
 def pieces(text: str, characters: int) -> Iterator[str]:

@@ -1,5 +1,7 @@
 import json
 import math
+import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +11,19 @@ import torch
 
 from compress.core.errors import InputError
 from compress.measure.estimates import difference, exponential, mean_of, pooled, ratio_of
-from compress.measure.evaluation import evaluate
-from compress.measure.tasks import CHOICES, make_choice_rows, make_rolling_rows, write_task_rows
+from compress.measure.evaluation import Subject, compare
+from compress.measure.kl import mean_kl, reference
+from compress.measure.lm_eval import Tasks
+from compress.measure.tasks import (
+    CHOICE_SIZES,
+    CHOICES,
+    ROLLING_TEXT,
+    make_choice_rows,
+    make_rolling_rows,
+    write_task_rows,
+)
 from compress.model.build import load_model
+from compress.model.checkpoint import open_checkpoint
 from compress.text.tokenizer import load_tokenizer
 
 WORDS = (
@@ -71,9 +83,10 @@ def test_ratio_error_agrees_with_resampling() -> None:
 
 def test_choice_rows_are_deterministic_and_have_one_true_continuation() -> None:
     texts = documents()
-    rows = make_choice_rows(texts, 20, seed=7)
-    assert rows == make_choice_rows(texts, 20, seed=7)
-    assert rows != make_choice_rows(texts, 20, seed=8)
+    rows, size = make_choice_rows(texts, 20, seed=7)
+    assert size == CHOICE_SIZES[0]
+    assert rows == make_choice_rows(texts, 20, seed=7)[0]
+    assert rows != make_choice_rows(texts, 20, seed=8)[0]
     everything = "\n".join(texts)
     for row in rows:
         assert len(set(row["choices"])) == CHOICES
@@ -84,9 +97,47 @@ def test_choice_rows_are_deterministic_and_have_one_true_continuation() -> None:
 
 
 def test_choice_rows_are_as_many_as_the_text_gives() -> None:
-    assert 5 < len(make_choice_rows(documents(count=1), 1000, seed=0)) < 10
-    with pytest.raises(InputError, match="too short"):
-        make_choice_rows(["short"], 5, seed=0)
+    assert 5 < len(make_choice_rows(documents(count=1), 1000, seed=0)[0]) < 10
+    assert make_choice_rows(["short"], 5, seed=0)[0] == []
+
+
+UNSPACED = {
+    "chinese": "的一是在不了有和人这中大为上个国我以要他时来用们生到作地于出",
+    "japanese": "ひらがなとカタカナと漢字の文章は単語の間に空白を置かない",
+    "thai": "ภาษาไทยไม่เว้นวรรคระหว่างคำและผู้อ่านต้องรู้เองว่าคำหนึ่งจบลงที่ใด",
+}
+
+
+@pytest.mark.parametrize("script", UNSPACED)
+def test_scripts_without_spaces_give_choice_rows(script: str) -> None:
+    draw = np.random.default_rng(0)
+    texts = ["".join(draw.choice(list(UNSPACED[script]), 361)) for _ in range(20)]
+    rows, size = make_choice_rows(texts, 100, seed=0)
+    assert (len(rows), size) == (20, CHOICE_SIZES[0])
+    for row in rows:
+        assert any(row["context"] + row["choices"][row["answer"]] in text for text in texts)
+
+
+@pytest.mark.parametrize(("words", "size"), [(30, (120, 24)), (16, (60, 12))])
+def test_short_documents_give_short_choice_rows_and_a_note(
+    words: int, size: tuple[int, int], tmp_path: Path
+) -> None:
+    files, notes = write_task_rows(tmp_path, documents(40, words), ["choice"], seed=0)
+    for row in map(json.loads, files["choice"].read_text().splitlines()):
+        assert size[0] - 10 <= len(row["context"]) <= size[0] + 10
+        assert size[1] <= len(row["choices"][0]) <= size[1] + 10
+    assert len(notes) == 1
+    assert f"asks after {size[0]} characters" in notes[0]
+
+
+def test_rows_are_written_for_the_tasks_asked_and_what_is_left_out_is_said(tmp_path: Path) -> None:
+    assert write_task_rows(tmp_path / "a", ["too", "short"], ["piqa"], seed=0) == ({}, [])
+    assert not (tmp_path / "a").exists()
+    files, notes = write_task_rows(tmp_path, ["too", "short"], ["rolling"], seed=0)
+    assert (list(files), notes) == (["rolling"], [])
+    files, notes = write_task_rows(tmp_path, ["too", "short"], ["choice", "rolling"], seed=0)
+    assert list(files) == ["rolling"]
+    assert "task choice is left out" in notes[0]
 
 
 def test_rolling_rows_are_pieces_of_the_text_up_to_the_limit() -> None:
@@ -98,6 +149,11 @@ def test_rolling_rows_are_pieces_of_the_text_up_to_the_limit() -> None:
     assert sum(len(row["text"]) for row in whole) == sum(map(len, texts))
 
 
+def subject(model: Any) -> Subject:
+    """A model that is there, whose bytes do not matter."""
+    return Subject(lambda: model, 0)
+
+
 @pytest.fixture(scope="module")
 def rows() -> torch.Tensor:
     return torch.randint(2, 97, (6, 33), generator=torch.Generator().manual_seed(0))
@@ -105,7 +161,9 @@ def rows() -> torch.Tensor:
 
 def test_a_model_has_no_distance_to_itself(tiny: Path, rows: torch.Tensor) -> None:
     teacher = load_model(tiny)
-    found = evaluate({"teacher": teacher, "again": tiny}, teacher, load_tokenizer(tiny), rows)
+    subjects = {"teacher": subject(teacher), "again": Subject(lambda: load_model(tiny), 7)}
+    found = compare(subjects, teacher, load_tokenizer(tiny), rows)
+    assert [model["bytes"] for model in found["models"].values()] == [0, 7]
     for model in found["models"].values():
         assert model["kl"] == pytest.approx(0, abs=1e-6)
     for row in found["paired"]:
@@ -127,7 +185,7 @@ def test_figures_equal_those_of_the_logits(tiny_llama: Path, rows: torch.Tensor)
         )
     kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     nats = -student_log[:, :-1].gather(-1, rows[:, 1:, None]).mean()
-    found = evaluate({"student": student}, teacher, load_tokenizer(tiny_llama), rows)
+    found = compare({"student": subject(student)}, teacher, load_tokenizer(tiny_llama), rows)
     figures = found["models"]["student"]
     assert figures["kl"] == pytest.approx(float(kl.mean()), rel=1e-4)
     assert figures["nats_per_token"] == pytest.approx(float(nats), rel=1e-5)
@@ -135,46 +193,28 @@ def test_figures_equal_those_of_the_logits(tiny_llama: Path, rows: torch.Tensor)
     assert figures["stderr"]["kl"] == pytest.approx(float(per_row.std() / math.sqrt(6)), rel=1e-3)
 
 
-def test_bytes_are_those_of_the_tensors(tiny_llama: Path, rows: torch.Tensor) -> None:
-    teacher = load_model(tiny_llama)
-    found = evaluate(
-        {"disk": tiny_llama, "memory": teacher, "told": teacher},
-        teacher,
-        load_tokenizer(tiny_llama),
-        rows,
-        sizes={"told": 7},
-    )
-    disk, memory, told = (found["models"][name]["bytes"] for name in ("disk", "memory", "told"))
-    assert 2 * disk == memory
-    assert told == 7
-
-
 def test_local_tasks_agree_with_the_model(tiny: Path, rows: torch.Tensor, tmp_path: Path) -> None:
-    texts = documents(count=4, words=200)
-    files = write_task_rows(tmp_path, texts, count=4, characters=1500, seed=0)
+    texts = documents(count=2, words=120)
+    files, notes = write_task_rows(tmp_path, texts, ["choice", "rolling"], seed=0)
     teacher, tokenizer = load_model(tiny), load_tokenizer(tiny)
-    found = evaluate(
-        {"a": teacher, "b": teacher},
-        teacher,
-        tokenizer,
-        rows,
-        tasks=["choice", "rolling"],
-        task_rows=files,
-    )
-    tasks = found["models"]["a"]["tasks"]
+    tasks = Tasks(["choice", "rolling"], files)
+    found = compare({name: subject(teacher) for name in "ab"}, teacher, tokenizer, rows, tasks)
+    figures = found["models"]["a"]["tasks"]
+    choices = list(map(json.loads, files["choice"].read_text().splitlines()))
     right = 0
-    for row in map(json.loads, files["choice"].read_text().splitlines()):
+    for row in choices:
         nats = [text_nats(teacher, tokenizer, row["context"], choice) for choice in row["choices"]]
         right += nats.index(min(nats)) == row["answer"]
-    assert tasks["choice"]["acc"] == pytest.approx(right / 4)
-    assert found["samples"]["choice"] == 4
+    assert figures["choice"]["acc"] == pytest.approx(right / len(choices))
+    assert found["samples"]["choice"] == len(choices) > 1
     pieces = [json.loads(line)["text"] for line in files["rolling"].read_text().splitlines()]
-    assert tasks["rolling"]["byte_perplexity"] == pytest.approx(
-        2 ** tasks["rolling"]["bits_per_byte"]
+    assert figures["rolling"]["byte_perplexity"] == pytest.approx(
+        2 ** figures["rolling"]["bits_per_byte"]
     )
-    assert sum(map(len, pieces)) == 1500
+    assert sum(map(len, pieces)) == sum(map(len, texts)) < ROLLING_TEXT
     names = {row["metric"] for row in found["paired"]}
     assert {"kl", "choice/acc", "rolling/bits_per_byte"} <= names
+    assert notes == found["notes"] == []
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
@@ -191,56 +231,132 @@ def test_an_answer_longer_than_the_window_is_refused(
 ) -> None:
     row = {"context": "the", "choices": [" model" * 100, " small"], "answer": 0}
     (tmp_path / "choice.jsonl").write_text(json.dumps(row) + "\n")
-    teacher = load_model(tiny_llama)
+    teacher, tasks = (
+        load_model(tiny_llama),
+        Tasks(["choice"], {"choice": tmp_path / "choice.jsonl"}),
+    )
     with pytest.raises(InputError, match="600 tokens, but the model's window is 512"):
-        evaluate(
-            {"a": teacher},
-            teacher,
-            load_tokenizer(tiny_llama),
-            rows,
-            tasks=["choice"],
-            task_rows={"choice": tmp_path / "choice.jsonl"},
-        )
+        compare({"a": subject(teacher)}, teacher, load_tokenizer(tiny_llama), rows, tasks)
 
 
 def test_benchmarks_read_local_files(tiny_llama: Path, rows: torch.Tensor, tmp_path: Path) -> None:
     pairs = [{"sentence_good": f"the model {n}", "sentence_bad": f"model the {n}"} for n in "abcd"]
     for name in ("passive_1", "intransitive"):
-        lines = "".join(json.dumps(pair) + "\n" for pair in pairs)
-        (tmp_path / "blimp").mkdir(exist_ok=True)
-        (tmp_path / "blimp" / f"{name}.jsonl").write_text(lines)
-    teacher = load_model(tiny_llama)
-    found = evaluate(
-        {"a": teacher},
-        teacher,
-        load_tokenizer(tiny_llama),
-        rows,
-        tasks=["blimp"],
-        task_data=tmp_path,
-    )
-    tasks = found["models"]["a"]["tasks"]
-    assert set(tasks) == {"blimp", "blimp_passive_1", "blimp_intransitive"}
-    assert tasks["blimp"]["acc"] == tasks["blimp_passive_1"]["acc"]
+        write_rows(tmp_path / "blimp" / f"{name}.jsonl", pairs)
+    teacher, tasks = load_model(tiny_llama), Tasks(["blimp"], {}, tmp_path)
+    found = compare({"a": subject(teacher)}, teacher, load_tokenizer(tiny_llama), rows, tasks)
+    figures = found["models"]["a"]["tasks"]
+    assert set(figures) == {"blimp", "blimp_passive_1", "blimp_intransitive"}
+    assert figures["blimp"]["acc"] == figures["blimp_passive_1"]["acc"]
     with pytest.raises(InputError, match="no file for task 'piqa'"):
-        evaluate(
-            {"a": teacher},
-            teacher,
-            load_tokenizer(tiny_llama),
-            rows,
-            tasks=["piqa"],
-            task_data=tmp_path,
-        )
+        Tasks(["piqa"], {}, tmp_path)
 
 
-def test_unknown_task_names_are_refused_before_anything_runs(
-    tiny_llama: Path, rows: torch.Tensor
+def test_unknown_task_names_are_refused() -> None:
+    for name in ("no_such_task", "choice"):
+        with pytest.raises(InputError, match=name):
+            Tasks([name], {})
+
+
+def write_rows(file: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """JSONL of these rows."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+QUESTIONS = [{"question": f"model {n}?", "answer": f"keep #### secret{n}."} for n in range(20)]
+
+
+@pytest.mark.parametrize(
+    ("asked", "train", "shots", "said"),
+    [
+        (QUESTIONS[:8], QUESTIONS[8:], 5, ""),
+        # Rows that are asked are no shots, wherever they are.
+        (QUESTIONS[:8], QUESTIONS[5:11], 3, "3 of 5 shots: .*train.jsonl has no more rows"),
+        (QUESTIONS[:8], None, 5, "5 of 5 shots, from the other rows that are asked; .*train.jsonl"),
+        (QUESTIONS[:3], None, 2, "2 of 5 shots"),
+        (3 * QUESTIONS[:2], None, 3, "3 of 5 shots"),
+        (QUESTIONS[:1], None, 0, "0 of 5 shots"),
+    ],
+)
+def test_no_prompt_holds_the_answer_that_it_asks_for(
+    asked: list[dict[str, str]],
+    train: list[dict[str, str]] | None,
+    shots: int,
+    said: str,
+    tmp_path: Path,
 ) -> None:
-    teacher = load_model(tiny_llama)
-    with pytest.raises(InputError, match="task 'no_such_task' is not known to lm-eval"):
-        evaluate(
-            {"a": teacher},
-            teacher,
+    write_rows(tmp_path / "gsm8k" / "test.jsonl", asked)
+    if train:
+        write_rows(tmp_path / "gsm8k" / "train.jsonl", train)
+    tasks = Tasks(["gsm8k"], {}, tmp_path)
+    task = tasks.load(str(tmp_path / "cache"))[0]["gsm8k"]
+    for row in task.eval_docs:
+        prompt = task.fewshot_context(row, num_fewshot=task.config.num_fewshot)
+        assert prompt.count("secret") == shots
+        assert row["answer"] not in prompt
+    assert bool(said) == ("gsm8k" in tasks.notes)
+    assert re.search(said, tasks.notes.get("gsm8k", ""))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ('{"question": "a", "answer": "b"}\n{broken\n', r"test\.jsonl:2 is not JSON"),
+        ("", "is empty"),
+        ('{"q": "a"}\n', "rows of gsm8k do not fit: 'question' is undefined"),
+    ],
+)
+def test_rows_that_a_task_cannot_read_are_one_line(
+    content: str, message: str, tmp_path: Path
+) -> None:
+    (tmp_path / "gsm8k").mkdir()
+    (tmp_path / "gsm8k" / "test.jsonl").write_text(content)
+    with pytest.raises(InputError, match=message):
+        Tasks(["gsm8k"], {}, tmp_path).load(str(tmp_path / "cache"))
+
+
+@pytest.mark.parametrize("where", ["norm", "head"])
+@pytest.mark.parametrize("broken", ["teacher", "student"])
+def test_predictions_that_are_not_finite_name_their_model(
+    broken: str, where: str, tiny_llama: Path, rows: torch.Tensor
+) -> None:
+    models = {"teacher": load_model(tiny_llama), "student": load_model(tiny_llama)}
+    overflow(models[broken], where)
+    with pytest.raises(InputError, match=f"{broken} predicts NaN or infinite logits"):
+        compare(
+            {"student": subject(models["student"])},
+            models["teacher"],
             load_tokenizer(tiny_llama),
             rows,
-            tasks=["no_such_task"],
         )
+    text = reference(open_checkpoint(tiny_llama), models["teacher"], rows)
+    named = "the student" if broken == "student" else str(tiny_llama)
+    with pytest.raises(InputError, match=f"{named} predicts NaN or infinite logits"):
+        mean_kl(models["student"], text)
+
+
+def overflow(model: Any, where: str) -> None:
+    """Finite weights whose products are not."""
+    norm, head = model.model.norm.weight, model.get_output_embeddings().weight
+    with torch.no_grad():
+        # Token 100 is not in the text.
+        (norm if where == "norm" else head[100]).fill_(3e38)
+
+
+def test_one_row_has_figures_without_errors_and_json_holds_no_nan(tiny_llama: Path) -> None:
+    teacher = load_model(tiny_llama)
+    # End of text alone is no text: bits per byte of it are not finite.
+    for row in (torch.full((1, 8), 5), torch.zeros(1, 8, dtype=torch.int64)):
+        found = compare(
+            {name: subject(teacher) for name in "ab"}, teacher, load_tokenizer(tiny_llama), row
+        )
+        assert set(found["models"]["a"]["stderr"].values()) == {None}
+        assert json.loads(json.dumps(found, allow_nan=False)) == found
+    assert found["models"]["a"]["bits_per_byte"] is None
+
+
+def test_perplexities_beyond_floats_are_infinite_and_have_no_error() -> None:
+    huge = exponential(mean_of([1000.0, 2000.0]))
+    assert huge.value == math.inf
+    assert huge.stderr is None

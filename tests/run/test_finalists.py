@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 
 from compress.core.errors import InputError
+from compress.measure.kl import mean_kl
 from compress.run import students
 from compress.run.directory import Run
 from compress.run.recipe import read_recipe
@@ -76,7 +77,7 @@ def test_whom_training_makes_worse_stays_as_it_was_cut(
         candidate, _ = students.find_candidate(session, row["id"])
         cut = students.pruned(session, candidate)
         assert students.latest(session, candidate) == cut
-        kl = students.kl_of(students.in_formats(session, candidate, cut), fresh)
+        kl = mean_kl(students.in_formats(session, candidate, cut), fresh)
         assert row["distilled_kl"] == pytest.approx(kl, rel=1e-4)
     # Nor does the whole distance replace it.
     students.distill(session, done[0]["id"])

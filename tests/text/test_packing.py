@@ -33,7 +33,7 @@ def test_rows_of_a_file_are_its_texts(tmp_path: Path) -> None:
         (['{"text": 3}'], "jsonl:1 has no text"),
         (['{"text": "fine"}', '{"text": null}'], "jsonl:2 has no text"),
         (['{"text": ["a", "list"]}'], "jsonl:1 has no text"),
-        (['"text"'], "jsonl:1 has no text"),
+        (['"text"'], "jsonl:1 is no row"),
         (['{"text": ""}', '{"text": " \\t\\n"}'], "holds no documents"),
         (["[" * 100_000], "jsonl:1 is not JSON"),
         (['{"text": "fine"}', "\0"], "jsonl:2 is not JSON"),
