@@ -14,12 +14,11 @@ from compress.measure.kl import Reference, measure, reference
 from compress.model.build import is_plain
 from compress.model.families import count_active, count_parameters
 from compress.report.rows import Student
-from compress.run.score import DEPTH, REPAIR, depth_file, gram_file
+from compress.run.score import REPAIR, gram_file
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
 from compress.run.students import is_cut, train_inputs
 from compress.scores.costs import Scores
-from compress.scores.depth import Depth
 from compress.scores.reselect import moved, reselect
 from compress.scores.tangent import Tangent, tangent, turn
 from compress.searches.baselines import kind_of
@@ -96,11 +95,6 @@ class Bench:
         rows = session.training_rows(2 * recipe.select_tokens, recipe.sequence_length)
         return reference(session.checkpoint, session.model, rows)
 
-    @cached_property
-    def depth(self) -> Depth:
-        """What whole layers cost; computed when only they may go in a problem."""
-        return depth_file(self.session)
-
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         """Per-sequence KL of a candidate, a batch at a time."""
         return self.measure_on(candidate, self.text)
@@ -123,7 +117,6 @@ class Bench:
             active=session.recipe.active,
             ranking=session.recipe.ranking,
             repair_ratio=ratio,
-            depth=self.depth.costs if space.remove == "layer" else None,
         )
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -138,7 +131,6 @@ class Bench:
             {
                 "score": run.fingerprint(SCORE),
                 "repair": run.fingerprint(REPAIR) if problem.space.repair else None,
-                "depth": run.fingerprint(DEPTH) if problem.space.remove == "layer" else None,
                 "space": problem.space.model_dump(mode="json"),
                 "blind": problem.blind_to_rounding,
                 "ranking": problem.ranking,

@@ -1,8 +1,7 @@
 """The score stage: contributions, exact removals and the KV format, once per teacher and text.
 
 What other rankings go by is a stage of its own, only where the recipe asks for one. Gram matrices
-are another, only for spaces that repair what they cut; so are the costs of whole layers, only for
-spaces where nothing less may go.
+are another, only for spaces that repair what they cut.
 """
 
 import shutil
@@ -28,7 +27,6 @@ from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
 from compress.scores.contributions import Progress, contributions
 from compress.scores.costs import Scores, change, importance, kl_of, load_scores, removed
-from compress.scores.depth import Depth, layer_costs, load_depth, path_forwards, path_steps
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
@@ -38,7 +36,6 @@ from compress.student.units import AXES, UNITS, unit_key
 STAGE = "score"
 RANKING = "ranking"
 REPAIR = "repair"
-DEPTH = "depth"
 DEFAULT_SPACE = "joint"
 # A replayed mean is known well enough once its standard error is this much of it: an estimate from
 # 256 rows has hardly less, and blocks of one kind differ by more.
@@ -46,8 +43,6 @@ STOP = Stop(relative=0.15)
 # Replays cost at most so many forward passes of the teacher over the scored text, if a removal has
 # the fewest rows that tell its error or more.
 REPLAY_FORWARDS = 20
-# The same for removing layers one after another.
-DEPTH_FORWARDS = 6
 
 
 def score_inputs(session: Session) -> dict[str, object]:
@@ -141,55 +136,14 @@ def scores_of(
 
 
 def replay_rows(architecture: Architecture, rows: Tensor, tokens: int) -> int:
-    """Rows that removals are replayed on at most: so many tokens, fewer for a deep model.
+    """Rows that removals are replayed on at most: of so many tokens, and at least one.
 
-    One costs the share of the depth that comes after it, so that all of them at a fixed number of
-    tokens cost the square of the depth.
+    Fewer for a deep model, but enough to tell an error: one costs the share of the depth that comes
+    after it, so that all of them at a fixed number of tokens cost the square of the depth.
     """
     forwards = sum(1 - block.layer / architecture.layers for block in architecture.blocks)
-    return affordable_rows(rows, tokens, forwards, REPLAY_FORWARDS)
-
-
-def affordable_rows(rows: Tensor, tokens: int, forwards: float, most: int) -> int:
-    """Rows that as many forward passes run on: of so many tokens at most, and at least one.
-
-    Fewer where that is more than ``most`` passes over all rows, but enough to tell an error.
-    """
-    affordable = int(most * len(rows) / forwards)
+    affordable = int(REPLAY_FORWARDS * len(rows) / forwards)
     return max(1, min(tokens // rows.shape[1], max(STOP.least, affordable)))
-
-
-def depth_inputs(session: Session) -> dict[str, object]:
-    """What decides the costs of whole layers."""
-    recipe = session.recipe
-    return {
-        "session": session.identity(),
-        "tokens": [recipe.score_tokens, recipe.score_length, recipe.replay_tokens],
-        "forwards": DEPTH_FORWARDS,
-    }
-
-
-def depth_file(session: Session) -> Depth:
-    """The costs of whole layers of the session's teacher, computed where missing."""
-    run, recipe, inputs = session.run, session.recipe, depth_inputs(session)
-    file = run.path / "scores" / "depth.json"
-    if run.stage_done(DEPTH, inputs) and file.is_file():
-        return load_depth(file)
-    rows = session.rows("score", recipe.score_tokens, recipe.score_length)
-    steps, forwards = path_steps(session.architecture), path_forwards(session.architecture)
-    rows = rows[: affordable_rows(rows, recipe.replay_tokens, forwards, DEPTH_FORWARDS)]
-    # Named by these inputs: what another path found is never mixed in.
-    known = file.with_name(f"depth-{fingerprint(inputs)[:12]}.json")
-    with progress("score: layers, one after another", steps) as advance:
-        depth = layer_costs(
-            session.model, session.architecture, rows,
-            progress=stepwise(advance, steps), known=known,
-        )  # fmt: skip
-    depth.save(file)
-    run.sign(DEPTH, inputs)
-    for interrupted in file.parent.glob("depth-*.json"):
-        interrupted.unlink()
-    return depth
 
 
 def gram_inputs(session: Session) -> dict[str, object]:

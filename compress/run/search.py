@@ -26,8 +26,6 @@ from compress.run.finalists import best_of, with_finalists
 from compress.run.recipe import Recipe
 from compress.run.score import (
     DEFAULT_SPACE,
-    depth_file,
-    depth_inputs,
     gram_file,
     gram_inputs,
     ranked,
@@ -107,7 +105,6 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     return {
         "score": fingerprint(score_inputs(session)),
         "repair": fingerprint(gram_inputs(session)) if space.repair else None,
-        "depth": fingerprint(depth_inputs(session)) if space.remove == "layer" else None,
         "space": space.model_dump(mode="json"),
         "baselines": comparisons(session, space)[1],
         "budget": [one.budget.bytes for one in session.at_each_budget()],
@@ -205,8 +202,6 @@ def prepared(session: Session, space: Space) -> Scores:
     scores = ranked(session, score(session))
     if space.repair:
         gram_file(session)
-    if space.remove == "layer":
-        depth_file(session)
     return scores
 
 

@@ -59,8 +59,8 @@ class Problem:
     of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
     ``ranking`` decides which units stay, not what they cost. ``repair_ratio`` gives the share of a
     cut block's squared error that repair leaves, from its number and kept indices; without it
-    nothing is repaired. ``depth`` is what removing a layer costs by its number, where only whole
-    layers may go; without it that is the sum of what its blocks cost alone.
+    nothing is repaired. Where only whole layers may go, one costs the sum of what its blocks cost
+    alone.
     """
 
     teacher: Architecture
@@ -72,7 +72,6 @@ class Problem:
     active: int | None = None
     ranking: Ranking = "contribution"
     repair_ratio: Callable[[int, Mapping[str, Tensor]], float] | None = None
-    depth: Mapping[int, float] | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -138,7 +137,7 @@ class Problem:
         if (number, option) not in self.costs:
             block = self.teacher.blocks[number]
             if option.removed:
-                found = (self.removal(number), 0.0)
+                found = (removed(self.known, block), 0.0)
             else:
                 keep = self.keep_of(number, option)
                 structure = option_cost(self.known, block, keep, "bf16") if keep else 0.0
@@ -147,13 +146,6 @@ class Problem:
                 found = (structure * self.left(number, option), rounding)
             self.costs[number, option] = found
         return self.costs[number, option]
-
-    def removal(self, number: int) -> float:
-        """Predicted KL of removing a block; of one that goes with its layer an even part."""
-        block = self.teacher.blocks[number]
-        if self.depth is None:
-            return removed(self.known, block)
-        return self.depth[block.layer] / sum(b.layer == block.layer for b in self.teacher.blocks)
 
     def left(self, number: int, option: Option) -> float:
         """The share of an option's structure cost that its repair leaves; 1 without repair."""

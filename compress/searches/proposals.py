@@ -172,24 +172,9 @@ def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
         (params, as_proposal(problem, best.groups, solution, best.chosen))
         for solution in diverse(knapsack, SEEDS // 2)[1:]
     ]
-    others += [(params, proposal) for proposal in unconditional(problem, params)]
     alone = [(params, proposal) for proposal in single_formats(problem, params, best)]
     more = max(0, SEEDS - 1 - len(others) - len(alone))
     return [*alone, decoded[0], *others, *decoded[1 : 1 + more]]
-
-
-def unconditional(problem: Problem, params: Mapping[str, Any]) -> list[Proposal]:
-    """Where layers are priced one after another: the best choice if each were the only one to go.
-
-    A layer that goes late costs little only beside those before it, which a choice need not take.
-    """
-    if problem.depth is None:
-        return []
-    chosen = globals_of(problem, params)
-    groups = problem.groups(chosen)
-    alone = replace(problem, depth=None, costs={})
-    solution = solve(alone.knapsack(groups, chosen))
-    return [] if solution is None else [as_proposal(problem, groups, solution, chosen)]
 
 
 def single_formats(problem: Problem, params: Mapping[str, Any], best: Proposal) -> list[Proposal]:

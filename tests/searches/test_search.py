@@ -19,6 +19,7 @@ from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters, parameters
 from compress.run.recipe import check
 from compress.run.score import scored_formats
+from compress.scores.costs import removed
 from compress.searches.baselines import baselines, main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
 from compress.searches.problem import Globals, total_bytes
@@ -83,6 +84,15 @@ def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, spac
                 fixed = problem.budget - knapsack.budget
                 counted = value(knapsack.bytes, choice) + fixed
                 assert counted == footprint(candidate.architecture, DEPLOYMENT).total
+
+
+def test_a_layer_costs_what_its_blocks_cost_alone(teacher: Teacher) -> None:
+    problem = teacher.problem("minitron", 1.0)
+    costs = problem.knapsack(problem.groups(Globals()), Globals()).costs
+    blocks = teacher.architecture.blocks
+    for layer, options in zip(sorted({block.layer for block in blocks}), costs, strict=True):
+        alone = [removed(teacher.scores, block) for block in blocks if block.layer == layer]
+        assert options[-1] == pytest.approx(sum(alone))
 
 
 @pytest.mark.parametrize("space", SPACES)
