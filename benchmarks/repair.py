@@ -23,7 +23,7 @@ from compress.memory.footprint import Deployment
 from compress.model.architecture import Ffn, sizes
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
-from compress.searches.problem import Choice, Globals, Problem
+from compress.searches.problem import Globals, Problem
 from compress.searches.space import Option, load_space
 from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.student.repair import repair_ratio
@@ -97,8 +97,7 @@ def row_of(
 def kl_of(share: float, scores: Scores, grams: Grams | None, text: Reference) -> Tensor:
     """KL [sequences] of the uniform cut; repaired with ``grams``."""
     problem = problem_of(scores, grams, text)
-    picked: list[Choice] = [((n, option),) for n, option in options(problem, share)]
-    candidate = problem.candidate("uniform", "uniform", picked, Globals())
+    candidate = problem.candidate("uniform", "uniform", options(problem, share), Globals())
     return torch.cat(list(measure(candidate, text, grams)))
 
 
@@ -107,7 +106,7 @@ def predicted(share: float, scores: Scores, grams: Grams, text: Reference) -> fl
     problem = problem_of(scores, grams, text)
     costs = [
         [problem.cost(n, replace(option, repaired=repaired))[0] for repaired in (True, False)]
-        for n, option in options(problem, share)
+        for n, option in enumerate(options(problem, share))
         if option.target
     ]
     return sum(after for after, _ in costs) / sum(before for _, before in costs)
@@ -126,13 +125,13 @@ def problem_of(scores: Scores, grams: Grams | None, text: Reference) -> Problem:
     )
 
 
-def options(problem: Problem, share: float) -> list[tuple[int, Option]]:
+def options(problem: Problem, share: float) -> list[Option]:
     """Every block's option under the cut, by number."""
     found = []
-    for number, block in enumerate(problem.teacher.blocks):
+    for block in problem.teacher.blocks:
         whole = not isinstance(block, Ffn)
         target = () if whole else (("ffn", round(share * sizes(block)["ffn"])),)
-        found.append((number, Option(target, repaired=bool(target and problem.repair_ratio))))
+        found.append(Option(target, repaired=bool(target and problem.repair_ratio)))
     return found
 
 

@@ -20,7 +20,7 @@ from compress.model.architecture import block_name
 from compress.scores.replay import Keep, Text, option_kl
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import Knapsack, diverse, value
-from compress.searches.problem import Choice, Globals, Problem
+from compress.searches.problem import Choice, Globals, Problem, taken
 from compress.searches.space import Option
 from compress.student.candidate import Candidate, block_keep
 from compress.student.grams import Grams
@@ -70,9 +70,9 @@ class Trials:
             self.cost.add(self.slopes.tokens.numel())
         return self.slopes
 
-    def kl(self, picked: Sequence[Choice], sequences: int | None = None) -> float:
+    def kl(self, options: Sequence[Option], sequences: int | None = None) -> float:
         """Mean KL of a choice on the first sequences; on all of them it may become the best."""
-        candidate = self.problem.candidate("x", "x", picked, PLAIN)
+        candidate = self.problem.candidate("x", "x", options, PLAIN)
         return self.kl_of(candidate, sequences)
 
     def kl_of(self, candidate: Candidate, sequences: int | None = None) -> float:
@@ -115,7 +115,7 @@ def depth_by_score(trials: Trials) -> Candidate:
         if value(knapsack.bytes, choice) <= knapsack.budget:
             break
         choice[number] = len(groups[number]) - 1
-    return problem.candidate("x", "x", picks(groups, choice), PLAIN)
+    return problem.candidate("x", "x", taken(groups, choice), PLAIN)
 
 
 def best_of_random(trials: Trials, count: int = 32) -> Candidate:
@@ -124,7 +124,7 @@ def best_of_random(trials: Trials, count: int = 32) -> Candidate:
         if trials.left < trials.whole:
             break
         trials.kl_of(candidate)
-    return chosen(trials)
+    return measured_best(trials)
 
 
 def additive_knapsack(trials: Trials, share: float = 0.8) -> Candidate:
@@ -137,8 +137,8 @@ def additive_knapsack(trials: Trials, share: float = 0.8) -> Candidate:
     groups = problem.groups(PLAIN)
     knapsack = problem.knapsack(groups, PLAIN)
     for solution in diverse(knapsack, min(DIVERSE, int(trials.left // trials.whole))):
-        trials.kl(picks(groups, solution.choice))
-    return chosen(trials)
+        trials.kl(taken(groups, solution.choice))
+    return measured_best(trials)
 
 
 def evolution(trials: Trials, seed: int = 0) -> Candidate:
@@ -152,12 +152,12 @@ def evolution(trials: Trials, seed: int = 0) -> Candidate:
         rungs = [len(offspring) * SURVIVORS[0][1]]
         rungs += [SURVIVORS[0][0] * SURVIVORS[1][1], len(trials.text.tokens)]
         if trials.left < sum(rungs) * trials.text.tokens.shape[1]:
-            return chosen(trials)
+            return measured_best(trials)
         for survivors, sequences in SURVIVORS:
-            scored = [(trials.kl(picks(groups, c), sequences), n) for n, c in enumerate(offspring)]
+            scored = [(trials.kl(taken(groups, c), sequences), n) for n, c in enumerate(offspring)]
             offspring = [offspring[n] for _, n in sorted(scored)[:survivors]]
         parent = offspring[0]
-        trials.kl(picks(groups, parent))
+        trials.kl(taken(groups, parent))
 
 
 def raw_tpe(trials: Trials, seed: int = 0) -> Candidate:
@@ -181,16 +181,11 @@ def raw_tpe(trials: Trials, seed: int = 0) -> Candidate:
             # Worse than anything measured, and the worse the more it exceeds.
             study.tell(trial, 100 + 100 * excess / knapsack.budget)
         else:
-            study.tell(trial, trials.kl(picks(groups, choice)))
-    return chosen(trials)
+            study.tell(trial, trials.kl(taken(groups, choice)))
+    return measured_best(trials)
 
 
-def picks(groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> list[Choice]:
-    """The chosen option of every group."""
-    return [options[i] for options, i in zip(groups, choice, strict=True)]
-
-
-def chosen(trials: Trials) -> Candidate:
+def measured_best(trials: Trials) -> Candidate:
     """The candidate measured best."""
     assert trials.best is not None
     return trials.best[1]
@@ -260,7 +255,10 @@ def with_exact_costs(trials: Trials, share: float) -> Problem:
         for key, kl in costs.items():
             option = named[number, key]
             # What repair leaves of a cut is estimated for everybody alike.
-            problem.costs[number, option] = (float(kl.mean()) * problem.left(number, option), 0.0)
+            problem.costs[number, option] = (
+                float(kl.mean()) * problem.share_left_by_repair(number, option),
+                0.0,
+            )
     return problem
 
 

@@ -33,7 +33,7 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import Scores, choose
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
-from compress.searches.proposals import decode, named, neutral
+from compress.searches.proposals import candidate_of, decode, globals_of
 from compress.searches.space import load_space
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate, student_architecture
@@ -192,10 +192,10 @@ def knapsack(
     blocks = sum(block_bytes(b, hidden, architecture.family) for b in architecture.blocks)
     budget = footprint(architecture, DEPLOYMENT).total - blocks + 2 * target
     problem = Problem(architecture, scores, load_space(space), DEPLOYMENT, budget)
-    proposal = decode(problem, neutral(problem))
+    proposal = decode(problem, globals_of(problem, {}))
     if proposal is None:
         raise SystemExit(f"no student of space {space} fits {budget} bytes")
-    return named(problem, "knapsack", 0, proposal), proposal.predicted
+    return candidate_of(problem, "knapsack", 0, proposal), proposal.predicted
 
 
 def scored(what: Subject, rows: Tensor) -> Scores:

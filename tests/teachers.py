@@ -18,7 +18,7 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
-from compress.searches.proposals import seeds
+from compress.searches.proposals import candidate_of, seeds
 from compress.searches.space import load_space
 from compress.searches.study import StudySettings, Trial
 from compress.student.candidate import Candidate
@@ -67,8 +67,8 @@ def invented(candidate: Candidate) -> Iterator[Tensor]:
 
 def first_candidates(problem: Problem) -> list[Candidate]:
     return [
-        problem.candidate(f"x-{number}", "x", proposal.picked, proposal.chosen)
-        for number, (_, proposal) in enumerate(seeds(problem))
+        candidate_of(problem, "x", number, proposal)
+        for number, proposal in enumerate(seeds(problem))
     ]
 
 

@@ -10,7 +10,7 @@ from compress.formats.table import FORMATS, Format, KvFormat
 from compress.model.architecture import sizes
 from compress.model.families import count_active
 from compress.searches.knapsack import Limit, excesses
-from compress.searches.problem import Choice, Globals, Problem, total_bytes
+from compress.searches.problem import Globals, Problem, taken, total_bytes
 from compress.searches.program import Floats
 from compress.searches.space import (
     KINDS,
@@ -99,43 +99,38 @@ def uniform(problem: Problem, format: Format = "bf16") -> list[tuple[Candidate, 
     kind = "uniform" if format == "bf16" else f"uniform_then_{format}"
     found: list[tuple[Candidate, float]] = []
     for kv_format in problem.space.kv_formats:
-        chosen = Globals(kv_format=kv_format)
+        globals_ = Globals(kv_format=kv_format)
         for axes in (FFN_AXES, {axis for found in AXES.values() for axis in found}):
-            fitting = widest(problem, chosen, axes, format)
+            fitting = widest(problem, globals_, axes, format)
             if fitting is not None:
-                found.append(
-                    (
-                        named(kind, len(found), problem, fitting, chosen),
-                        predicted(problem, fitting, chosen),
-                    )
-                )
+                found.append(made(problem, kind, len(found), fitting, globals_))
                 break
     return found
 
 
 def widest(
-    problem: Problem, chosen: Globals, axes: Collection[str], format: Format
-) -> list[Choice] | None:
+    problem: Problem, globals_: Globals, axes: Collection[str], format: Format
+) -> list[Option] | None:
     """The largest uniform share of the axes that is within the budget."""
     low, high = 0, STEPS
     while low < high:
         middle = (low + high + 1) // 2
-        picked = at_share(problem, middle / STEPS, axes, format)
-        low, high = (middle, high) if fits(problem, picked, chosen) else (low, middle - 1)
-    picked = at_share(problem, low / STEPS, axes, format)
-    return picked if fits(problem, picked, chosen) else None
+        options = at_share(problem, middle / STEPS, axes, format)
+        low, high = (middle, high) if fits(problem, options, globals_) else (low, middle - 1)
+    options = at_share(problem, low / STEPS, axes, format)
+    return options if fits(problem, options, globals_) else None
 
 
 def at_share(
     problem: Problem, share: float, axes: Collection[str], format: Format = "bf16"
-) -> list[Choice]:
+) -> list[Option]:
     """Every block with this share of its axes, at least one unit (top-k experts) of each.
 
     A block whose shapes refuse the format stays BF16.
     """
     teacher = problem.teacher
-    picked: list[Choice] = []
-    for number, block in enumerate(teacher.blocks):
+    options: list[Option] = []
+    for block in teacher.blocks:
         target = {}
         for axis in AXES[block.kind]:
             size, step = sizes(block)[axis], step_of(axis, format)
@@ -145,9 +140,8 @@ def at_share(
         space = problem.space.model_copy(update={"formats": (format,)})
         smaller = resized(block, target)
         [offered] = offered_formats(teacher, block, smaller, teacher.hidden, space)
-        option = Option(tuple(sorted(target.items())), offered)
-        picked.append(((number, option),))
-    return picked
+        options.append(Option(tuple(sorted(target.items())), offered))
+    return options
 
 
 def step_of(axis: str, format: Format) -> int:
@@ -156,9 +150,9 @@ def step_of(axis: str, format: Format) -> int:
     return math.lcm(group, EXPERT_STEP if axis == "expert_ffn" else 1)
 
 
-def fits(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> bool:
+def fits(problem: Problem, options: Sequence[Option], globals_: Globals) -> bool:
     """Whether a choice is within the budget, and the bound on active parameters if there is one."""
-    candidate = problem.candidate("x", "x", picked, chosen)
+    candidate = problem.candidate("x", "x", options, globals_)
     few = problem.active is None or count_active(candidate.architecture) <= problem.active
     return few and total_bytes(candidate, problem.deployment) <= problem.budget
 
@@ -168,9 +162,9 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
     found: list[tuple[Candidate, float]] = []
     for number in range(count):
         draw = random.Random(seed * 7919 + number)
-        chosen = Globals(kv_format=draw.choice(problem.space.kv_formats))
-        groups = problem.groups(chosen)
-        knapsack = problem.knapsack(groups, chosen)
+        globals_ = Globals(kv_format=draw.choice(problem.space.kv_formats))
+        groups = problem.groups(globals_)
+        knapsack = problem.knapsack(groups, globals_, priced=False)
         choice = [0] * len(groups)
         takes = knapsack.resources
         left = -np.array(excesses(knapsack, choice))
@@ -187,16 +181,11 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
             more = changed(takes, group, choice[group], option)
             if more.min() >= 0 and more.max() > 0 and (more <= left).all():
                 choice[group], left = option, left - more
-        picked = [options[i] for options, i in zip(groups, choice, strict=True)]
+        options = taken(groups, choice)
         attention = last_attention_must_stay(problem.teacher)
-        alive = any(not o.removed and n in attention for choice in picked for n, o in choice)
+        alive = any(not options[number].removed for number in attention)
         if left.min() >= 0 and alive:
-            found.append(
-                (
-                    named("random", number, problem, picked, chosen),
-                    predicted(problem, picked, chosen),
-                )
-            )
+            found.append(made(problem, "random", number, options, globals_))
     return found
 
 
@@ -205,14 +194,9 @@ def changed(takes: Sequence[Limit], group: int, before: int, after: int) -> Floa
     return np.array([limit.amounts[group][after] - limit.amounts[group][before] for limit in takes])
 
 
-def predicted(problem: Problem, picked: Sequence[Choice], chosen: Globals) -> float:
-    """Predicted KL of a choice."""
-    costs = [sum(problem.cost(number, option)) for choice in picked for number, option in choice]
-    return sum(costs) + problem.global_cost(chosen)
-
-
-def named(
-    kind: str, number: int, problem: Problem, picked: Sequence[Choice], chosen: Globals
-) -> Candidate:
-    """A baseline's candidate."""
-    return problem.candidate(f"{kind}-{number:03}", kind, picked, chosen)
+def made(
+    problem: Problem, kind: str, number: int, options: Sequence[Option], globals_: Globals
+) -> tuple[Candidate, float]:
+    """A baseline's candidate and its predicted KL."""
+    candidate = problem.candidate(f"{kind}-{number:03}", kind, options, globals_)
+    return candidate, problem.predicted(options, globals_)

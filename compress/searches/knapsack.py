@@ -113,7 +113,7 @@ def within_bounds(
         return choice
     again = optimum(as_program(tightened(problem), overlaps), relative_gap)
     found = [again.choice] if again else []
-    if (changed := repaired(problem, choice, overlaps)) is not None:
+    if (changed := mended(problem, choice, overlaps)) is not None:
         found.append(changed)
     return min(found, key=lambda other: value(problem.costs, other), default=None)
 
@@ -200,7 +200,7 @@ def excesses(problem: Knapsack, choice: Sequence[int]) -> list[float]:
     return [value(limit.amounts, choice) - limit.bound for limit in problem.resources]
 
 
-def repaired(
+def mended(
     problem: Knapsack, choice: tuple[int, ...], overlaps: Sequence[Overlap]
 ) -> tuple[int, ...] | None:
     """The choice with one group's option changed to keep every bound to the unit, at least cost."""

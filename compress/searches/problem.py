@@ -42,13 +42,11 @@ Choice = tuple[tuple[int, Option], ...]
 class Globals:
     """What one value decides for the whole model: the outer problem's variables.
 
-    ``multipliers`` scale the predicted cost of structure per kind of block, and of rounding under
-    ``"format"``: they repair what additive scores get wrong.
+    ``shares`` of axes whose width is one for all blocks; an axis that is not named stays whole.
     """
 
     kv_format: KvFormat = "bf16"
     shares: Mapping[str, float] = field(default_factory=dict)
-    multipliers: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass
@@ -81,18 +79,18 @@ class Problem:
         assert self.scores is not None
         return self.scores
 
-    def hidden(self, chosen: Globals) -> int:
-        """Hidden size under the chosen share."""
-        share = chosen.shares.get("hidden", 1.0)
+    def hidden(self, globals_: Globals) -> int:
+        """Hidden size under its share."""
+        share = globals_.shares.get("hidden", 1.0)
         size = self.teacher.hidden
         return size if share == 1 else counts("hidden", size, (share,))[-1]
 
-    def groups(self, chosen: Globals) -> list[list[Choice]]:
+    def groups(self, globals_: Globals) -> list[list[Choice]]:
         """Options of every group: a block, or a layer where only whole layers may go."""
-        hidden = self.hidden(chosen)
+        hidden = self.hidden(globals_)
         found: list[list[Choice]] = []
         options = {
-            number: self.offered(number, chosen.shares, hidden)
+            number: self.offered(number, globals_.shares, hidden)
             for number in range(len(self.teacher.blocks))
         }
         if self.space.remove == "layer":
@@ -143,46 +141,46 @@ class Problem:
                 structure = option_cost(self.known, block, keep, "bf16") if keep else 0.0
                 both = option_cost(self.known, block, keep, option.format)
                 rounding = both - structure if option.format != "bf16" else 0.0
-                found = (structure * self.left(number, option), rounding)
+                found = (structure * self.share_left_by_repair(number, option), rounding)
             self.costs[number, option] = found
         return self.costs[number, option]
 
-    def left(self, number: int, option: Option) -> float:
+    def price(self, choice: Choice) -> float:
+        """Predicted KL of one option of a group, as far as the choice of options sees it."""
+        pairs = [self.cost(number, option) for number, option in choice]
+        return sum(cut + (0.0 if self.blind_to_rounding else bits) for cut, bits in pairs)
+
+    def predicted(self, options: Sequence[Option], globals_: Globals) -> float:
+        """Predicted KL of the options of all blocks, by number, and of the global choice."""
+        return self.price(tuple(enumerate(options))) + self.global_cost(globals_)
+
+    def share_left_by_repair(self, number: int, option: Option) -> float:
         """The share of an option's structure cost that its repair leaves; 1 without repair."""
         if not option.repaired:
             return 1.0
         assert self.repair_ratio is not None
         return self.repair_ratio(number, self.keep_of(number, option))
 
-    def option_bytes(self, number: int, option: Option, chosen: Globals) -> int:
+    def option_bytes(self, number: int, option: Option, globals_: Globals) -> int:
         """Bytes that a block takes under an option: weights, KV cache and states."""
         if option.removed:
             return 0
         block = resized(self.teacher.blocks[number], dict(option.target), option.format)
         return (
-            block_bytes(block, self.hidden(chosen), self.teacher.family)
-            + kv_cache_bytes(block, chosen.kv_format, self.deployment)
+            block_bytes(block, self.hidden(globals_), self.teacher.family)
+            + kv_cache_bytes(block, globals_.kv_format, self.deployment)
             + ssm_state_bytes(block, self.deployment)
             + conv_state_bytes(block, self.deployment)
         )
 
     def knapsack(
-        self, groups: Sequence[Sequence[Choice]], chosen: Globals, *, priced: bool = True
+        self, groups: Sequence[Sequence[Choice]], globals_: Globals, *, priced: bool = True
     ) -> Knapsack:
-        """The inner problem under the outer choice; not ``priced``, with bytes only."""
+        """The inner problem under a global choice; not ``priced``, with bytes only."""
         fixed = (
-            outside_bytes(replace(self.teacher, hidden=self.hidden(chosen)))
+            outside_bytes(replace(self.teacher, hidden=self.hidden(globals_)))
             + self.deployment.workspace_bytes
         )
-
-        def cost(choice: Choice) -> float:
-            total = 0.0
-            for number, option in choice:
-                structure, rounding = self.cost(number, option)
-                total += structure * chosen.multipliers.get(self.teacher.blocks[number].kind, 1.0)
-                if not self.blind_to_rounding:
-                    total += rounding * chosen.multipliers.get("format", 1.0)
-            return total
 
         attention = set(last_attention_must_stay(self.teacher))
         survivors = [
@@ -193,20 +191,20 @@ class Problem:
         ]
         return Knapsack(
             costs=[
-                np.array([cost(choice) if priced else 0.0 for choice in options])
+                np.array([self.price(choice) if priced else 0.0 for choice in options])
                 for options in groups
             ],
-            bytes=[self.bytes_of(options, chosen) for options in groups],
+            bytes=[self.bytes_of(options, globals_) for options in groups],
             budget=self.budget - fixed,
             at_least_one=[survivors] if survivors else [],
-            limits=self.limits(groups, chosen),
+            limits=self.limits(groups, globals_),
         )
 
-    def limits(self, groups: Sequence[Sequence[Choice]], chosen: Globals) -> list[Limit]:
+    def limits(self, groups: Sequence[Sequence[Choice]], globals_: Globals) -> list[Limit]:
         """What binds besides the bytes: active parameters, if they are bounded."""
         if self.active is None:
             return []
-        hidden, family = self.hidden(chosen), self.teacher.family
+        hidden, family = self.hidden(globals_), self.teacher.family
 
         def active(choice: Choice) -> int:
             return sum(
@@ -219,16 +217,16 @@ class Problem:
         amounts = [np.array([float(active(choice)) for choice in options]) for options in groups]
         return [Limit(amounts, self.active - fixed)]
 
-    def bytes_of(self, options: Sequence[Choice], chosen: Globals) -> Floats:
+    def bytes_of(self, options: Sequence[Choice], globals_: Globals) -> Floats:
         """Bytes of every option of a group."""
         return np.array(
-            [float(sum(self.option_bytes(n, o, chosen) for n, o in choice)) for choice in options]
+            [float(sum(self.option_bytes(n, o, globals_) for n, o in choice)) for choice in options]
         )
 
-    def global_cost(self, chosen: Globals) -> float:
+    def global_cost(self, globals_: Globals) -> float:
         """Predicted KL of the hidden size and the KV format."""
-        cost = self.known.kv[chosen.kv_format] if chosen.kv_format != KV_FORMATS[0] else 0.0
-        if (hidden := self.hidden(chosen)) < self.teacher.hidden:
+        cost = self.known.kv[globals_.kv_format] if globals_.kv_format != KV_FORMATS[0] else 0.0
+        if (hidden := self.hidden(globals_)) < self.teacher.hidden:
             gone = torch.ones(self.teacher.hidden).index_fill_(0, self.hidden_keep(hidden), 0)
             cost += kl_of(self.known.contributions["hidden"] @ gone, self.known.length)
         return cost
@@ -238,23 +236,28 @@ class Problem:
         return top(priority(self.known, None, "hidden", self.ranking), hidden)
 
     def candidate(
-        self, name: str, kind: str, picked: Sequence[Choice], chosen: Globals
+        self, name: str, kind: str, options: Sequence[Option], globals_: Globals
     ) -> Candidate:
-        """The candidate of one option per group."""
-        decided = dict(pair for choice in picked for pair in choice)
-        alive = [n for n in range(len(self.teacher.blocks)) if not decided[n].removed]
+        """The candidate of an option for every block, by number."""
+        alive = [n for n, option in enumerate(options) if not option.removed]
         keep: dict[str, Tensor] = {"blocks": torch.tensor(alive, dtype=torch.long)}
         formats: dict[int, Format] = {}
-        if (hidden := self.hidden(chosen)) < self.teacher.hidden:
+        if (hidden := self.hidden(globals_)) < self.teacher.hidden:
             keep["hidden"] = self.hidden_keep(hidden)
         for number in alive:
-            formats[number] = decided[number].format
+            formats[number] = options[number].format
             prefix = block_name(self.teacher.blocks[number])
-            for axis, index in self.keep_of(number, decided[number]).items():
+            for axis, index in self.keep_of(number, options[number]).items():
                 keep[f"{prefix}/{axis}"] = index
-        student = student_architecture(self.teacher, keep, formats, chosen.kv_format)
-        repaired = frozenset(number for number in alive if decided[number].repaired)
+        student = student_architecture(self.teacher, keep, formats, globals_.kv_format)
+        repaired = frozenset(number for number in alive if options[number].repaired)
         return Candidate(id=name, kind=kind, architecture=student, keep=keep, repaired=repaired)
+
+
+def taken(groups: Sequence[Sequence[Choice]], choice: Sequence[int]) -> tuple[Option, ...]:
+    """The option of every block, by number, where each group takes the option of this index."""
+    picked = dict(pair for options, i in zip(groups, choice, strict=True) for pair in options[i])
+    return tuple(picked[number] for number in range(len(picked)))
 
 
 def total_bytes(candidate: Candidate, deployment: Deployment) -> int:

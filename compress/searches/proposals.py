@@ -1,132 +1,126 @@
-"""Proposals: from outer variables and the knapsack's answers to candidates worth measuring."""
+"""Proposals: from a global choice and the knapsack's answer to what is worth measuring."""
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution
+from optuna.distributions import CategoricalDistribution
+from optuna.trial import FrozenTrial, TrialState
 
 from compress.core.errors import Infeasible
 from compress.core.quantities import format_bytes, format_count
 from compress.formats.table import KV_FORMATS
-from compress.searches.knapsack import Overlap, Solution, diverse, smallest, solve
-from compress.searches.problem import Choice, Globals, Problem
+from compress.searches.knapsack import Solution, diverse, smallest, solve
+from compress.searches.problem import Choice, Globals, Problem, taken
+from compress.searches.space import Option
 from compress.student.candidate import Candidate
 
 SEEDS = 4
-# Log of a multiplier's range: scores of a kind of block may be off by a factor of two.
-MULTIPLIER = math.log(2.0)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Proposal:
-    """A decoded ask: the groups' options, the choice among them and the outer variables.
+    """What may be measured: the option of every block, by number, and the global choice.
 
-    ``gap`` is the relative optimality gap of the inner solution.
+    ``predicted`` is its KL by the scores, nats per token; ``gap`` the relative optimality gap of
+    the knapsack that it solves.
     """
 
-    groups: list[list[Choice]]
-    choice: tuple[int, ...]
-    chosen: Globals
+    options: tuple[Option, ...]
+    globals_: Globals
     predicted: float
     gap: float
 
-    @property
-    def picked(self) -> list[Choice]:
-        """The chosen option of every group."""
-        return [options[i] for options, i in zip(self.groups, self.choice, strict=True)]
 
-
-def distributions(problem: Problem) -> dict[str, BaseDistribution]:
-    """The outer variables of a problem."""
-    found: dict[str, BaseDistribution] = {}
+def distributions(problem: Problem) -> dict[str, CategoricalDistribution]:
+    """The global variables of a problem, as parameters of a trial."""
+    found = {}
     if len(problem.space.kv_formats) > 1:
         found["kv_format"] = CategoricalDistribution(problem.space.kv_formats)
     for axis, choice in problem.space.axes.items():
         if choice.scope == "global":
             found[f"share_{axis}"] = CategoricalDistribution((1.0, *choice.keep))
-    kinds: list[str] = sorted({block.kind for block in problem.teacher.blocks})
-    scaled = kinds if problem.space.prunes else []
-    if len(problem.space.formats) > 1 and problem.space.prunes:
-        scaled = [*kinds, "format"]
-    # One kind is the unit of the others.
-    for name in scaled[1:]:
-        found[f"log_{name}"] = FloatDistribution(-MULTIPLIER, MULTIPLIER)
     return found
 
 
 def globals_of(problem: Problem, params: Mapping[str, Any]) -> Globals:
-    """The outer choice that a trial's parameters spell."""
+    """The global choice that a trial's parameters spell; whole widths where they say nothing."""
     return Globals(
         kv_format=params.get("kv_format", problem.space.kv_formats[0]),
         shares={k.removeprefix("share_"): v for k, v in params.items() if k.startswith("share_")},
-        multipliers={
-            k.removeprefix("log_"): math.exp(v) for k, v in params.items() if k.startswith("log_")
-        },
     )
 
 
-def neutral(problem: Problem) -> dict[str, Any]:
-    """Parameters that change nothing: whole widths, multipliers 1, the first KV format."""
-    return {
-        name: 0.0 if name.startswith("log_") else getattr(d, "choices", (0.0,))[0]
-        for name, d in distributions(problem).items()
-    }
+def params_of(problem: Problem, globals_: Globals) -> dict[str, Any]:
+    """The parameters that spell a global choice."""
+    shares = {f"share_{axis}": globals_.shares.get(axis, 1.0) for axis in problem.space.axes}
+    found = {"kv_format": globals_.kv_format, **shares}
+    return {name: found[name] for name in distributions(problem)}
 
 
-def decode(
-    problem: Problem, params: Mapping[str, Any], overlaps: Sequence[Overlap] = ()
-) -> Proposal | None:
-    """The knapsack's answer to an outer choice; None if nothing fits."""
-    chosen = globals_of(problem, params)
-    groups = problem.groups(chosen)
-    solution = solve(problem.knapsack(groups, chosen), overlaps)
-    return None if solution is None else as_proposal(problem, groups, solution, chosen)
+def attributes_of(proposal: Proposal) -> dict[str, Any]:
+    """What the journal keeps of a proposal beside its parameters; needs nothing to be read."""
+    choice = [asdict(option) | {"target": dict(option.target)} for option in proposal.options]
+    return {"choice": choice, "predicted": proposal.predicted, "gap": proposal.gap}
+
+
+def decode_trial(problem: Problem, trial: FrozenTrial) -> Proposal:
+    """The proposal that a trial of the journal measures."""
+    kept = trial.user_attrs
+    return Proposal(
+        options=tuple(
+            Option(**found | {"target": tuple(sorted(found["target"].items()))})
+            for found in kept["choice"]
+        ),
+        globals_=globals_of(problem, trial.params),
+        predicted=kept["predicted"],
+        gap=kept["gap"],
+    )
+
+
+def complete(trial: FrozenTrial) -> bool:
+    """Whether a trial was measured on all sequences."""
+    return trial.state == TrialState.COMPLETE
+
+
+def incumbent(trials: Sequence[FrozenTrial]) -> FrozenTrial | None:
+    """The best of those that were measured on all sequences."""
+    return min(filter(complete, trials), key=lambda trial: trial.value or 0.0, default=None)
+
+
+def decode(problem: Problem, globals_: Globals) -> Proposal | None:
+    """The knapsack's answer to a global choice; None if nothing fits."""
+    groups = problem.groups(globals_)
+    solution = solve(problem.knapsack(groups, globals_))
+    return None if solution is None else as_proposal(problem, groups, solution, globals_)
 
 
 def as_proposal(
-    problem: Problem, groups: list[list[Choice]], solution: Solution, chosen: Globals
+    problem: Problem, groups: Sequence[Sequence[Choice]], solution: Solution, globals_: Globals
 ) -> Proposal:
     """A solution with its predicted KL."""
-    return Proposal(
-        groups=groups,
-        choice=solution.choice,
-        chosen=chosen,
-        predicted=predicted_kl(problem, groups, solution.choice, chosen),
-        gap=solution.gap,
-    )
+    options = taken(groups, solution.choice)
+    predicted = problem.predicted(options, globals_)
+    return Proposal(options=options, globals_=globals_, predicted=predicted, gap=solution.gap)
 
 
-def predicted_kl(
-    problem: Problem, groups: list[list[Choice]], choice: Sequence[int], chosen: Globals
-) -> float:
-    """The KL of a choice under the scores as they are, multipliers aside."""
-    plain = problem.knapsack(groups, replace(chosen, multipliers={}))
-    cost = sum(float(c[i]) for c, i in zip(plain.costs, choice, strict=True))
-    return cost + problem.global_cost(chosen)
-
-
-def outer_variants(problem: Problem) -> list[dict[str, Any]]:
-    """Outer choices to begin with: nothing changed, every single global change, all together."""
-    variants = [neutral(problem)]
-    shares = sorted({s for a in problem.space.axes.values() if a.scope == "global" for s in a.keep})
-    dims = distributions(problem)
+def variants(problem: Problem) -> list[Globals]:
+    """Global choices to begin with: nothing changed, every single change, all widths together."""
+    found = []
+    widths = {a: choice for a, choice in problem.space.axes.items() if choice.scope == "global"}
+    shares = sorted({share for choice in widths.values() for share in choice.keep})
     for kv_format in problem.space.kv_formats:
-        base = neutral(problem) | ({"kv_format": kv_format} if "kv_format" in dims else {})
-        variants.append(base)
-        for axis, choice in problem.space.axes.items():
-            if choice.scope == "global":
-                variants += [base | {f"share_{axis}": share} for share in choice.keep]
+        found.append(Globals(kv_format=kv_format))
+        for axis, choice in widths.items():
+            found += [Globals(kv_format=kv_format, shares={axis: share}) for share in choice.keep]
         for share in shares:
             # All global widths together, each at its nearest share.
             every = {
-                f"share_{axis}": min((1.0, *c.keep), key=lambda s: abs(s - share))
-                for axis, c in problem.space.axes.items()
-                if c.scope == "global"
+                axis: min((1.0, *choice.keep), key=lambda s: abs(s - share))
+                for axis, choice in widths.items()
             }
-            variants.append(base | every)
-    return [v for i, v in enumerate(variants) if v not in variants[:i]]
+            found.append(Globals(kv_format=kv_format, shares=every))
+    return [globals_ for i, globals_ in enumerate(found) if globals_ not in found[:i]]
 
 
 def require_feasible(problem: Problem) -> None:
@@ -135,12 +129,12 @@ def require_feasible(problem: Problem) -> None:
     Raises:
         Infeasible: the message names the smallest reachable size, or number of active parameters.
     """
-    variants = outer_variants(problem)
-    floor = min(floor_bytes(problem, variant) for variant in variants)
+    choices = variants(problem)
+    floor = min(floor_bytes(problem, globals_) for globals_ in choices)
     if floor > problem.budget:
         raise Infeasible(infeasible(problem, floor))
     if problem.active is not None:
-        fewest = fewest_active(problem, variants)
+        fewest = fewest_active(problem, choices)
         if fewest > problem.active:
             raise Infeasible(
                 f"active_parameters {format_count(problem.active)} is below the fewest that this "
@@ -150,7 +144,7 @@ def require_feasible(problem: Problem) -> None:
             )
 
 
-def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
+def seeds(problem: Problem) -> list[Proposal]:
     """First proposals: of one format each, best of every single global change, diverse ones of it.
 
     Those of one format come first, the most promising before the others: what is stopped early is
@@ -160,24 +154,24 @@ def seeds(problem: Problem) -> list[tuple[dict[str, Any], Proposal]]:
         Infeasible: none of them fits; the message names the smallest reachable size.
     """
     require_feasible(problem)
-    decoded = [(v, p) for v in outer_variants(problem) if (p := decode(problem, v)) is not None]
-    decoded.sort(key=lambda pair: pair[1].predicted)
-    new: dict[str, tuple[dict[str, Any], Proposal]] = {}
-    for pair in decoded:
-        new.setdefault(key_of(problem, pair[1]), pair)
-    decoded = list(new.values())
-    params, best = decoded[0]
-    knapsack = problem.knapsack(best.groups, best.chosen)
-    others = [
-        (params, as_proposal(problem, best.groups, solution, best.chosen))
+    decoded = [found for choice in variants(problem) if (found := decode(problem, choice))]
+    decoded.sort(key=lambda proposal: proposal.predicted)
+    different: dict[tuple[object, ...], Proposal] = {}
+    for proposal in decoded:
+        different.setdefault(identity(problem, proposal), proposal)
+    best, *others = different.values()
+    groups = problem.groups(best.globals_)
+    knapsack = problem.knapsack(groups, best.globals_)
+    diverse_ = [
+        as_proposal(problem, groups, solution, best.globals_)
         for solution in diverse(knapsack, SEEDS // 2)[1:]
     ]
-    alone = [(params, proposal) for proposal in single_formats(problem, params, best)]
-    more = max(0, SEEDS - 1 - len(others) - len(alone))
-    return [*alone, decoded[0], *others, *decoded[1 : 1 + more]]
+    alone = single_formats(problem, best.globals_)
+    more = max(0, SEEDS - 1 - len(diverse_) - len(alone))
+    return [*alone, best, *diverse_, *others[:more]]
 
 
-def single_formats(problem: Problem, params: Mapping[str, Any], best: Proposal) -> list[Proposal]:
+def single_formats(problem: Problem, globals_: Globals) -> list[Proposal]:
     """The best choice with one format for every block, for each format, best first.
 
     Predicted costs of cuts and of rounding are not equally wrong: these are cut blind to rounding,
@@ -186,38 +180,37 @@ def single_formats(problem: Problem, params: Mapping[str, Any], best: Proposal) 
     formats = problem.space.formats
     if len(formats) == 1 or not problem.space.prunes:
         return []
+    offered = [set(options) for options in problem.groups(globals_)]
     found = []
     for format in formats:
         space = problem.space.model_copy(update={"formats": (format,)})
-        alone = decode(replace(problem, space=space, blind_to_rounding=True), params)
-        if alone is None:
-            continue
-        pairs = list(zip(best.groups, alone.picked, strict=True))
+        blind = replace(problem, space=space, blind_to_rounding=True)
+        groups = blind.groups(globals_)
+        solution = solve(blind.knapsack(groups, globals_))
         # A shape that takes no format but BF16 has no such option where BF16 is not offered.
-        if all(picked in options for options, picked in pairs):
-            choice = tuple(options.index(picked) for options, picked in pairs)
-            predicted = predicted_kl(problem, best.groups, choice, best.chosen)
-            found.append(replace(alone, groups=best.groups, choice=choice, predicted=predicted))
+        if solution is not None and all(
+            options[i] in others
+            for options, i, others in zip(groups, solution.choice, offered, strict=True)
+        ):
+            found.append(as_proposal(problem, groups, solution, globals_))
     return sorted(found, key=lambda proposal: proposal.predicted)
 
 
-def floor_bytes(problem: Problem, params: Mapping[str, Any]) -> int:
-    """The smallest total size under an outer choice."""
-    chosen = globals_of(problem, params)
-    knapsack = problem.knapsack(problem.groups(chosen), chosen, priced=False)
+def floor_bytes(problem: Problem, globals_: Globals) -> int:
+    """The smallest total size under a global choice."""
+    knapsack = problem.knapsack(problem.groups(globals_), globals_, priced=False)
     return smallest(knapsack) + problem.budget - knapsack.budget
 
 
-def fewest_active(problem: Problem, variants: Sequence[Mapping[str, Any]]) -> int:
+def fewest_active(problem: Problem, choices: Sequence[Globals]) -> int:
     """The fewest active parameters within the budget, exactly, if they exceed the bound.
 
-    Otherwise those of the first outer choice that keeps it.
+    Otherwise those of the first global choice that keeps it.
     """
     assert problem.active is not None
     found: list[int] = []
-    for params in variants:
-        chosen = globals_of(problem, params)
-        knapsack = problem.knapsack(problem.groups(chosen), chosen, priced=False)
+    for globals_ in choices:
+        knapsack = problem.knapsack(problem.groups(globals_), globals_, priced=False)
         [limit] = knapsack.limits
         least = solve(replace(knapsack, costs=limit.amounts, limits=()), relative_gap=0.0)
         if least is not None:
@@ -240,16 +233,12 @@ def infeasible(problem: Problem, floor: int) -> str:
     )
 
 
-def key_of(problem: Problem, proposal: Proposal) -> str:
-    """What makes two proposals the same candidate, however their asks differ."""
-    what = [
-        (number, option.target, option.format, option.removed, option.repaired)
-        for choice in proposal.picked
-        for number, option in choice
-    ]
-    return repr((proposal.chosen.kv_format, problem.hidden(proposal.chosen), sorted(what)))
+def identity(problem: Problem, proposal: Proposal) -> tuple[object, ...]:
+    """What makes two proposals the same candidate, however their global choices are spelled."""
+    globals_ = proposal.globals_
+    return globals_.kv_format, problem.hidden(globals_), proposal.options
 
 
-def named(problem: Problem, kind: str, number: int, proposal: Proposal) -> Candidate:
+def candidate_of(problem: Problem, kind: str, number: int, proposal: Proposal) -> Candidate:
     """The candidate of a proposal: the kind and the number of its trial."""
-    return problem.candidate(f"{kind}-{number:03}", kind, proposal.picked, proposal.chosen)
+    return problem.candidate(f"{kind}-{number:03}", kind, proposal.options, proposal.globals_)

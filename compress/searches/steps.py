@@ -1,136 +1,145 @@
-"""Steps from the incumbent: the knapsack again, priced where the incumbent stands.
+"""The next candidate of a study: seeds first, then short steps from the incumbent.
 
-Prices (``prices``) are corrected by what was measured since (``belief``), and a step is kept short:
-what promises most is overrated most, and the more so the more of it is changed at once.
+A step is the knapsack again, around the incumbent and priced there (``prices``), with what was
+measured already left out. It is kept short: what promises most is overrated most, and the more so
+the more of it is changed at once. Every other step keeps the incumbent's formats and changes cuts
+alone: what cuts and what rounding costs is not known equally well, and trading one for the other
+promises too much. Where a space has global choices (KV format, hidden size, global widths), TPE is
+asked for others now and then.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import numpy as np
+import optuna
 from optuna.trial import FrozenTrial
 
-from compress.searches.belief import Belief, belief, flat, improvement
 from compress.searches.knapsack import Limit, Overlap, solve
-from compress.searches.prices import Prices, apart, complete, of_trial
-from compress.searches.problem import Choice, Problem
-from compress.searches.program import Floats
-from compress.searches.proposals import Proposal, as_proposal
-from compress.searches.space import Option
+from compress.searches.prices import Pricing, apart
+from compress.searches.problem import Choice, Globals, Problem
+from compress.searches.proposals import (
+    Proposal,
+    as_proposal,
+    decode,
+    decode_trial,
+    distributions,
+    globals_of,
+    identity,
+    incumbent,
+)
 
-# A measured step differs from the sum of its options by about so much, and so much per option; more
-# where it was stopped early.
-NOISE, NOISE_PER_CHANGE, NOISE_STOPPED = 0.008, 0.01, 0.02
-# A trial that differs in more than this share of the groups says nothing of the costs here: slopes
-# do not reach so far, and what they miss would be taken for what options of a kind have in common.
-REACH = 1 / 2
-# Groups that a step may change.
+# Groups that a step may change, in turn; more where that leaves nothing new.
 RADII = (2, 3, 4)
-# Solutions that a step is chosen from: at every radius with what costs are expected to be, then
-# with draws of the belief.
-SOLUTIONS = 9
-# A step that finds nothing new is drawn again with more doubt and further away, so often.
-RETRIES = 20
+# How far under its expected cost an option is taken to be, in deviations: a step of four has one of
+# its sum then, and what nobody has tried is tried.
+HOPE = 0.5
+# Every so many trials one is of other global choices; steps find more.
+SAMPLE_EVERY = 8
+
+
+def propose(
+    pricing: Pricing,
+    first: Sequence[Proposal],
+    done: Sequence[FrozenTrial],
+    running: Sequence[FrozenTrial],
+    seed: int,
+) -> Proposal | None:
+    """The next proposal, a function of its arguments alone; None if nothing new is found."""
+    problem, trials = pricing.problem, (*done, *running)
+    known = {identity(problem, decode_trial(problem, trial)) for trial in trials}
+
+    def new(proposal: Proposal) -> bool:
+        return identity(problem, proposal) not in known
+
+    for seeded in first:
+        if new(seeded):
+            return seeded
+    best, number = incumbent(done), len(trials)
+    if distributions(problem) and (best is None or number % SAMPLE_EVERY == 0):
+        globals_ = sampled(problem, trials, seed * 100003 + number, len(first))
+        proposal = decode(problem, globals_)
+        if proposal is not None and new(proposal):
+            return proposal
+    return None if best is None else stepped(pricing, done, running, best, new)
 
 
 def stepped(
-    problem: Problem,
+    pricing: Pricing,
     done: Sequence[FrozenTrial],
+    running: Sequence[FrozenTrial],
     best: FrozenTrial,
-    prices: Prices,
     new: Callable[[Proposal], bool],
-    seed: int,
-    keeping: bool = False,
 ) -> Proposal | None:
-    """A new proposal a few changes from the best trial: the one of largest expected improvement.
-
-    Candidates are solutions to the prices and to draws of the belief, within several radii. With
-    ``keeping`` they keep the formats, where that leaves anything new. None if 20 rounds of them
-    find nothing new.
-    """
-    chosen, groups, incumbent = of_trial(problem, best)
-    knapsack = problem.knapsack(groups, replace(chosen, multipliers={}), priced=False)
-    kept = replace(knapsack, limits=[*knapsack.limits, formats_kept(groups, incumbent)])
-    offsets = knapsack.offsets
-    random = np.random.default_rng(seed)
-    for attempt in range(RETRIES):
-        doubt = prices.doubt * (1 + attempt / 4)
-        known = belief_of(replace(prices, doubt=doubt), done, best, offsets.tolist())
-        expected = known.mean
-        here = flat(incumbent, offsets[:-1].tolist(), len(expected))
-        found: dict[tuple[int, ...], tuple[float, float, Proposal]] = {}
-        for number in range(SOLUTIONS):
-            # Small problems run out of neighbours: look further each time.
-            radius = RADII[number % len(RADII)] + attempt
-            costs = expected if number < len(RADII) and not attempt else known.draw(random)
-            near = Overlap(incumbent, len(groups) - 1, max(0, len(groups) - radius))
-            rules = kept if keeping and not attempt else knapsack
-            priced = replace(rules, costs=np.split(costs, offsets[1:-1].tolist()))
-            solution = solve(priced, [near])
-            if solution is None or solution.choice in found:
-                continue
-            proposal = as_proposal(problem, groups, solution, chosen)
+    """A new proposal a few groups from the best trial; None if its global choice has no other."""
+    problem, here = pricing.problem, decode_trial(pricing.problem, best)
+    # With what the incumbent takes, should that not be offered any more.
+    groups = [[*dict.fromkeys([*o, own(o, here)])] for o in problem.groups(here.globals_)]
+    start = place(groups, here)
+    assert start is not None
+    known, seen, values = [], {}, best.user_attrs["values"]
+    for trial in (*done, *running):
+        choice = place(groups, decode_trial(problem, trial))
+        if choice is None or choice == start or trial.params != best.params:
+            continue
+        known.append(choice)
+        # Of one that is running there are none yet.
+        if measured := trial.user_attrs.get("values"):
+            seen[choice] = float(np.mean(measured) - np.mean(values[: len(measured)]))
+    pricing.prepare(done)
+    mean, deviation = pricing.around(groups, start, seen)
+    knapsack = problem.knapsack(groups, here.globals_, priced=False)
+    hoped = np.split(mean - HOPE * deviation, knapsack.offsets[1:-1].tolist())
+    knapsack = replace(knapsack, costs=hoped)
+    number, count = len(done) + len(running), len(groups)
+    radii = range(RADII[number % len(RADII)], count + 1)
+    tries = [(radius, knapsack) for radius in radii]
+    if number % 2 and problem.space.prunes and len(problem.space.formats) > 1:
+        kept = replace(knapsack, limits=[*knapsack.limits, formats_kept(groups, here)])
+        tries = [(radii[0], kept), *tries]
+    for radius, rules in tries:
+        near = Overlap(start, count - 1, count - radius)
+        others = [Overlap(choice, count - 1) for choice in known if apart(choice, start) <= radius]
+        if (solution := solve(rules, [near, *others])) is None:
+            continue
+        proposal = as_proposal(problem, groups, solution, here.globals_)
+        if new(proposal):
             # The knapsack's cost was a change; its gap is said of the predicted KL, as others are.
             gap = solution.gap * abs(solution.cost) / max(proposal.predicted, 1e-30)
-            move = flat(solution.choice, offsets[:-1].tolist(), len(expected)) - here
-            mean = float(move @ expected)
-            promise = improvement(mean, known.deviation_of(move))
-            found[solution.choice] = (promise, mean, replace(proposal, gap=gap))
-        fresh = [promise for promise in found.values() if new(promise[2])]
-        if fresh:
-            return max(fresh, key=lambda promise: (promise[0], -promise[1]))[2]
+            return replace(proposal, gap=gap)
     return None
 
 
-def formats_kept(groups: Sequence[Sequence[Choice]], incumbent: Sequence[int]) -> Limit:
+def place(groups: Sequence[Sequence[Choice]], proposal: Proposal) -> tuple[int, ...] | None:
+    """The index in every group of what a proposal takes; None where that is not offered."""
+    if any(own(options, proposal) not in options for options in groups):
+        return None
+    return tuple(options.index(own(options, proposal)) for options in groups)
+
+
+def own(options: Sequence[Choice], proposal: Proposal) -> Choice:
+    """What a proposal does with the blocks of a group."""
+    return tuple((number, proposal.options[number]) for number, _ in options[0])
+
+
+def formats_kept(groups: Sequence[Sequence[Choice]], here: Proposal) -> Limit:
     """No block that stays may change its format; one that comes back takes one that is in use."""
-    used = {option.format for _, option in stays(groups, incumbent)}
-    amounts = []
-    for options, picked in zip(groups, incumbent, strict=True):
-        now = dict(options[picked])
-        changed = [
-            any(
-                not option.removed
-                and option.format not in (used if now[number].removed else {now[number].format})
-                for number, option in choice
-            )
-            for choice in options
-        ]
-        amounts.append(np.array(changed, dtype=np.float64))
-    return Limit(amounts, 0)
+    used = {option.format for option in here.options if not option.removed}
+
+    def changes(choice: Choice) -> bool:
+        pairs = [(here.options[number], option) for number, option in choice]
+        return any(
+            not after.removed and after.format not in (used if before.removed else {before.format})
+            for before, after in pairs
+        )
+
+    return Limit([np.array([float(changes(c)) for c in options]) for options in groups], 0)
 
 
-def stays(
-    groups: Sequence[Sequence[Choice]], choice: Sequence[int]
-) -> Iterator[tuple[int, Option]]:
-    """The blocks that a choice does not remove, with their options."""
-    for options, picked in zip(groups, choice, strict=True):
-        yield from ((number, option) for number, option in options[picked] if not option.removed)
-
-
-def noise_of(move: Floats) -> float:
-    """How far a step is from the sum of its options, nats per token."""
-    return NOISE + NOISE_PER_CHANGE * float(np.abs(move).sum() / 2)
-
-
-def belief_of(
-    prices: Prices, done: Sequence[FrozenTrial], best: FrozenTrial, offsets: Sequence[int]
-) -> Belief:
-    """The prices, corrected by every trial within reach, of the same global choices."""
-    size = offsets[-1]
-    reference = best.user_attrs["values"]
-    here = flat(best.user_attrs["choice"], offsets[:-1], size)
-    moves, seen, noise = [], [], []
-    for trial in done:
-        if trial is best or apart(trial, best) > REACH * (len(offsets) - 1):
-            continue
-        move = flat(trial.user_attrs["choice"], offsets[:-1], size) - here
-        values = trial.user_attrs["values"]
-        stopped = not complete(trial)
-        moves.append(move)
-        seen.append(float(np.mean(values) - np.mean(reference[: len(values)])))
-        noise.append(noise_of(move) + NOISE_STOPPED * stopped)
-    return belief(
-        prices.cost, prices.doubt, prices.common,
-        np.array(moves).reshape(len(moves), size), np.array(seen), np.array(noise),
-    )  # fmt: skip
+def sampled(problem: Problem, trials: Sequence[FrozenTrial], seed: int, startup: int) -> Globals:
+    """The global choice that TPE asks for after these trials."""
+    # In memory: the trial of the run's study gets what this decodes to, and by steps as well.
+    sampler = optuna.samplers.TPESampler(seed=seed, n_startup_trials=startup)
+    study = optuna.create_study(sampler=sampler)
+    study.add_trials(trials)
+    return globals_of(problem, study.ask(dict(distributions(problem))).params)

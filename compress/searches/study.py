@@ -1,6 +1,6 @@
 """The outer problem: Optuna asks, the knapsack decodes, the student in memory is measured.
 
-A proposal (``moves``) is a function of the seed, the finished trials and those that others are
+A proposal (``steps``) is a function of the seed, the finished trials and those that others are
 measuring, so that a study of one process continues after a kill as if there had been none.
 """
 
@@ -8,7 +8,6 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import optuna
@@ -24,17 +23,19 @@ from compress.searches.journal import (
     finished,
     open_study,
 )
-from compress.searches.moves import propose
-from compress.searches.prices import Linearize, Pricing, complete
+from compress.searches.prices import Linearize, Pricing
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.proposals import (
     Proposal,
+    attributes_of,
+    candidate_of,
+    complete,
+    decode_trial,
     distributions,
-    globals_of,
-    key_of,
-    named,
+    params_of,
     seeds,
 )
+from compress.searches.steps import propose
 from compress.student.candidate import Candidate
 
 # A trial is stopped early only after so many tokens.
@@ -109,7 +110,8 @@ def explore(
         Infeasible: nothing in the space fits the budget.
     """
     study = open_study(settings.journal, settings.name)
-    first, pricing = seeds(problem), Pricing(problem, linearize)
+    first = seeds(problem)
+    pricing = Pricing(problem, len(first), linearize)
     with attending(settings.journal) as worker:
         while (claimed := claim(study, settings, worker, first, pricing)) is not None:
             trial, candidate = claimed
@@ -122,7 +124,7 @@ def claim(
     study: optuna.Study,
     settings: StudySettings,
     worker: str,
-    first: Sequence[tuple[dict[str, Any], Proposal]],
+    first: Sequence[Proposal],
     pricing: Pricing,
 ) -> tuple[optuna.Trial, Candidate] | None:
     """A running trial of this ``worker`` and its candidate, which no other trial has.
@@ -135,6 +137,10 @@ def claim(
     problem = pricing.problem
     seen: tuple[int, int] | None = None
     while True:
+        done = finished(study)
+        if len(done) < settings.trials:
+            # Beside the lock: others go on meanwhile.
+            pricing.prepare(done)
         # One at a time, so that a proposal knows all others.
         with claiming(settings.journal):
             close_dead(study, settings.journal)
@@ -144,30 +150,18 @@ def claim(
                 return None
             now, open_trials = (len(done), len(running)), settings.trials - len(done)
             # The same trials would give the same proposal.
-            unpriced = False
             if now != seen and len(running) < open_trials:
-                move = propose(pricing, done, running, first, settings.seed)
-                if move is not None and move.proposal is not None:
-                    attributes = {
-                        "move": move.name,
-                        "choice": list(move.proposal.choice),
-                        "key": key_of(problem, move.proposal),
-                        "predicted": move.proposal.predicted,
-                        "gap": move.proposal.gap,
-                        "worker": worker,
-                    }
-                    study.enqueue_trial(move.params, user_attrs=attributes)
-                    trial = study.ask(distributions(problem))
-                    return trial, named(problem, settings.kind, sum(now), move.proposal)
-                if move is None and not running:
+                proposal = propose(pricing, first, done, running, settings.seed)
+                if proposal is not None:
+                    attributes = attributes_of(proposal) | {"worker": worker}
+                    params = params_of(problem, proposal.globals_)
+                    study.enqueue_trial(params, user_attrs=attributes)
+                    trial = study.ask(dict(distributions(problem)))
+                    return trial, candidate_of(problem, settings.kind, sum(now), proposal)
+                if not running:
                     return None
-                unpriced = move is not None
-            seen = None if unpriced else now
-        if unpriced:
-            # Beside the lock: others go on meanwhile.
-            pricing.fill(done)
-        else:
-            time.sleep(LOOK_SECONDS)
+            seen = now
+        time.sleep(LOOK_SECONDS)
 
 
 def run_trial(trial: optuna.Trial, batches: Iterator[Tensor], tokens_per_sequence: int) -> None:
@@ -199,15 +193,8 @@ def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list
     """Finished trials as candidates, best first, those stopped early last."""
     found = []
     for number, trial in enumerate(trials):
-        chosen = globals_of(problem, trial.params)
-        proposal = Proposal(
-            groups=problem.groups(chosen),
-            choice=tuple(trial.user_attrs["choice"]),
-            chosen=chosen,
-            predicted=trial.user_attrs["predicted"],
-            gap=trial.user_attrs["gap"],
-        )
-        candidate = named(problem, kind, number, proposal)
+        proposal = decode_trial(problem, trial)
+        candidate = candidate_of(problem, kind, number, proposal)
         found.append(
             Trial(
                 candidate=candidate,

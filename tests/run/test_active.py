@@ -10,7 +10,7 @@ from compress.model.families import block_active, count_active, outside_active, 
 from compress.run.recipe import check
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import value
-from compress.searches.problem import Globals, Problem, total_bytes
+from compress.searches.problem import Globals, Problem, taken, total_bytes
 from compress.searches.proposals import require_feasible, seeds
 from teachers import DEPLOYMENT, Teacher, first_candidates
 
@@ -32,13 +32,12 @@ def test_active_parameters_in_the_knapsack_are_those_of_the_architecture(
     problem, draw = bounded(teacher, 2.0, 1.0, space), random.Random(1)
     assert problem.active is not None
     for share in (1.0, *(problem.space.axes["hidden"].keep if space == "joint" else ())):
-        chosen = Globals(shares={"hidden": share})
-        groups = problem.groups(chosen)
-        [limit] = problem.knapsack(groups, chosen).limits
+        globals_ = Globals(shares={"hidden": share})
+        groups = problem.groups(globals_)
+        [limit] = problem.knapsack(groups, globals_).limits
         for _ in range(8):
             choice = [draw.randrange(len(options)) for options in groups]
-            picked = [options[i] for options, i in zip(groups, choice, strict=True)]
-            candidate = problem.candidate("x", "x", picked, chosen)
+            candidate = problem.candidate("x", "x", taken(groups, choice), globals_)
             counted = value(limit.amounts, choice) + problem.active - limit.bound
             assert counted == count_active(candidate.architecture)
 

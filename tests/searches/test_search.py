@@ -22,8 +22,8 @@ from compress.run.score import scored_formats
 from compress.scores.costs import removed
 from compress.searches.baselines import baselines, main_kind, randomly, uniform, variants
 from compress.searches.knapsack import value
-from compress.searches.problem import Globals, total_bytes
-from compress.searches.proposals import decode, neutral, seeds
+from compress.searches.problem import Globals, taken, total_bytes
+from compress.searches.proposals import candidate_of, decode, globals_of, seeds
 from compress.searches.space import KINDS, load_space, shipped_spaces
 from compress.searches.study import explore
 from compress.student.assemble import student_model
@@ -74,13 +74,12 @@ def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, spac
     problem, draw = teacher.problem(space, 2.0), random.Random(1)
     for kv_format in problem.space.kv_formats:
         for share in (1.0, *(problem.space.axes["hidden"].keep if space == "joint" else ())):
-            chosen = Globals(kv_format=kv_format, shares={"hidden": share})
-            groups = problem.groups(chosen)
-            knapsack = problem.knapsack(groups, chosen)
+            globals_ = Globals(kv_format=kv_format, shares={"hidden": share})
+            groups = problem.groups(globals_)
+            knapsack = problem.knapsack(groups, globals_)
             for _ in range(8):
                 choice = [draw.randrange(len(options)) for options in groups]
-                picked = [options[i] for options, i in zip(groups, choice, strict=True)]
-                candidate = problem.candidate("x", "x", picked, chosen)
+                candidate = problem.candidate("x", "x", taken(groups, choice), globals_)
                 fixed = problem.budget - knapsack.budget
                 counted = value(knapsack.bytes, choice) + fixed
                 assert counted == footprint(candidate.architecture, DEPLOYMENT).total
@@ -161,9 +160,9 @@ def test_an_unknown_space_lists_those_that_exist() -> None:
 
 def test_the_whole_teacher_in_bf16_has_no_kl(teacher: Teacher) -> None:
     problem = teacher.problem("puzzle", 1.0)
-    proposal = decode(problem, neutral(problem))
+    proposal = decode(problem, globals_of(problem, {}))
     assert proposal is not None
-    whole = problem.candidate("whole", "x", proposal.picked, proposal.chosen)
+    whole = candidate_of(problem, "whole", 0, proposal)
     assert whole.architecture == teacher.architecture
     values = torch.cat(list(teacher.measure(whole)))
     assert len(values) == len(TOKENS)

@@ -25,7 +25,7 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Globals, Problem
-from compress.searches.proposals import decode, neutral
+from compress.searches.proposals import candidate_of, decode, globals_of
 from compress.searches.space import load_space
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate, expert_keep, student_architecture
@@ -340,12 +340,12 @@ def test_the_knapsack_sees_the_cheaper_of_a_cut_and_its_repair(problem: Problem)
             assert sum(problem.cost(number, option)) <= sum(plain.cost(number, same))
             assert problem.cost(number, option)[1] == plain.cost(number, same)[1]
             assert bool(option.target) or not option.repaired
-    proposal = decode(problem, neutral(problem))
+    proposal = decode(problem, globals_of(problem, {}))
     assert proposal is not None
-    candidate = problem.candidate("x", "joint", proposal.picked, proposal.chosen)
+    candidate = candidate_of(problem, "joint", 0, proposal)
     assert candidate.repaired
     assert candidate.repaired == {
-        number for choice in proposal.picked for number, option in choice if option.repaired
+        number for number, option in enumerate(proposal.options) if option.repaired
     }
 
 
