@@ -157,8 +157,8 @@ class Bench:
                 seen = done
 
             found = explore(problem, settings, self.measure, report, self.linearize(problem))
-            # Others may have measured the last ones.
-            advance(len(found) - seen, "")
+            if len(found) > seen:  # others measured the last ones
+                advance(len(found) - seen, "")
         kind = kind_of(study)
         return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 

@@ -107,7 +107,7 @@ def open_study(journal: Path, name: str) -> optuna.Study:
             for trial in finished(study):
                 # Told last, so that a trial which lacks it has lost a line.
                 _ = trial.user_attrs["values"]
-        except (AttributeError, LookupError, TypeError, ValueError) as error:
+        except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as error:
             # What optuna's replay of a line that is not one of its own ends with.
             raise InputError(
                 f"{journal} is damaged ({type(error).__name__}: {error}); delete it, and the same "

@@ -1,6 +1,5 @@
 """Several on one study: nothing twice, nothing lost, whoever dies; a damaged journal is said."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -144,10 +143,6 @@ def values_gone(lines: list[bytes]) -> None:
     lines[:] = [line for line in lines if b'"values":[' not in line or b'"state"' in line]
 
 
-def trial_gone(lines: list[bytes]) -> None:
-    del lines[next(n for n, line in enumerate(lines) if json.loads(line)["op_code"] == 4)]
-
-
 @pytest.fixture(scope="module")
 def journal(hybrid: Teacher, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("study") / "journal.log"
@@ -155,9 +150,7 @@ def journal(hybrid: Teacher, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return file.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "damage", [cut_short, of_another_kind, no_text, no_operation, values_gone, trial_gone]
-)
+@pytest.mark.parametrize("damage", [cut_short, of_another_kind, no_text, no_operation, values_gone])
 def test_a_damaged_journal_is_named_with_what_to_delete(
     damage: Callable[[list[bytes]], None], journal: bytes, tmp_path: Path
 ) -> None:
