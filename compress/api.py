@@ -4,11 +4,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from compress.core.files import read_json
-from compress.flags import checked_files
 from compress.memory.plan import make_plan
 from compress.model.find import resolve_model
 from compress.run.directory import require_free, run_at
-from compress.run.recipe import check
+from compress.run.recipe import check, checked_files
 
 if TYPE_CHECKING:
     from compress.run.session import Session

@@ -12,13 +12,12 @@ import typer
 
 from compress.core.errors import InputError
 from compress.core.terminal import note
-from compress.model.config import read_config
-from compress.model.find import commit_of, is_named, resolve_model
-from compress.model.weights import planned_architecture
+from compress.model.find import resolve_model
 from compress.run.directory import Run, by_path, find_run, is_run, require_free, run_at
 from compress.run.recipe import (
     Recipe,
     check,
+    checked_files,
     near,
     read_recipe,
     require_model,
@@ -115,20 +114,6 @@ def begin(
         listed = ", ".join(f"{key} {value}" for key, value in sorted(kept))
         note(f"{run.path} exists: continuing it" + (f" with its {listed}" if listed else ""))
     return run, recipe
-
-
-def checked_files(recipe: Recipe) -> Recipe:
-    """The recipe, which names the commit of a hub model.
-
-    Raises:
-        InputError: the model is none that a search can run, or a text is not there.
-    """
-    path = resolve_model(recipe.model, recipe.revision, config_only=True)
-    planned_architecture(path, read_config(path))
-    for text in (recipe.data, recipe.eval_data):
-        if text is not None and not Path(text).is_file():
-            raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")
-    return recipe.changed(revision=commit_of(path)) if is_named(recipe.model) else recipe
 
 
 def require_known(name: str) -> None:

@@ -9,8 +9,7 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.core.files import write_json
-from compress.core.quantities import format_bytes
-from compress.core.terminal import note, progress, table
+from compress.core.terminal import progress
 from compress.measure.evaluation import Subject, compare
 from compress.measure.lm_eval import Tasks
 from compress.measure.tasks import OWN, write_task_rows
@@ -167,45 +166,3 @@ def on_final_text(
             progress=lambda what: advance(1, what),
         )  # fmt: skip
     return found | {"notes": [*notes, *found["notes"]]}
-
-
-def print_results(found: Mapping[str, Any]) -> None:
-    """The evaluation as tables: models, then paired differences with standard errors."""
-    tasks = sorted({task for row in found["models"].values() for task in row["tasks"]})
-    text = found["text"]
-    table(
-        f"Held-out text: {text['tokens']} tokens in {text['sequences']} sequences",
-        ["model", "bytes", "KL", "nats/token", "bits/byte", *tasks],
-        [[name, *cells(row, tasks)] for name, row in found["models"].items()],
-    )
-    pairs = [
-        [f"{pair['b']} - {pair['a']}", pair["metric"], plus_minus(pair["difference"], None, 4, "+"),
-         plus_minus(pair["stderr"])]
-        for pair in found["paired"] if pair["metric"] in ("kl", "nats_per_token")
-        or pair["metric"].endswith(("acc", "acc_norm"))
-    ]  # fmt: skip
-    if pairs:
-        table("Paired differences", ["models", "metric", "difference", "stderr"], pairs, left=2)
-    for line in found["notes"]:
-        note(line)
-
-
-def plus_minus(
-    value: float | None, error: float | None = None, digits: int = 4, sign: str = ""
-) -> str:
-    """A figure and its standard error as tables show them; empty where there is none."""
-    if value is None:
-        return ""
-    shown = f"{value:{sign}.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:.{digits}f}"
-
-
-def cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
-    """A model's figures."""
-    errors = row["stderr"]
-    found = [format_bytes(row["bytes"])]
-    found += [plus_minus(row[k], errors[k]) for k in ("kl", "nats_per_token", "bits_per_byte")]
-    for metrics in (row["tasks"].get(task, {}) for task in tasks):
-        first = next((key for key in metrics if "stderr" not in key), None)
-        found.append(plus_minus(metrics[first], metrics["stderr"], 3) if first else "")
-    return found

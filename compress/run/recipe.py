@@ -16,7 +16,9 @@ from compress.core.settings import checked, read_settings
 from compress.export.targets import Target
 from compress.memory.devices import Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
-from compress.model.find import is_named
+from compress.model.config import read_config
+from compress.model.find import commit_of, is_named, resolve_model
+from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
@@ -212,6 +214,20 @@ def read_recipe(path: Path) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """Every key with its value, in the order of the class; ``read_recipe`` gives it back."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
+
+
+def checked_files(recipe: Recipe) -> Recipe:
+    """The recipe, which names the commit of a hub model.
+
+    Raises:
+        InputError: the model is none that a search can run, or a text is not there.
+    """
+    path = resolve_model(recipe.model, recipe.revision, config_only=True)
+    planned_architecture(path, read_config(path))
+    for text in (recipe.data, recipe.eval_data):
+        if text is not None and not Path(text).is_file():
+            raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")
+    return recipe.changed(revision=commit_of(path)) if is_named(recipe.model) else recipe
 
 
 def keep_recipe(recipe: Recipe, run: Run) -> None:

@@ -5,7 +5,7 @@ are another, only for spaces that repair what they cut.
 """
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,23 +15,22 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.files import fingerprint
-from compress.core.terminal import note, progress, table
+from compress.core.terminal import progress
 from compress.formats.kv import set_kv_format
 from compress.formats.table import FORMATS, KV_FORMATS, Format
 from compress.measure.kl import reference, sequence_kl
-from compress.model.architecture import Architecture, Block, block_name
+from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
 from compress.model.tensor_files import save_tensors
 from compress.run.directory import Run
 from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
 from compress.scores.contributions import Progress, contributions
-from compress.scores.costs import Scores, change, importance, kl_of, load_scores, removed
+from compress.scores.costs import Scores, load_scores
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
 from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
-from compress.student.units import AXES, UNITS, unit_key
 
 STAGE = "score"
 RANKING = "ranking"
@@ -190,69 +189,3 @@ def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:
         seen = now
 
     return report
-
-
-def print_scores(session: Session, scores: Scores) -> None:
-    """The most and least important of every kind, in nats per token."""
-    blocks = session.architecture.blocks
-    costs = {block_name(b): removed(scores, b) for b in blocks}
-    by_cost = sorted(costs.items(), key=lambda item: item[1])
-    removals = [(name, f"{cost:.4f}") for name, cost in by_cost]
-    shown = removals if len(removals) <= 12 else [*removals[:5], ("...", ""), *removals[-5:]]
-    table("Blocks by what removing them costs (KL, nats per token)", ["block", "KL"], shown)
-    rows = list(unit_rows(scores, blocks))
-    table(
-        "Units of every axis (KL of losing one alone, nats per token)",
-        ["kind", "axis", "units", "least", "where", "most", "where "],
-        rows,
-        left=2,
-    )
-    formats = []
-    for format in FORMATS:
-        costs = {
-            block_name(b): kl_of(change(scores, b, {}, format), scores.length)
-            for b in blocks
-            if f"{next(iter(units(b)))}/{format}" in scores.contributions
-        }
-        if costs:
-            low, high = min(costs, key=lambda n: costs[n]), max(costs, key=lambda n: costs[n])
-            formats.append(
-                (format, f"{sum(costs.values()):.4f}", f"{costs[low]:.5f}", low,
-                 f"{costs[high]:.5f}", high)
-            )  # fmt: skip
-    table(
-        "Number formats of a block (KL, nats per token)",
-        ["format", "sum of all", "least", "where", "most", "where "],
-        formats,
-    )
-    for kv_format, cost in scores.kv.items():
-        note(f"{kv_format.upper()} KV cache, measured: {cost:.5f} nats per token")
-
-
-def units(block: Block) -> Iterator[str]:
-    """Keys of a block's unit arrays."""
-    yield from (unit_key(block, found) for found in UNITS[block.kind])
-
-
-def unit_rows(scores: Scores, blocks: tuple[Block, ...]) -> Iterator[tuple[str, ...]]:
-    """A row per kind and axis: how many units, the least and the most important one."""
-    kinds = {block.kind for block in blocks}
-    for kind in (kind for kind in AXES if kind in kinds):
-        for axis in AXES[kind]:
-            values = [
-                (block_name(b), importance(scores, b, axis).flatten())
-                for b in blocks
-                if b.kind == kind
-            ]
-            least = min(values, key=lambda item: float(item[1].min()))
-            most = max(values, key=lambda item: float(item[1].max()))
-            yield (
-                kind, axis, str(sum(len(found) for _, found in values)),
-                f"{float(least[1].min()):.2e}", f"{least[0]} #{int(least[1].argmin())}",
-                f"{float(most[1].max()):.2e}", f"{most[0]} #{int(most[1].argmax())}",
-            )  # fmt: skip
-    hidden = importance(scores, None, "hidden")
-    yield (
-        "all", "hidden", str(len(hidden)), f"{float(hidden.min()):.2e}",
-        f"#{int(hidden.argmin())}", f"{float(hidden.max()):.2e}", f"#{int(hidden.argmax())}",
-    )  # fmt: skip

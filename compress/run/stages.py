@@ -1,7 +1,7 @@
 """The stages of a run as the command line calls them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +9,9 @@ from compress.core.files import read_json
 from compress.core.terminal import note
 from compress.export.targets import Target
 from compress.report.candidates import print_candidates
+from compress.report.evaluation import print_results, print_table
 from compress.report.page import report as write_report
+from compress.report.scores import print_scores
 from compress.run import evaluate as evaluating
 from compress.run import score as scoring
 from compress.run import search as searching
@@ -43,7 +45,7 @@ def session_of(run: Run) -> Session:
 def score(run: Run, recipe: Recipe) -> None:
     """Score the teacher and print what matters most and least."""
     session = Session(run, recipe)
-    scoring.print_scores(session, scoring.score(session))
+    print_scores(session.architecture.blocks, scoring.score(session))
 
 
 def search(run: Run, recipe: Recipe) -> None:
@@ -115,8 +117,14 @@ def evaluate(
         print(json.dumps(found))
         return
     if alone:
-        table.print_table(session, found)
-    evaluating.print_results(found)
+        print_last_table(session, found)
+    print_results(found)
+
+
+def print_last_table(session: Session, found: Mapping[str, Any]) -> None:
+    """The table at equal bytes of an evaluation of the whole run."""
+    rows = read_json(session.run.path / "table.json")
+    print_table(rows, found, session.budget, session.teacher_bytes)
 
 
 def quickstart() -> None:
@@ -127,5 +135,5 @@ def quickstart() -> None:
     search(run, recipe)
     students.export(session, None)
     found = table.final_table(session)
-    table.print_table(session, found)
+    print_last_table(session, found)
     write_report(run.path)

@@ -6,11 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.files import read_json, write_json
-from compress.core.quantities import format_bytes
-from compress.core.terminal import note, table
 from compress.measure.evaluation import Subject
 from compress.report.rows import Student, read_students, selected_of
-from compress.run.evaluate import on_final_text, plus_minus, teacher_subject
+from compress.run.evaluate import on_final_text, teacher_subject
 from compress.run.session import Session
 from compress.run.students import find_candidate, in_formats, latest, pruned
 from compress.searches.space import KINDS
@@ -89,40 +87,3 @@ def figures(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
         f"{prefix}choice_accuracy": choice.get("acc"),
         f"{prefix}choice_se": choice.get("stderr"),
     }
-
-
-def print_table(session: Session, found: Mapping[str, Any]) -> None:
-    """The last table on the terminal, and whether anything beats the joint student."""
-    rows = read_json(session.run.path / "table.json")
-    whole = session.teacher_bytes
-    # Where the text gives no rows for the task choice there are no columns for it.
-    choice = any(row.get("choice_accuracy") is not None for row in rows)
-    columns = [
-        *("student", "bytes", "", "KL", "KL distilled", "nats", "nats dist."),
-        *(("choice", "choice dist.") if choice else ()),
-    ]
-    lines = []
-    for row in rows:
-        kind = row["kind"].replace("_", " ")
-        if row["kind"] != "teacher" and not row["fits"]:
-            lines.append([kind, "does not fit", *[""] * (len(columns) - 2)])
-            continue
-        cells = [kind, format_bytes(row["bytes"]), f"{row['bytes'] / whole:.0%}"]
-        for key, error, digits in (
-            ("kl", "kl_se", 4), ("nats_per_token", None, 4), ("choice_accuracy", "choice_se", 3)
-        ):  # fmt: skip
-            cells += [
-                plus_minus(
-                    row.get(prefix + key), row.get(prefix + error) if error else None, digits
-                )
-                for prefix in ("", "distilled_")
-            ]
-        lines.append(cells[: len(columns)])
-    tokens = found["text"]["tokens"]
-    table(f"Within {session.budget.description}, on {tokens} tokens of final text", columns, lines)
-    for pair in found["paired"]:
-        if pair["metric"] == "kl" and pair["b"].startswith("joint") and pair["a"] != "teacher":
-            same = pair["a"].endswith("distilled") == pair["b"].endswith("distilled")
-            if same:
-                shift = plus_minus(pair["difference"], pair["stderr"], sign="+")
-                note(f"{pair['b']} minus {pair['a']}: KL {shift}")

@@ -8,17 +8,13 @@ from typing import Any
 import pytest
 
 from compress.core.errors import InputError
-from compress.core.files import write_json
 from compress.flags import beside
-from compress.run.directory import Run, find_run, is_run
-from compress.run.evaluate import (
-    plus_minus,
-    print_results,
-    recipe_for,
-    resolved,
-)
+from compress.memory.budget import Budget
+from compress.report.evaluation import plus_minus, print_results, print_table
+from compress.run.directory import find_run, is_run
+from compress.run.evaluate import recipe_for, resolved
 from compress.run.recipe import Recipe, located, write_recipe
-from compress.run.table import print_table, table_rows
+from compress.run.table import table_rows
 
 
 @pytest.fixture
@@ -94,14 +90,12 @@ def results(names: list[str], tasks: dict[str, Any]) -> dict[str, Any]:
 
 @pytest.mark.parametrize("tasks", [{}, {"choice": {"acc": 0.25, "stderr": None}}])
 def test_tables_have_no_column_without_figures_and_no_error_of_one_row(
-    tasks: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tasks: dict[str, Any], capsys: pytest.CaptureFixture[str]
 ) -> None:
     found = results(["teacher", "prune", "joint"], tasks)
     best: Any = {kind: SimpleNamespace(id=f"{kind}-001") for kind in ("prune", "joint")}
-    write_json(tmp_path / "table.json", table_rows(found, best, [{"kind": "formats"}]))
-    budget = SimpleNamespace(description="7 B")
-    session: Any = SimpleNamespace(run=Run(tmp_path), teacher_bytes=14, budget=budget)
-    print_table(session, found)
+    rows = table_rows(found, best, [{"kind": "formats"}])
+    print_table(rows, found, Budget(bytes=7, asked=7), whole=14)
     print_results(found)
     said = capsys.readouterr()
     assert ("choice" in said.out) == bool(tasks)

@@ -10,9 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from compress.core.errors import InputError
 from compress.core.files import digests, read_json, write_json
-from compress.flags import checked_files
 from compress.run.directory import Run
-from compress.run.recipe import Recipe, check, near, read_recipe, write_recipe
+from compress.run.recipe import Recipe, check, checked_files, near, read_recipe, write_recipe
 from compress.run.session import Session
 from compress.run.students import find_candidate
 
