@@ -61,7 +61,10 @@ def config_group(format: Format, targets: list[str]) -> dict[str, Any]:
 
 
 def quantization_json(architecture: Architecture) -> tuple[dict[str, Any], dict[str, Any]]:
-    """The quantization of config.json, and hf_quant_config.json, of a student with formats."""
+    """The quantization of config.json, and hf_quant_config.json, of a student with formats.
+
+    With formats that ModelOpt's loaders do not know the layout is ours, and there is one file.
+    """
     layers, kv_format = layer_formats(architecture), architecture.kv_format
     used = list(dict.fromkeys(format for format in layers.values() if format != "bf16"))
     details: dict[str, Any] = {"kv_cache_quant_algo": None}
@@ -80,12 +83,13 @@ def quantization_json(architecture: Architecture) -> tuple[dict[str, Any], dict[
     config |= {
         "ignore": details.get("exclude_modules", []),
         "quant_algo": details["quant_algo"],
-        "producer": PRODUCER,
-        "quant_method": "modelopt",
     }
     if kv_format != "bf16":
         # Without calibrated scales: servers then use 1.
         details["kv_cache_quant_algo"] = kv_format.upper()
         bits = 8 * KV_BYTES[kv_format]
         config["kv_cache_scheme"] = {"dynamic": False, "num_bits": bits, "type": "float"}
+    if not all(FORMATS[format].modelopt for format in used):
+        return config | {"quant_method": "compress"}, {}
+    config |= {"producer": PRODUCER, "quant_method": "modelopt"}
     return config, {"producer": PRODUCER, "quantization": details}

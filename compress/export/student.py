@@ -64,14 +64,10 @@ def export_student(
     if without_formats(checkpoint.architecture) != without_formats(architecture):
         raise InputError(f"the checkpoint at {student} does not have the architecture to export")
     rows = token_rows(architecture, seed=1)
+    calibration = token_rows(architecture) if calibration is None else calibration
     with atomic_directory(out) as partial:
         directory = partial / "checkpoint"
-        if architecture.formats == {"bf16"}:
-            expected = write_plain(checkpoint, architecture, directory, rows)
-        else:
-            expected = write_quantized(
-                checkpoint, architecture, directory, target, rows, calibration
-            )
+        expected = write_student(checkpoint, architecture, directory, target, rows, calibration)
         facts = verify(directory, architecture, expected, rows)
         facts = {"target": target, "formats": sorted(architecture.formats), **facts}
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
@@ -117,18 +113,6 @@ def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
     return in_bf16(checkpoint.items(), checkpoint.architecture)
 
 
-def family_config(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Any]:
-    """The family's config of the student, which says BF16."""
-    config = student_config(checkpoint.config, architecture)
-    base = config.get("base_config", config)
-    return {key: base[key] for key in base if key != "torch_dtype"} | {"dtype": "bfloat16"}
-
-
-def own_config(base: Mapping[str, Any]) -> dict[str, Any]:
-    """A config that only our reader takes."""
-    return {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
-
-
 def logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
     """Logits of token rows, fp32."""
     with torch.no_grad():
@@ -136,42 +120,35 @@ def logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
     return found
 
 
-def write_plain(
-    checkpoint: Checkpoint, architecture: Architecture, directory: Path, rows: Tensor
-) -> Tensor:
-    """Write a BF16 student; returns the logits that reading it back has to give."""
-    expected = logits(build_model(checkpoint.config, architecture, stored(checkpoint)), rows)
-    base = family_config(checkpoint, architecture)
-    config = base if is_plain(architecture) else own_config(base)
-    write_checkpoint(directory, stored(checkpoint), config, checkpoint.path, to_json(architecture))
-    return expected
-
-
-def write_quantized(
+def write_student(
     checkpoint: Checkpoint,
     architecture: Architecture,
     directory: Path,
     target: Target,
     rows: Tensor,
-    calibration: Tensor | None,
+    calibration: Tensor,
 ) -> Tensor:
-    """Write a student in its formats; returns the logits of the fake-quantized model."""
-    plain = build_model(checkpoint.config, architecture, stored(checkpoint))
-    calibration = token_rows(architecture) if calibration is None else calibration
-    inputs = input_ranges(plain, architecture, calibration)
-    del plain
-    tensors = quantized(stored(checkpoint), architecture)
-    expected = logits(build_model(checkpoint.config, architecture, tensors), rows)
-    base = family_config(checkpoint, architecture)
-    quantization, details = quantization_json(architecture)
-    if target == "vllm":
-        config = {**base, "quantization_config": quantization}
-    else:
-        config = {**own_config(base), "quantization": quantization}
-    made = packed(stored(checkpoint), architecture, inputs)
-    write_checkpoint(directory, made, config, checkpoint.path, to_json(architecture))
-    write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
-    if target == "vllm":
+    """Write a student in its formats; returns the logits that reading it back has to give."""
+    nested = student_config(checkpoint.config, architecture)
+    base = nested.get("base_config", nested) | {"dtype": "bfloat16"}
+    own = {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
+    config = base if is_plain(architecture) else own
+    inputs: Mapping[Group, Tensor] = {}
+    details: Mapping[str, Any] = {}
+    if architecture.formats != {"bf16"}:
+        plain = build_model(checkpoint.config, architecture, stored(checkpoint))
+        inputs = input_ranges(plain, architecture, calibration)
+        del plain
+        quantization, details = quantization_json(architecture)
+        served = {**base, "quantization_config": quantization}
+        config = served if target == "vllm" else {**own, "quantization": quantization}
+    made = quantized(stored(checkpoint), architecture)
+    expected = logits(build_model(checkpoint.config, architecture, made), rows)
+    tensors = packed(stored(checkpoint), architecture, inputs)
+    write_checkpoint(directory, tensors, config, checkpoint.path, to_json(architecture))
+    if details:
+        write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
+    if "quantization_config" in config:
         hide_from_stock_loaders(directory)
     return expected
 

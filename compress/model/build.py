@@ -152,7 +152,7 @@ def build_model(
         raise InputError(
             f"the checkpoint does not fill the model: {missing[0]} and {len(missing) - 1} more"
         )
-    # Callers, ModelOpt among them, look at the class: it is the stock one with other layers inside.
+    # Callers look at the class: it is the stock one with other layers inside.
     model.__class__ = stock
     model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)

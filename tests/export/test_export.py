@@ -68,6 +68,8 @@ def test_an_export_has_the_planned_bytes_and_the_meant_logits(
     assert from_json((out / "architecture.json").read_text()) == architecture
     assert (out / "tokenizer.json").read_bytes() == (wide / "tokenizer.json").read_bytes()
     assert [entry.name for entry in tmp_path.iterdir()] == ["out"]
+    known = architecture.formats <= {"bf16", *SERVED} and architecture.formats != {"bf16"}
+    assert (out / "hf_quant_config.json").is_file() == known
 
 
 @pytest.mark.parametrize("formats", [["bf16"], ["nvfp4", "fp8", "nvfp4"]])
