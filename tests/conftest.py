@@ -79,21 +79,40 @@ def embedded_text(shared: Shared) -> list[str]:
     return cast(list[str], read_json(file))
 
 
-@pytest.fixture(scope="session")
-def searched(tiny_hybrid: Path, text_file: Path, shared: Shared) -> Path:
+def search_with(shared: Shared, name: str, model: Path, text: Path, *more: str) -> Path:
     """A run after its search, made by the command; tests work on copies."""
     from tiny_models import search_arguments
 
     def search(run: Path) -> None:
-        cli.app(search_arguments(tiny_hybrid, run, text_file), standalone_mode=False)
+        cli.app([*search_arguments(model, run, text), *more], standalone_mode=False)
 
-    return shared("searched", search)
+    return shared(name, search)
+
+
+@pytest.fixture(scope="session")
+def searched(tiny_hybrid: Path, text_file: Path, shared: Shared) -> Path:
+    """A run after its search, with candidates of every kind."""
+    return search_with(shared, "searched", tiny_hybrid, text_file)
+
+
+@pytest.fixture(scope="session")
+def alone(tiny_hybrid: Path, text_file: Path, shared: Shared) -> Path:
+    """The searched run without baselines: resuming and changed settings are the same for them."""
+    return search_with(shared, "alone", tiny_hybrid, text_file, "--baselines", "none")
+
+
+def copy_of(run: Path, to: Path) -> Path:
+    """A copy of a run whose distillation is short."""
+    shutil.copytree(run, to)
+    write_recipe(read_recipe(to / "recipe.yaml").changed(distill_tokens=512), to / "recipe.yaml")
+    return to
 
 
 @pytest.fixture
 def run_copy(searched: Path, tmp_path: Path) -> Path:
-    """A copy of the searched run whose distillation is short."""
-    run = Path(shutil.copytree(searched, tmp_path / "run"))
-    recipe = read_recipe(run / "recipe.yaml").changed(distill_tokens=512)
-    write_recipe(recipe, run / "recipe.yaml")
-    return run
+    return copy_of(searched, tmp_path / "run")
+
+
+@pytest.fixture
+def alone_copy(alone: Path, tmp_path: Path) -> Path:
+    return copy_of(alone, tmp_path / "run")

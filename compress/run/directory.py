@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
-from compress.core.files import fingerprint, read_json, write_json
+from compress.core.files import PARTIAL, fingerprint, read_json, write_json
 
 RUNS = Path("runs")
+# What a run has before its recipe: one that was killed there is begun again.
+BEFORE_RECIPE = {"digests.json", "study", "recipe.yaml"}
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,8 @@ def require_free(run: Run) -> None:
     if not run.path.is_dir():
         taken = run.path.exists()
     else:
-        taken = any(run.path.iterdir()) and not is_run(str(run.path.absolute()))
+        names = {file.name.removesuffix(PARTIAL) for file in run.path.iterdir()}
+        taken = not names <= BEFORE_RECIPE and not is_run(str(run.path.absolute()))
     if taken:
         raise InputError(f"{run.path} exists and is no run; take another --run")
 

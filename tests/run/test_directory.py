@@ -134,6 +134,17 @@ def test_whatever_a_run_is_called_it_is_found_again(
         assert shlex.split(command("prune", known)) == ["compress", "prune", known]
 
 
+def test_a_run_that_was_killed_before_it_had_its_recipe_is_begun_again(run: Run) -> None:
+    for name in (
+        "study/search.lock",
+        "digests.json.partial",
+        "digests.json",
+        "recipe.yaml.partial",
+    ):
+        write_text(run.path / name, "")
+        require_free(run)
+
+
 @pytest.mark.parametrize("name", ["", ".", "..", "/", "a:b", "x/a:b", "-a", "x/..", "~/..", "a\n"])
 def test_a_name_that_could_not_be_given_again_is_refused(name: str) -> None:
     with pytest.raises(InputError, match="is not a name that commands can be given"):

@@ -1,16 +1,13 @@
 """A run from search to report, what a changed setting redoes, and kills at every stage."""
 
 import json
-import os
 import shutil
-import signal
-import subprocess
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tiny_models import ONE_THREAD, search_command
+from killed import killed_at_every_write
+from tiny_models import search_arguments
 
 from compress.core.errors import InputError
 from compress.core.files import read_json
@@ -93,34 +90,34 @@ def test_a_finished_stage_is_not_redone(run_copy: Path, monkeypatch: pytest.Monk
     assert before == stamps(run_copy, "**/*.safetensors") | stamps(run_copy, "candidates.json")
 
 
-def test_a_changed_setting_redoes_what_it_decides_and_nothing_before(run_copy: Path) -> None:
-    stages.distill(Run(run_copy), "joint-000")
-    (run_copy / "table.json").write_text("[]")
-    scores, old = stamps(run_copy, "scores/*"), rows_of(run_copy)
-    before = stamps(run_copy, "**/*")
+def test_a_changed_setting_redoes_what_it_decides_and_nothing_before(alone_copy: Path) -> None:
+    stages.distill(Run(alone_copy), "joint-000")
+    (alone_copy / "table.json").write_text("[]")
+    scores, old = stamps(alone_copy, "scores/*"), rows_of(alone_copy)
+    before = stamps(alone_copy, "**/*")
     with pytest.raises(InputError, match=r"distill/joint-000 .* another --run NAME"):
-        again(run_copy, budget="42%")
-    assert stamps(run_copy, "**/*") == before
-    shutil.rmtree(run_copy / "distill" / "joint-000")
-    again(run_copy, budget="42%")
-    rows = rows_of(run_copy)
-    assert stamps(run_copy, "scores/*") == scores
+        again(alone_copy, budget="42%")
+    assert stamps(alone_copy, "**/*") == before
+    shutil.rmtree(alone_copy / "distill" / "joint-000")
+    again(alone_copy, budget="42%")
+    rows = rows_of(alone_copy)
+    assert stamps(alone_copy, "scores/*") == scores
     assert max(row["bytes"] for row in rows) > max(row["bytes"] for row in old)
     # What was said and made under the old budget speaks for no new candidate of the same name.
-    assert not (run_copy / "table.json").exists()
+    assert not (alone_copy / "table.json").exists()
     moved = {row["id"] for row in rows if row["architecture"] not in
              [o["architecture"] for o in old if o["id"] == row["id"]]}  # fmt: skip
     assert "joint-000" in moved
     # The budget before gives the candidates before.
-    again(run_copy, budget="36%")
-    assert same(rows_of(run_copy), old)
+    again(alone_copy, budget="36%")
+    assert same(rows_of(alone_copy), old)
     # Text that only the evaluation reads changes nothing.
-    candidates = stamps(run_copy, "candidates.json")
-    recipe = read_recipe(run_copy / "recipe.yaml")
-    again(run_copy, eval_data=recipe.data)
-    assert stamps(run_copy, "candidates.json") == candidates
-    again(run_copy, draws=3)
-    assert stamps(run_copy, "scores/*") != scores
+    candidates = stamps(alone_copy, "candidates.json")
+    recipe = read_recipe(alone_copy / "recipe.yaml")
+    again(alone_copy, eval_data=recipe.data)
+    assert stamps(alone_copy, "candidates.json") == candidates
+    again(alone_copy, draws=3)
+    assert stamps(alone_copy, "scores/*") != scores
 
 
 def test_units_chosen_again_lower_the_kl_at_the_same_sizes(
@@ -129,7 +126,7 @@ def test_units_chosen_again_lower_the_kl_at_the_same_sizes(
     # So little text is no proof of anything: here whatever looks better is taken.
     monkeypatch.setattr(reselect, "MOST_TRUST", 1.0)
     monkeypatch.setattr(reselect, "CERTAIN", 1.0)
-    again(run_copy, reselect_rounds=3)
+    again(run_copy, reselect_rounds=3, baselines="prune")
     with_them = {row["id"]: row for row in rows_of(run_copy)}
     again(run_copy, reselect_rounds=0)
     without = {row["id"]: row for row in rows_of(run_copy)}
@@ -145,32 +142,32 @@ def test_units_chosen_again_lower_the_kl_at_the_same_sizes(
 
 
 def test_too_little_selection_text_to_choose_units_again_is_said(
-    run_copy: Path, capsys: pytest.CaptureFixture[str]
+    alone_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    again(run_copy, select_tokens=4 * 32, short_distill_tokens=0)
+    again(alone_copy, select_tokens=4 * 32, short_distill_tokens=0)
     said = " ".join(capsys.readouterr().err.split())
     assert f"4 sequences of select text prove nothing better; --select-tokens {5 * 32}" in said
-    assert not any(row["reselected"] for row in rows_of(run_copy))
-    again(run_copy, reselect_rounds=0, select_tokens=4 * 32, short_distill_tokens=0)
+    assert not any(row["reselected"] for row in rows_of(alone_copy))
+    again(alone_copy, reselect_rounds=0, select_tokens=4 * 32, short_distill_tokens=0)
     assert "prove nothing" not in capsys.readouterr().err
 
 
-def test_other_selection_text_is_another_study(run_copy: Path) -> None:
-    again(run_copy, select_tokens=256, short_distill_tokens=0)
-    sequences = {row["measured_sequences"] for row in rows_of(run_copy)}
+def test_other_selection_text_is_another_study(alone_copy: Path) -> None:
+    again(alone_copy, select_tokens=256, short_distill_tokens=0)
+    sequences = {row["measured_sequences"] for row in rows_of(alone_copy)}
     assert sequences == {256 // 32}
-    assert all(row["distilled_kl"] is None for row in rows_of(run_copy))
+    assert all(row["distilled_kl"] is None for row in rows_of(alone_copy))
 
 
-def test_a_run_whose_teacher_fits_says_so_in_every_later_stage(run_copy: Path) -> None:
-    again(run_copy, budget="100%", space=None)
-    assert not (run_copy / "candidates.json").exists()
+def test_a_run_whose_teacher_fits_says_so_in_every_later_stage(alone_copy: Path) -> None:
+    again(alone_copy, budget="100%", space=None)
+    assert not (alone_copy / "candidates.json").exists()
     for stage in (stages.prune, stages.distill, stages.quantize, stages.export):
         with pytest.raises(InputError, match="the teacher fits as it is"):
-            stage(Run(run_copy), None)
+            stage(Run(alone_copy), None)
     with pytest.raises(InputError, match="the teacher fits as it is"):
-        command("eval", read_recipe(run_copy / "recipe.yaml").model, run_copy)
-    command("report", run_copy)
+        command("eval", read_recipe(alone_copy / "recipe.yaml").model, alone_copy)
+    command("report", alone_copy)
 
 
 def test_an_unknown_candidate_lists_known_ones(run_copy: Path) -> None:
@@ -178,31 +175,14 @@ def test_an_unknown_candidate_lists_known_ones(run_copy: Path) -> None:
         stages.export(Run(run_copy), "joint-999")
 
 
-# When to kill: a part of the scores, a trial under way, units chosen again, candidates, a finalist,
-# its training.
-MOMENTS = (
-    "scores/parts-*/0000.safetensors",
-    "study/journal.log",
-    "study/reselected/*/values.json",
-    "candidates/*",
-    "candidates/*/config.json",
-    "distill/*.short/curve.jsonl",
-)
-
-
-def test_killed_at_every_stage_a_search_ends_as_if_it_had_not_been(
-    searched: Path, tiny_hybrid: Path, text_file: Path, tmp_path: Path
+def test_killed_at_every_write_a_search_ends_as_if_it_had_not_been(
+    alone: Path, tiny_hybrid: Path, text_file: Path, tmp_path: Path
 ) -> None:
-    run = tmp_path / "killed"
-    arguments = search_command(tiny_hybrid, run, text_file)
-    for moment in MOMENTS:
-        process = subprocess.Popen(arguments, env=ONE_THREAD, stderr=subprocess.DEVNULL)
-        while not any(run.glob(moment)) and process.poll() is None:
-            time.sleep(0.002)
-        os.kill(process.pid, signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, f"it ended before {moment}"
-        assert not (run / "candidates.json").exists()
-    subprocess.run(arguments, env=ONE_THREAD, check=True, capture_output=True)
-    assert same(rows_of(run), rows_of(searched))
+    run, log = tmp_path / "killed", tmp_path / "log"
+    arguments = [*search_arguments(tiny_hybrid, run, text_file), "--baselines", "none"]
+    kinds = killed_at_every_write(arguments, run, log)
+    assert same(rows_of(run), rows_of(alone))
     assert not list(run.rglob("*.partial"))
     assert not list((run / "scores").glob("parts-*"))
+    for kind in ("scores/parts-", "journal: ", "study/reselected/", "candidates/", "distill/"):
+        assert any(found.startswith(kind) for found in kinds)

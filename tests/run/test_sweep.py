@@ -39,14 +39,14 @@ def test_a_wrong_sweep_is_refused(budget: str, message: str) -> None:
 
 
 def test_a_sweep_is_its_searches_with_one_set_of_scores(
-    run_copy: Path, capsys: pytest.CaptureFixture[str]
+    alone_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    alone, scores = rows_of(run_copy), stamps(run_copy, "scores/*")
+    alone, scores = rows_of(alone_copy), stamps(alone_copy, "scores/*")
     capsys.readouterr()
-    again(run_copy, budget="50%, 36%")
+    again(alone_copy, budget="50%, 36%")
     printed = capsys.readouterr().out
-    rows = rows_of(run_copy)
-    assert stamps(run_copy, "scores/*") == scores
+    rows = rows_of(alone_copy)
+    assert stamps(alone_copy, "scores/*") == scores
     assert len({row["id"] for row in rows}) == len(rows)
     by_budget: dict[int, list[dict[str, Any]]] = {}
     for row in rows:
@@ -63,18 +63,18 @@ def test_a_sweep_is_its_searches_with_one_set_of_scores(
     # What stands for a run needs one budget, and says between which.
     for words in (("distill",), ("export",), ("eval",), ("prune",), ("quantize",)):
         with pytest.raises(InputError, match=f"{chosen[large]}.*{chosen[small]}"):
-            command(*words, run_copy)
-    assert next_step(Run(run_copy)).endswith(f":{chosen[large]}")
-    command("distill", f"{run_copy}:{chosen[small]}")
-    command("export", f"{run_copy}:{chosen[small]}")
-    command("report", run_copy)
+            command(*words, alone_copy)
+    assert next_step(Run(alone_copy)).endswith(f":{chosen[large]}")
+    command("distill", f"{alone_copy}:{chosen[small]}")
+    command("export", f"{alone_copy}:{chosen[small]}")
+    command("report", alone_copy)
     # Back to one of its budgets: nothing of the other is left, once it may go.
     with pytest.raises(InputError, match=f"distill/{chosen[small]}, export/{chosen[small]}"):
-        again(run_copy, budget="36%")
-    shutil.rmtree(run_copy / "distill" / chosen[small])
-    shutil.rmtree(run_copy / "export")
-    again(run_copy, budget="36%")
-    assert same(rows_of(run_copy), alone)
+        again(alone_copy, budget="36%")
+    shutil.rmtree(alone_copy / "distill" / chosen[small])
+    shutil.rmtree(alone_copy / "export")
+    again(alone_copy, budget="36%")
+    assert same(rows_of(alone_copy), alone)
 
 
 def test_the_front_of_a_sweep_is_in_the_report(tmp_path: Path) -> None:
