@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import Shared
 
 from compress.core.errors import InputError
 from compress.measure.kl import mean_kl
@@ -18,12 +19,15 @@ from runs import again, rows_of, same
 TOKENS = 512
 
 
-@pytest.fixture(scope="module")
-def three(searched: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+@pytest.fixture(scope="session")
+def three(searched: Path, shared: Shared) -> Path:
     """The searched run with three finalists of the searched kind."""
-    run = Path(shutil.copytree(searched, tmp_path_factory.mktemp("finalists") / "run"))
-    again(run, finalists=3, short_distill_tokens=TOKENS)
-    return run
+
+    def search(run: Path) -> None:
+        shutil.copytree(searched, run)
+        again(run, finalists=3, short_distill_tokens=TOKENS)
+
+    return shared("three", search)
 
 
 def session_of(run: Path) -> Session:

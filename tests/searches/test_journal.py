@@ -25,7 +25,7 @@ from compress.searches.journal import (
 )
 from compress.searches.study import explore
 from compress.student.candidate import Candidate
-from teachers import Teacher, settings
+from teachers import Teacher, invented, settings
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +52,7 @@ def test_all_together_measure_as_many_different_candidates_as_asked_and_no_more(
                 # Each one's first is claimed while the others' firsts are measured.
                 together.wait()
             measured += 1
-            return hybrid.measure(candidate)
+            return invented(candidate)
 
         # What one has in its memory is its own.
         found = explore(hybrid.problem("joint", 0.5), wanted, measure)
@@ -146,7 +146,7 @@ def values_gone(lines: list[bytes]) -> None:
 @pytest.fixture(scope="module")
 def journal(hybrid: Teacher, tmp_path_factory: pytest.TempPathFactory) -> bytes:
     file = tmp_path_factory.mktemp("study") / "journal.log"
-    explore(hybrid.problem("joint", 0.5), settings(file, 3), hybrid.measure)
+    explore(hybrid.problem("joint", 0.5), settings(file, 3), invented)
     return file.read_bytes()
 
 
