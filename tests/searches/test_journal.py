@@ -33,8 +33,8 @@ def hybrid(tiny_hybrid: Path) -> Teacher:
     return Teacher(tiny_hybrid)
 
 
-def keys_of(study: optuna.Study) -> list[str]:
-    return [trial.user_attrs["key"] for trial in finished(study)]
+def choices_of(study: optuna.Study) -> list[str]:
+    return [json.dumps([trial.user_attrs["choice"], trial.params]) for trial in finished(study)]
 
 
 def test_all_together_measure_as_many_different_candidates_as_asked_and_no_more(
@@ -63,7 +63,7 @@ def test_all_together_measure_as_many_different_candidates_as_asked_and_no_more(
     with ThreadPoolExecutor(3) as pool:
         shares = list(pool.map(work, range(3)))
     study = open_study(wanted.journal, wanted.name)
-    assert sum(share for share, _ in shares) == len(set(keys_of(study))) == len(finished(study))
+    assert sum(share for share, _ in shares) == len(set(choices_of(study))) == len(finished(study))
     assert len(finished(study)) == 12
     assert shares[0][1] == shares[1][1] == shares[2][1]
     assert not list(tmp_path.glob("process-*"))
