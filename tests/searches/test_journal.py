@@ -1,5 +1,6 @@
 """Several on one study: nothing twice, nothing lost, whoever dies; a damaged journal is said."""
 
+import json
 import signal
 import subprocess
 import sys
