@@ -9,7 +9,6 @@ repair is said to leave, ``measured`` that of the measured KL.
 
 import tempfile
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -103,13 +102,13 @@ def kl_of(share: float, scores: Scores, grams: Grams | None, text: Reference) ->
 
 def predicted(share: float, scores: Scores, grams: Grams, text: Reference) -> float:
     """The share of the cut's predicted KL that repair leaves."""
-    problem = problem_of(scores, grams, text)
-    costs = [
-        [problem.cost(n, replace(option, repaired=repaired))[0] for repaired in (True, False)]
-        for n, option in enumerate(options(problem, share))
-        if option.target
-    ]
-    return sum(after for after, _ in costs) / sum(before for _, before in costs)
+    after, before = (
+        sum(
+            problem.cost(number, option)[0] for number, option in enumerate(options(problem, share))
+        )
+        for problem in (problem_of(scores, grams, text), problem_of(scores, None, text))
+    )
+    return after / before
 
 
 def problem_of(scores: Scores, grams: Grams | None, text: Reference) -> Problem:
@@ -131,7 +130,7 @@ def options(problem: Problem, share: float) -> list[Option]:
     for block in problem.teacher.blocks:
         whole = not isinstance(block, Ffn)
         target = () if whole else (("ffn", round(share * sizes(block)["ffn"])),)
-        found.append(Option(target, repaired=bool(target and problem.repair_ratio)))
+        found.append(Option(target))
     return found
 
 

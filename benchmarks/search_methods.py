@@ -16,7 +16,6 @@ from torch import Tensor
 
 from benchmarks.common import Cost
 from compress.measure.kl import Reference, measure
-from compress.model.architecture import block_name
 from compress.scores.replay import Keep, Text, option_kl
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import Knapsack, diverse, value
@@ -91,11 +90,8 @@ class Trials:
 
 
 def uniform_width(trials: Trials) -> Candidate:
-    """The widest uniform FFN cut that fits; every cut block repaired where that is offered."""
-    candidate = uniform(trials.problem)[0][0]
-    cuts = {name.partition("/")[0] for name in candidate.keep} if trials.grams else set()
-    blocks = enumerate(trials.problem.teacher.blocks)
-    return replace(candidate, repaired=frozenset(n for n, b in blocks if block_name(b) in cuts))
+    """The widest uniform FFN cut that fits."""
+    return uniform(trials.problem)[0][0]
 
 
 def uniform_by_activation(trials: Trials) -> Candidate:

@@ -9,7 +9,7 @@ same ranking of units, under the same budget (a share of the bytes of the blocks
 forwards. It selects on the select split; figures are on the final split. The contributions that
 rank the units, and removals replayed with ``--replay-tokens``, cost ours, which uses them as
 scores; the others get the ranking for nothing.
-With ``+ repair`` every cut may be repaired, for everybody. With ``+ reselect`` a method keeps back
+With ``+ repair`` every cut is repaired, for everybody. With ``+ reselect`` a method keeps back
 what choosing the units of its student again costs, within the same limit.
 Finished methods are kept: the same command continues.
 """

@@ -148,7 +148,7 @@ def corrected(
 def option_rows(problem: Problem, scores: Scores, number: int, option: Option) -> Tensor:
     """Summed contributions [rows] of a block's option, against the whole block in BF16.
 
-    Of a repaired option as much as its repair leaves of the block's error.
+    Of a cut as much as its repair leaves of the block's error.
     """
     block = problem.teacher.blocks[number]
     if option.removed:

@@ -55,9 +55,9 @@ class Problem:
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
     of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
-    ``ranking`` decides which units stay, not what they cost. ``repair_ratio`` gives the share of a
-    cut block's squared error that repair leaves, from its number and kept indices; without it
-    nothing is repaired. Where only whole layers may go, one costs the sum of what its blocks cost
+    ``ranking`` decides which units stay, not what they cost. With ``repair_ratio`` every cut block is
+    repaired: it gives the share of its squared error that this leaves, from its number and kept
+    indices. Where only whole layers may go, one costs the sum of what its blocks cost
     alone.
     """
 
@@ -90,7 +90,7 @@ class Problem:
         hidden = self.hidden(globals_)
         found: list[list[Choice]] = []
         options = {
-            number: self.offered(number, globals_.shares, hidden)
+            number: list(block_options(self.teacher, number, self.space, globals_.shares, hidden))
             for number in range(len(self.teacher.blocks))
         }
         if self.space.remove == "layer":
@@ -106,25 +106,9 @@ class Problem:
             found.append(group + ([((number, REMOVED),)] if self.space.remove == "block" else []))
         return found
 
-    def offered(self, number: int, shares: Mapping[str, float], hidden: int) -> list[Option]:
-        """A block's options but removal; of a cut with and without repair, the cheaper one.
-
-        Both take the same bytes: leaving one out here halves the knapsack and loses nothing.
-        """
-        best: dict[Option, Option] = {}
-        for option in block_options(self.teacher, number, self.space, shares, hidden):
-            plain = replace(option, repaired=False)
-            if not option.repaired or self.improves(number, option, plain):
-                best[plain] = option
-        return list(best.values())
-
-    def improves(self, number: int, option: Option, plain: Option) -> bool:
-        """Whether a repaired option is offered: it costs less than the cut alone."""
-        return bool(self.repair_ratio) and self.cost(number, option) < self.cost(number, plain)
-
     def keep_of(self, number: int, option: Option) -> dict[str, Tensor]:
         """Kept indices of a block under an option."""
-        key = (number, replace(option, format="bf16", repaired=False))
+        key = (number, replace(option, format="bf16"))
         if key not in self.keeps:
             block = self.teacher.blocks[number]
             self.keeps[key] = choose(self.known, block, dict(option.target), self.ranking)
@@ -156,9 +140,8 @@ class Problem:
 
     def share_left_by_repair(self, number: int, option: Option) -> float:
         """The share of an option's structure cost that its repair leaves; 1 without repair."""
-        if not option.repaired:
+        if self.repair_ratio is None or not option.target:
             return 1.0
-        assert self.repair_ratio is not None
         return self.repair_ratio(number, self.keep_of(number, option))
 
     def option_bytes(self, number: int, option: Option, globals_: Globals) -> int:
@@ -250,7 +233,8 @@ class Problem:
             for axis, index in self.keep_of(number, options[number]).items():
                 keep[f"{prefix}/{axis}"] = index
         student = student_architecture(self.teacher, keep, formats, globals_.kv_format)
-        repaired = frozenset(number for number in alive if options[number].repaired)
+        cut = frozenset(number for number in alive if options[number].target)
+        repaired = cut if self.repair_ratio else frozenset()
         return Candidate(id=name, kind=kind, architecture=student, keep=keep, repaired=repaired)
 
 

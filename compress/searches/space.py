@@ -113,15 +113,11 @@ def admissible(block: Block, target: Mapping[str, int]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One choice for a block: its counts by axis (whole axes left out) and format; or removal.
-
-    ``repaired``: what is cut has its output projection refitted.
-    """
+    """One choice for a block: its counts by axis (whole axes left out) and format; or removal."""
 
     target: tuple[tuple[str, int], ...] = ()
     format: Format = "bf16"
     removed: bool = False
-    repaired: bool = False
 
 
 REMOVED = Option(removed=True)
@@ -153,10 +149,7 @@ def block_options(
             continue
         smaller = resized(block, target)
         for format in offered_formats(architecture, block, smaller, hidden, space):
-            option = Option(tuple(sorted(target.items())), format)
-            yield option
-            if space.repair and target:
-                yield dataclasses.replace(option, repaired=True)
+            yield Option(tuple(sorted(target.items())), format)
 
 
 def offered_formats(

@@ -329,24 +329,24 @@ def problem(teachers: Teachers) -> Problem:
     )  # fmt: skip
 
 
-def test_the_knapsack_sees_the_cheaper_of_a_cut_and_its_repair(problem: Problem) -> None:
+def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem) -> None:
     plain = replace(problem, repair_ratio=None, costs={}, keeps={})
     for with_repair, without in zip(
         problem.groups(Globals()), plain.groups(Globals()), strict=True
     ):
         assert len(with_repair) == len(without)
         for ((number, option),), ((_, same),) in zip(with_repair, without, strict=True):
-            assert replace(option, repaired=False) == same
-            assert sum(problem.cost(number, option)) <= sum(plain.cost(number, same))
-            assert problem.cost(number, option)[1] == plain.cost(number, same)[1]
-            assert bool(option.target) or not option.repaired
+            assert option == same
+            (cut, bits), (whole, same_bits) = problem.cost(number, option), plain.cost(number, same)
+            left = problem.share_left_by_repair(number, option)
+            assert (cut, bits) == (pytest.approx(left * whole), same_bits)
+            assert option.target or left == 1
     proposal = decode(problem, globals_of(problem, {}))
     assert proposal is not None
     candidate = candidate_of(problem, "joint", 0, proposal)
     assert candidate.repaired
-    assert candidate.repaired == {
-        number for number, option in enumerate(proposal.options) if option.repaired
-    }
+    assert candidate.repaired == {n for n, option in enumerate(proposal.options) if option.target}
+    assert not candidate_of(plain, "joint", 0, proposal).repaired
 
 
 def test_a_space_without_repair_computes_no_matrices(
