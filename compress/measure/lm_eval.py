@@ -10,6 +10,7 @@ import contextlib
 import io
 import logging
 import tempfile
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cache
 from importlib import import_module
@@ -148,17 +149,21 @@ def run_tasks(
         )
         require_requests(adapter, window, model.config.vocab_size)
         loaded, members = tasks.load(cache)
+        kinds = {
+            name: {metric: function.__name__ for metric, function in task.aggregation().items()}
+            for name, task in loaded.items()
+        }
+        for task in loaded.values():
+            # lm-eval's own aggregates are not read, and a perplexity beyond floats overflows there.
+            task.aggregation = lambda: defaultdict(lambda: len)
         found = import_module("lm_eval").evaluate(
             adapter, {"tasks": loaded, "groups": {}}, limit=limit, bootstrap_iters=0
         )
-    results = {name: task_estimates(loaded[name], found["samples"][name]) for name in loaded}
+    results = {name: task_estimates(kinds[name], found["samples"][name]) for name in loaded}
     for name, leaves in members.items():
         if leaves != [name]:
             means = {
-                metric
-                for leaf in leaves
-                for metric, function in loaded[leaf].aggregation().items()
-                if function.__name__ == "mean"
+                metric for leaf in leaves for metric, kind in kinds[leaf].items() if kind == "mean"
             }
             shared = means.intersection(*(results[leaf] for leaf in leaves))
             results[name] = {
@@ -190,15 +195,20 @@ def require_requests(adapter: Any, window: int, vocab: int) -> None:
     adapter._loglikelihood_tokens = checked
 
 
-def task_estimates(task: Any, samples: Sequence[Mapping[str, Any]]) -> dict[str, Estimate]:
-    """Estimates of a task's metrics from lm-eval's log of samples, in the order of documents."""
+def task_estimates(
+    kinds: Mapping[str, str], samples: Sequence[Mapping[str, Any]]
+) -> dict[str, Estimate]:
+    """Estimates of a task's metrics from lm-eval's log of samples, in the order of documents.
+
+    ``kinds`` are the names of lm-eval's aggregation functions by metric.
+    """
     values: dict[str, list[Any]] = {}
     functions: dict[str, str] = {}
     for sample in samples:
         for metric in sample["metrics"]:
             name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
             values.setdefault(name, []).append(sample[metric])
-            functions[name] = task.aggregation()[metric].__name__
+            functions[name] = kinds[metric]
     return {
         name: AGGREGATIONS[functions[name]](listed)
         for name, listed in values.items()

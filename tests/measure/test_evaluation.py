@@ -218,6 +218,18 @@ def test_local_tasks_agree_with_the_model(tiny: Path, rows: torch.Tensor, tmp_pa
     assert json.loads(json.dumps(found, allow_nan=False)) == found
 
 
+def test_a_perplexity_of_words_that_are_whole_texts_is_null(
+    tiny_llama: Path, rows: torch.Tensor, tmp_path: Path
+) -> None:
+    files, _ = write_task_rows(tmp_path, ["x" * 900, "y" * 900], ["rolling"], seed=0)
+    teacher, tasks = load_model(tiny_llama), Tasks(["rolling"], files)
+    found = compare({"a": subject(teacher)}, teacher, load_tokenizer(tiny_llama), rows, tasks)
+    figures = found["models"]["a"]["tasks"]["rolling"]
+    assert figures["word_perplexity"] is figures["stderr"] is None
+    assert figures["bits_per_byte"] > 0
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+
+
 def text_nats(model: Any, tokenizer: Any, context: str, continuation: str) -> float:
     tokens = torch.tensor([tokenizer.encode(context + continuation)])
     start = len(tokenizer.encode(context))
