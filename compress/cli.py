@@ -203,11 +203,7 @@ def evaluate(
     ] = "",
     task_data: Annotated[
         Path | None,
-        typer.Option(
-            metavar="DIR",
-            help="JSONL files of lm-eval's tasks, such as DIR/piqa/validation.jsonl, for machines "
-            "without a hub.",
-        ),
+        typer.Option(metavar="DIR", help="Tasks' data without a hub: DIR/piqa/validation.jsonl."),
     ] = None,
     limit: Annotated[
         int | None, typer.Option(min=1, help="Only the first documents of each task.")

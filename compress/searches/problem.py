@@ -55,10 +55,9 @@ class Problem:
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
     of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
-    ``ranking`` decides which units stay, not what they cost. With ``repair_ratio`` every cut block is
-    repaired: it gives the share of its squared error that this leaves, from its number and kept
-    indices. Where only whole layers may go, one costs the sum of what its blocks cost
-    alone.
+    ``ranking`` decides which units stay, not what they cost. With ``repair_ratio`` every cut block
+    is repaired: it gives the share of its squared error that this leaves, from its number and kept
+    indices. Where only whole layers may go, one costs the sum of what its blocks cost alone.
     """
 
     teacher: Architecture
