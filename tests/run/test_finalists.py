@@ -58,14 +58,14 @@ def test_finalists_that_are_cut_train_alike_and_one_is_chosen(three: Path) -> No
     assert not list(three.glob("distill/*/training*"))
 
 
-def test_other_finalists_or_tokens_leave_nothing_behind(run_copy: Path) -> None:
-    before = rows_of(run_copy)
-    tokens = max(tokens_trained(run_copy, row["id"]) for row in before)
-    again(run_copy, finalists=2, short_distill_tokens=TOKENS)
-    names = [row["id"] for row in rows_of(run_copy) if row["kind"] == "joint"]
-    assert sorted(tokens_trained(run_copy, name) for name in names)[-3:] == [0, TOKENS, TOKENS]
-    again(run_copy, finalists=1, short_distill_tokens=tokens)
-    assert same(rows_of(run_copy), before)
+def test_other_finalists_or_tokens_leave_nothing_behind(alone_copy: Path) -> None:
+    before = rows_of(alone_copy)
+    tokens = max(tokens_trained(alone_copy, row["id"]) for row in before)
+    again(alone_copy, finalists=2, short_distill_tokens=TOKENS)
+    names = [row["id"] for row in rows_of(alone_copy) if row["kind"] == "joint"]
+    assert sorted(tokens_trained(alone_copy, name) for name in names)[-3:] == [0, TOKENS, TOKENS]
+    again(alone_copy, finalists=1, short_distill_tokens=tokens)
+    assert same(rows_of(alone_copy), before)
 
 
 def test_whom_training_makes_worse_stays_as_it_was_cut(
@@ -101,9 +101,11 @@ def test_a_student_of_which_nothing_says_whether_training_helped_is_refused(run_
 
 
 def test_interrupted_beside_any_training_a_search_ends_as_if_it_had_not_been(
-    searched: Path, three: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alone: Path, alone_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = Path(shutil.copytree(searched, tmp_path / "run"))
+    whole = Path(shutil.copytree(alone, tmp_path / "whole"))
+    again(whole, finalists=3, short_distill_tokens=TOKENS)
+    run = alone_copy
     train, names = students.train, set[str]()
 
     def interrupted(session: Session, candidate: Any, tokens: int, name: str) -> Path:
@@ -120,6 +122,6 @@ def test_interrupted_beside_any_training_a_search_ends_as_if_it_had_not_been(
         assert not (run / "candidates.json").exists()
     monkeypatch.undo()
     again(run, finalists=3, short_distill_tokens=TOKENS)
-    assert same(rows_of(run), rows_of(three))
+    assert same(rows_of(run), rows_of(whole))
     tokens = [row["distilled_tokens"] for row in rows_of(run)]
-    assert tokens == [row["distilled_tokens"] for row in rows_of(three)]
+    assert tokens == [row["distilled_tokens"] for row in rows_of(whole)]
