@@ -332,5 +332,5 @@ def test_logits_that_are_no_numbers_are_one_line(
     checkpoint, model = open_checkpoint(path), load_model(path)
     with pytest.raises(InputError, match="logits are not finite on this text"):
         contributions(model, checkpoint.architecture, TOKENS, 1, [])
-    with pytest.raises(InputError, match="are not finite on this text"):
+    with pytest.raises(InputError, match="predicts NaN or infinite logits on this text"):
         on_text(model, model, [final_hidden(model, TOKENS)], TOKENS, np.array([12, 12]))
