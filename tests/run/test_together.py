@@ -42,7 +42,7 @@ def test_a_search_of_two_processes_is_finished_by_the_one_that_is_left(
     with alone(Run(run_copy)):
         both = [
             subprocess.Popen(
-                arguments, env=ONE_THREAD, stderr=file.open("w"), stdout=file.open("w")
+                arguments, env=ONE_THREAD, stdout=file.open("w"), stderr=subprocess.STDOUT
             )
             for file in said
         ]
