@@ -16,7 +16,7 @@ from compress import cli
 
 # Its processes begin with everything imported, and none of them with the threads of a test.
 SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["killed", "compress.run.stages"])
+SERVER.set_forkserver_preload(["compress.run.stages"])
 
 
 def kind_of(path: str, text: str) -> str:
