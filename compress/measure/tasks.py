@@ -98,10 +98,7 @@ def first_from(edges: Sequence[int], position: int) -> int:
 
 
 def choice_row(
-    documents: Sequence[Words],
-    number: int,
-    span: tuple[int, int, int],
-    generator: random.Random,
+    documents: Sequence[Words], number: int, span: tuple[int, int, int], generator: random.Random
 ) -> dict[str, Any] | None:
     """The row of one span; None if three other pieces of its length are not found."""
     words = documents[number]

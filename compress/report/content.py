@@ -237,10 +237,7 @@ def evaluation_grid(results: Mapping[str, Any]) -> Grid:
             value, stderr = cell_value(model, metric)
             change = changes.get((name, metric), {"difference": None, "stderr": None})
             cells[name, metric] = Cell(
-                value=value,
-                stderr=stderr,
-                difference=change["difference"],
-                error=change["stderr"],
+                value=value, stderr=stderr, difference=change["difference"], error=change["stderr"]
             )
     if len(models) <= MOST_ACROSS:
         down = [(metrics[metric], [cells[name, metric] for name in models]) for metric in metrics]
