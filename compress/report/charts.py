@@ -17,36 +17,18 @@ from compress.report.rows import Student
 # The page's colours in light, by the name of its style variable; unique, because the SVG gets the
 # variables in their place.
 COLOURS: Mapping[str, str] = {
-    "ink": "#17191c",
-    "muted": "#5b626b",
-    "line": "#e2e3df",
-    "card": "#ffffff",
-    "accent": "#0b57a4",
-    "series1": "#4b5a66",
-    "series2": "#a02060",
-    "series3": "#6b3fa0",
-    "series4": "#1f7a6d",
-    "series5": "#b3540a",
-}
+    "ink": "#17191c", "muted": "#5b626b", "line": "#e2e3df", "card": "#ffffff",
+    "accent": "#0b57a4", "series1": "#4b5a66", "series2": "#a02060", "series3": "#6b3fa0",
+    "series4": "#1f7a6d", "series5": "#b3540a",
+}  # fmt: skip
+INK, MUTED, LINE = COLOURS["ink"], COLOURS["muted"], COLOURS["line"]
 # Any: matplotlib types the keys as a literal of all its settings.
 STYLE: Any = {
-    "svg.fonttype": "none",
-    "svg.hashsalt": "compress",
-    "font.size": 11,
-    "axes.edgecolor": COLOURS["line"],
-    "axes.labelcolor": COLOURS["muted"],
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.axisbelow": True,
-    "axes.grid": True,
-    "grid.color": COLOURS["line"],
-    "grid.linewidth": 0.6,
-    "text.color": COLOURS["ink"],
-    "xtick.color": COLOURS["line"],
-    "ytick.color": COLOURS["line"],
-    "xtick.labelcolor": COLOURS["muted"],
-    "ytick.labelcolor": COLOURS["muted"],
-}
+    "svg.fonttype": "none", "svg.hashsalt": "compress", "font.size": 11, "text.color": INK,
+    "axes.edgecolor": LINE, "axes.labelcolor": MUTED, "axes.axisbelow": True, "axes.grid": True,
+    "axes.spines.top": False, "axes.spines.right": False, "grid.color": LINE, "grid.linewidth": 0.6,
+    "xtick.color": LINE, "ytick.color": LINE, "xtick.labelcolor": MUTED, "ytick.labelcolor": MUTED,
+}  # fmt: skip
 # What a search is compared with, each with its mark and colour; the rest it found itself.
 BASELINES: Mapping[str, tuple[str, str]] = {
     "uniform": ("s", "series1"),
@@ -78,9 +60,8 @@ def inline_svg(figure: Figure, name: str) -> str:
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
-    # Sizes in points would fix the width; the view box keeps the proportions.
-    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
-    text = re.sub(r'(<svg[^>]*?) (?:width|height)="[^"]*"', r"\1", text)
+    # The element's sizes, in points, would fix the width; the view box keeps the proportions.
+    text = re.sub(r' (?:width|height)="[^"]*"', "", text, count=2)
     return text.replace("<svg", f'<svg role="img" aria-label="{DESCRIPTIONS[name]}"', 1)
 
 
@@ -92,28 +73,30 @@ def kl_against_bytes(students: Sequence[Student], budget: int | None) -> Figure 
     largest = max([student.bytes for student in measured] + ([budget] if budget else []))
     unit, unit_name = (GIB, "GiB") if largest >= GIB else (MIB, "MiB")
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 4.6), layout="constrained")
-        axes = figure.subplots()
-        axes.set_yscale("log")
+        axes = log_axes(4.6, f"bytes in this deployment, {unit_name}", "KL to the teacher")
         for student in measured:
             draw_student(axes, student, unit)
-        label_points(axes, measured, unit)
+        label_best(axes, measured, unit)
         if len({student.budget for student in measured}) > 1:
             draw_front(axes, measured, unit)
         if budget:
-            axes.axvline(
-                budget / unit, color=COLOURS["ink"], linewidth=1, linestyle=(0, (4, 3)), zorder=1
-            )
+            axes.axvline(budget / unit, color=INK, linewidth=1, linestyle=(0, (4, 3)), zorder=1)
             axes.annotate(
-                "budget", (budget / unit, 1), xycoords=("data", "axes fraction"),
-                xytext=(-5, -4), textcoords="offset points", ha="right", va="top",
-                color=COLOURS["ink"],
+                "budget", (budget / unit, 1), xycoords=("data", "axes fraction"), xytext=(-5, -4),
+                textcoords="offset points", ha="right", va="top", color=INK,
             )  # fmt: skip
-        axes.set_xlabel(f"bytes in this deployment, {unit_name}")
-        axes.set_ylabel("KL to the teacher, nats per token")
         plain_log_ticks(axes)
         axes.margins(x=0.12, y=0.12)
-        return figure
+        return axes.get_figure(root=True)
+
+
+def log_axes(height: float, x: str, y: str) -> Axes:
+    """Axes of a new figure so many inches high; ``y`` is in nats per token and logarithmic."""
+    axes = Figure(figsize=(9.4, height), layout="constrained").subplots()
+    axes.set_yscale("log")
+    axes.set_xlabel(x)
+    axes.set_ylabel(f"{y}, nats per token")
+    return axes
 
 
 def draw_student(axes: Axes, student: Student, unit: int) -> None:
@@ -121,8 +104,7 @@ def draw_student(axes: Axes, student: Student, unit: int) -> None:
     assert student.measured_kl is not None
     strong = student.selected or student.finalist
     marker, colour = mark_of(student)
-    x, y = student.bytes / unit, student.measured_kl
-    ink = COLOURS[colour]
+    x, y, ink = student.bytes / unit, student.measured_kl, COLOURS[colour]
     hollow = student.distilled_kl is not None
     if student.measured_se and strong:
         axes.errorbar(x, y, student.measured_se, color=ink, linewidth=1.2, capsize=3, zorder=2)
@@ -146,7 +128,7 @@ def draw_front(axes: Axes, students: Sequence[Student], unit: int) -> None:
         *zip(*best, strict=True), color=COLOURS["accent"], linewidth=1.4, alpha=0.7, zorder=2,
         label="Pareto front", drawstyle="steps-post",
     )  # fmt: skip
-    axes.legend(frameon=False, labelcolor=COLOURS["ink"])
+    axes.legend(frameon=False, labelcolor=INK)
 
 
 def mark_of(student: Student) -> tuple[str, str]:
@@ -157,20 +139,29 @@ def mark_of(student: Student) -> tuple[str, str]:
     return BASELINES.get(student.kind, found)
 
 
-def label_points(axes: Axes, students: Sequence[Student], unit: int) -> None:
+def label_best(axes: Axes, students: Sequence[Student], unit: int) -> None:
     """Name the best of each baseline and the student that the run stands for."""
     best: dict[str, Student] = {}
     for student in students:
         if student.kind in BASELINES or student.selected:
             best.setdefault(student.kind, student)
-    named = [(student, student.kl) for student in best.values() if student.kl]
-    shifts = label_shifts(axes, [kl for _, kl in named])
-    for (student, kl), shift in zip(named, shifts, strict=True):
-        axes.annotate(
-            student.kind.replace("_", " "), (student.bytes / unit, kl), va="center",
-            xytext=(11, shift), textcoords="offset points", color=COLOURS["ink"],
-            fontweight="bold" if student.selected else "normal",
-        )  # fmt: skip
+    named = [
+        (student.kind.replace("_", " "), student.bytes / unit, student.kl, student.selected)
+        for student in best.values()
+        if student.kl
+    ]
+    label_points(axes, named, 11, color=INK)
+
+
+def label_points(
+    axes: Axes, points: Sequence[tuple[str, float, float, bool]], right: int, **style: Any
+) -> None:
+    """Write names to the right of points (name, x, y, bold), none on another."""
+    shifts = label_shifts(axes, [y for _, _, y, _ in points])
+    for (name, x, y, bold), shift in zip(points, shifts, strict=True):
+        weight = {"fontweight": "bold", "color": INK} if bold else {}
+        place: Any = {"xytext": (right, shift), "textcoords": "offset points", "va": "center"}
+        axes.annotate(name, (x, y), **place, **style | weight)
 
 
 def label_shifts(axes: Axes, values: Sequence[float]) -> list[float]:
@@ -199,35 +190,24 @@ def distillation_curve(
         return None
     by_id = {student.id: student for student in students}
     with rc_context(STYLE):
-        figure = Figure(figsize=(9.4, 3.8), layout="constrained")
-        axes = figure.subplots()
-        axes.set_yscale("log")
-        ends: list[tuple[str, int, float, bool]] = []
+        axes = log_axes(3.8, "tokens seen in distillation", "KL on training text")
+        ends: list[tuple[str, float, float, bool]] = []
         for name, rows in curves.items():
             student = by_id.get(name.removesuffix(SHORT))
             strong = student is not None and student is selected
             colour = COLOURS[mark_of(student)[1] if student else "muted"]
-            tokens = [row["tokens"] for row in rows]
-            losses = [row["loss"] for row in rows]
+            tokens, losses = [row["tokens"] for row in rows], [row["loss"] for row in rows]
             if len(rows) > 40:
                 axes.plot(tokens, losses, color=colour, linewidth=0.7, alpha=0.25)
                 losses = smooth(losses, window=len(rows) // 20)
             axes.plot(tokens, losses, color=colour, linewidth=2.4 if strong else 1.3)
             label = name.removesuffix(SHORT) + (" (short)" if name.endswith(SHORT) else "")
             ends.append((label, tokens[-1], losses[-1], strong))
-        shifts = label_shifts(axes, [loss for _, _, loss, _ in ends])
-        for (label, seen, loss, strong), shift in zip(ends, shifts, strict=True):
-            axes.annotate(
-                label, (seen, loss), xytext=(6, shift), textcoords="offset points",
-                va="center", color=COLOURS["ink" if strong else "muted"], fontsize=10,
-                fontweight="bold" if strong else "normal",
-            )  # fmt: skip
-        axes.set_xlabel("tokens seen in distillation")
-        axes.set_ylabel("KL on training text, nats per token")
+        label_points(axes, ends, 6, color=MUTED, fontsize=10)
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         plain_log_ticks(axes)
         axes.margins(x=0.02)
-        return figure
+        return axes.get_figure(root=True)
 
 
 def smooth(values: Sequence[float], window: int) -> list[float]:
@@ -241,11 +221,6 @@ def smooth(values: Sequence[float], window: int) -> list[float]:
 def plain_log_ticks(axes: Axes) -> None:
     """Numbers as one writes them, and minor ones only where a decade would show one alone."""
     low, high = axes.get_ylim()
-    plain = FuncFormatter(lambda value, _: f"{value:g}")
-    axes.yaxis.set_major_formatter(plain)
-    if high / low < 300:
-        axes.yaxis.set_minor_formatter(
-            FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
-        )
-    else:
-        axes.yaxis.set_minor_formatter(NullFormatter())
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    few = FuncFormatter(lambda value, _: f"{value:g}" if f"{value:e}"[0] in "25" else "")
+    axes.yaxis.set_minor_formatter(few if high / low < 300 else NullFormatter())
