@@ -80,10 +80,7 @@ def quantization_json(architecture: Architecture) -> tuple[dict[str, Any], dict[
             for number, f in enumerate(used)
         }
         config["quantized_layers"] = quantized
-    config |= {
-        "ignore": details.get("exclude_modules", []),
-        "quant_algo": details["quant_algo"],
-    }
+    config |= {"ignore": details.get("exclude_modules", []), "quant_algo": details["quant_algo"]}
     if kv_format != "bf16":
         # Without calibrated scales: servers then use 1.
         details["kv_cache_quant_algo"] = kv_format.upper()

@@ -33,15 +33,12 @@ class Budget:
 
 def in_format(architecture: Architecture, format: Format) -> Architecture:
     """The architecture with every block in one format; blocks that cannot take it stay BF16."""
-    return replace(
-        architecture,
-        blocks=tuple(
-            replace(block, format=format)
-            if block_takes(block, architecture.hidden, architecture.family, format)
-            else replace(block, format="bf16")
-            for block in architecture.blocks
-        ),
+    hidden, family = architecture.hidden, architecture.family
+    blocks = (
+        replace(block, format=format if block_takes(block, hidden, family, format) else "bf16")
+        for block in architecture.blocks
     )
+    return replace(architecture, blocks=tuple(blocks))
 
 
 def teacher_bytes(architecture: Architecture, deployment: Deployment) -> int:

@@ -63,8 +63,5 @@ def find_device(text: str) -> Device:
             f"device {text!r} is not known; known: {', '.join(DEVICES)}, and counts such as 8xh100"
         )
     one, count = DEVICES[found[2]], int(found[1] or 1)
-    if count == 1:
-        return one
-    return replace(
-        one, name=f"{count}x{one.name}", visible_bytes=count * one.visible_bytes, count=count
-    )
+    name = one.name if count == 1 else f"{count}x{one.name}"
+    return replace(one, name=name, visible_bytes=count * one.visible_bytes, count=count)

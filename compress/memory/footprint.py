@@ -9,7 +9,7 @@
                 channels = group * head * channel + 2 * group * state
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from math import prod
 from typing import Literal
@@ -95,10 +95,9 @@ def outside_bytes(architecture: Architecture) -> int:
 
 def weight_bytes(architecture: Architecture) -> int:
     """Bytes of all tensors of an exported checkpoint, file headers not counted."""
-    return outside_bytes(architecture) + sum(
-        block_bytes(block, architecture.hidden, architecture.family)
-        for block in architecture.blocks
-    )
+    hidden, family = architecture.hidden, architecture.family
+    inside = sum(block_bytes(block, hidden, family) for block in architecture.blocks)
+    return outside_bytes(architecture) + inside
 
 
 def kv_cache_bytes(block: Block, kv_format: KvFormat, deployment: Deployment) -> int:
@@ -148,13 +147,7 @@ def largest_context(
     """
 
     def total(context: int) -> int:
-        longer = Deployment(
-            context=context,
-            batch_size=deployment.batch_size,
-            ssm_format=deployment.ssm_format,
-            workspace_bytes=deployment.workspace_bytes,
-        )
-        return footprint(architecture, longer).total
+        return footprint(architecture, replace(deployment, context=context)).total
 
     attentions = [block for block in architecture.blocks if isinstance(block, Attention)]
     longest_window = max((block.window or 0 for block in attentions), default=0)

@@ -49,13 +49,11 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``plan --json`` prints."""
+        model = self.architecture
         return {
-            "family": self.architecture.family,
-            "layers": self.architecture.layers,
-            "parameters": {
-                "total": count_parameters(self.architecture),
-                "active": count_active(self.architecture),
-            },
+            "family": model.family,
+            "layers": model.layers,
+            "parameters": {"total": count_parameters(model), "active": count_active(model)},
             "bytes": asdict(self.footprint) | {"total": self.footprint.total},
             "budget": None if self.budget is None else self.budget.bytes,
             "fits": self.fits,
@@ -71,13 +69,12 @@ def options_of(
     for format in FORMATS:
         for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
             changed = replace(in_format(architecture, format), kv_format=kv_format)
+            longest = largest_context(changed, deployment, budget.bytes) if budget else None
             yield Option(
                 format=format,
                 kv_format=kv_format,
                 footprint=footprint(changed, deployment),
-                largest_context=(
-                    largest_context(changed, deployment, budget.bytes) if budget else None
-                ),
+                largest_context=longest,
             )
 
 

@@ -24,7 +24,7 @@ from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import GENERATION, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters, settings_of
-from compress.model.families.family import Family
+from compress.model.families.family import Family, fixed_keys
 
 
 class NoAttention(nn.Module):
@@ -63,11 +63,8 @@ def layers_of(architecture: Architecture) -> dict[int, list[Block]]:
 
 def shared_settings(architecture: Architecture) -> dict[str, Any]:
     """Config keys that blocks fix, each with the value of the first block that has it."""
-    family = family_of(architecture.family)
-    shared: dict[str, Any] = {}
-    for block in architecture.blocks:
-        shared = family.settings(block) | shared
-    return shared
+    backwards = reversed(architecture.blocks)
+    return {key: value for block in backwards for key, value in fixed_keys(block).items()}
 
 
 def is_plain(architecture: Architecture) -> bool:
@@ -78,17 +75,13 @@ def is_plain(architecture: Architecture) -> bool:
     heads = shared.get("num_attention_heads", 1)
     if family.model_type == "llama" and architecture.hidden % heads:
         return False  # LlamaConfig refuses it (transformers 5.23)
-    return whole and all(
-        shared[key] == value
-        for block in architecture.blocks
-        for key, value in family.settings(block).items()
-    )
+    agree = (fixed_keys(block).items() <= shared.items() for block in architecture.blocks)
+    return whole and all(agree)
 
 
 def kinds_of(family: Family) -> list[str]:
     """The blocks a layer of the family is made of: several mixers, or one of many kinds."""
-    mixers = {site.mixer: kind for kind, site in family.sites.items()}
-    return list(mixers.values())
+    return list({site.mixer: kind for kind, site in family.sites.items()}.values())
 
 
 def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
@@ -98,21 +91,15 @@ def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> 
     written = shared_settings(student) | family.write(base, student)
     written["tie_word_embeddings"] = student.tied
     written["architectures"] = base.get("architectures") or [family.modules[1]]
+    left_out = list(ELSEWHERE)
     if (depth := base.get("num_hidden_layers")) != student.layers:
         # Lists by layer that nobody writes anew would speak of other layers.
-        base = {
-            key: value
-            for key, value in base.items()
-            if not (isinstance(value, list) and len(value) == depth)
-        }
-    base = {key: value for key, value in base.items() if key not in ELSEWHERE} | written
+        lists = (key for key, value in base.items() if isinstance(value, list))
+        left_out += [key for key in lists if len(base[key]) == depth]
+    base = {key: value for key, value in base.items() if key not in left_out} | written
     if is_plain(student):
         return base
-    return {
-        "model_type": "compress",
-        "architectures": base["architectures"],
-        "base_config": base,
-    }
+    return {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
 
 
 def build_model(
@@ -137,9 +124,8 @@ def build_model(
         stock.__init__(self, built)
         set_layers(self, architecture)
 
-    student: Any = type(
-        model_name, (stock,), {"__init__": construct, "__module__": stock.__module__}
-    )
+    members = {"__init__": construct, "__module__": stock.__module__}
+    student: Any = type(model_name, (stock,), members)
     built = built_config(config.get("base_config", config), architecture)
     built.architectures = [model_name]
     # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
@@ -147,11 +133,10 @@ def build_model(
     model, report = student.from_pretrained(
         None, config=built, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
     )
-    missing = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if missing:
-        raise InputError(
-            f"the checkpoint does not fill the model: {missing[0]} and {len(missing) - 1} more"
-        )
+    faults = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
+    if faults:
+        more = f"{faults[0]} and {len(faults) - 1} more"
+        raise InputError(f"the checkpoint does not fill the model: {more}")
     # Callers look at the class: it is the stock one with other layers inside.
     model.__class__ = stock
     model.eval().requires_grad_(False)
@@ -182,21 +167,18 @@ def set_layers(model: Any, architecture: Architecture) -> None:
     """Replace the layers that differ from the model's config, and drop what was removed."""
     family = family_of(architecture.family)
     layer_class = getattr(importlib.import_module(family.modules[0]), family.modules[2])
-    attention = 0
+    kinds, attention = kinds_of(family), 0
     for number, blocks in layers_of(architecture).items():
-        settings: dict[str, Any] = {}
-        for block in blocks:
-            settings |= family.settings(block)
+        settings = {key: value for block in blocks for key, value in fixed_keys(block).items()}
         if any(getattr(model.config, key) != value for key, value in settings.items()):
             changed = copy.deepcopy(model.config)
             for key, value in settings.items():
                 setattr(changed, key, value)
             model.model.layers[number] = layer_class(changed, number)
         layer = model.model.layers[number]
-        present = {block.kind for block in blocks}
-        for kind in kinds_of(family) if len(kinds_of(family)) > 1 else ():
+        for kind in kinds if len(kinds) > 1 else ():
             site = family.sites[kind]
-            if kind not in present:
+            if kind not in {block.kind for block in blocks}:
                 setattr(layer, site.mixer, REMOVED[kind]())
                 setattr(layer, site.norm, nn.Identity())
             elif kind == "attention":
@@ -217,10 +199,8 @@ def disk_tensors(
         if parameter.expert is None:
             yield name, state[inside]
         else:
-            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.").removesuffix(
-                ".weight"
-            )
-            yield name, state[stacked][parameter.expert]
+            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.")
+            yield name, state[stacked.removesuffix(".weight")][parameter.expert]
 
 
 def weight_formats(architecture: Architecture) -> dict[str, Format]:
@@ -245,9 +225,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
         formats = weight_formats(architecture)
         return build_model(config, architecture, dequantized_tensors(path, formats), dtype)
     checkpoint = open_checkpoint(path)
-    names = [parameter.name for parameter in parameters(checkpoint.architecture)]
-    tensors = ((name, checkpoint[name]) for name in names)
-    return build_model(checkpoint.config, checkpoint.architecture, tensors, dtype)
+    return build_model(checkpoint.config, checkpoint.architecture, checkpoint.items(), dtype)
 
 
 def load(path: str | Path) -> PreTrainedModel:

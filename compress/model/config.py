@@ -1,11 +1,11 @@
 """A checkpoint's config.json and the architecture it describes; no torch, no weights."""
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
+from compress.core.files import read_json
 from compress.model.architecture import Architecture, from_json
 from compress.model.families import read_architecture
 
@@ -18,31 +18,30 @@ def read_config(path: Path) -> dict[str, Any]:
     file = path if path.suffix == ".json" else path / CONFIG
     if not file.is_file():
         raise InputError(f"{file} does not exist; a model is a directory with config.json")
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{file} is not JSON: {error}") from error
+    config = read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file} holds no settings")
     return config
 
 
+def beside(path: Path) -> Path:
+    """Where the architecture of a model is written, if it is: beside its config."""
+    return (path.parent if path.suffix == ".json" else path) / ARCHITECTURE
+
+
 def is_export(path: Path, config: Mapping[str, Any]) -> bool:
     """Whether a model is one of our quantized exports, whose architecture names the formats."""
-    beside = (path.parent if path.suffix == ".json" else path) / ARCHITECTURE
-    return beside.is_file() and bool(
-        config.get("quantization") or config.get("quantization_config")
-    )
+    named = config.get("quantization") or config.get("quantization_config")
+    return bool(named) and beside(path).is_file()
 
 
 def architecture_of(path: Path, config: Mapping[str, Any]) -> Architecture:
     """The architecture of a model: the file beside its config, else what the config says."""
-    beside = (path.parent if path.suffix == ".json" else path) / ARCHITECTURE
-    if beside.is_file():
+    if (file := beside(path)).is_file():
         try:
-            return from_json(beside.read_text(encoding="utf-8"))
+            return from_json(file.read_text(encoding="utf-8"))
         except ValueError as error:
-            raise InputError(f"{beside} is not JSON: {error}") from error
+            raise InputError(f"{file} is not JSON: {error}") from error
     if config.get("model_type") == "compress":
         raise InputError(f"{path} has no {ARCHITECTURE}, which model_type 'compress' needs")
     try:

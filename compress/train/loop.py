@@ -101,11 +101,7 @@ def train(
 
 
 def update(
-    model: nn.Module,
-    optimizer: torch.optim.AdamW,
-    loss: Loss,
-    step: int,
-    settings: TrainSettings,
+    model: nn.Module, optimizer: torch.optim.AdamW, loss: Loss, step: int, settings: TrainSettings
 ) -> float:
     """One step down the gradient; the loss, which must be finite.
 

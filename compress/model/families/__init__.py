@@ -20,9 +20,8 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA
 def family_of(model_type: str) -> Family:
     """The family of a ``model_type``; InputError lists the known ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        raise InputError(
-            f"model_type {model_type!r} is not supported; known: {', '.join(FAMILIES)}"
-        )
+        known = ", ".join(FAMILIES)
+        raise InputError(f"model_type {model_type!r} is not supported; known: {known}")
     return FAMILIES[model_type]
 
 
@@ -44,6 +43,10 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
     """Architecture of a Hugging Face config; InputError on what the tables cannot express."""
     settings = settings_of(config)
     family = family_of(config["model_type"])
+    for key, refused in family.refused.items():
+        if settings.get(key) is refused:
+            said = f"{key}={str(refused).lower()}"
+            raise InputError(f"{said} is not supported for {family.model_type} models")
     try:
         return family.read(settings)
     except KeyError as error:
@@ -62,13 +65,8 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
         axis_sizes = shared | sizes(block)
         for name, slot in family.tensors(block).items():
             for expert in experts_of(name, block):
-                yield Parameter(
-                    name=prefix + name.format(expert=expert),
-                    slot=slot,
-                    sizes=axis_sizes,
-                    block=number,
-                    expert=expert,
-                )
+                full = prefix + name.format(expert=expert)
+                yield Parameter(name=full, slot=slot, sizes=axis_sizes, block=number, expert=expert)
 
 
 def experts_of(name: str, block: Block) -> Sequence[int | None]:
@@ -99,7 +97,6 @@ def outside_active(architecture: Architecture) -> int:
 
 def count_active(architecture: Architecture) -> int:
     """Parameters that one token uses, tied embeddings once."""
-    return outside_active(architecture) + sum(
-        block_active(block, architecture.hidden, architecture.family)
-        for block in architecture.blocks
-    )
+    hidden, family = architecture.hidden, architecture.family
+    inside = sum(block_active(block, hidden, family) for block in architecture.blocks)
+    return outside_active(architecture) + inside

@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.model.architecture import Architecture, Block
+from compress.model.architecture import Architecture, Attention, Block, Ffn, Mamba, Moe
 from compress.model.families.settings import Kind
 from compress.model.layout import Slot
 
@@ -27,25 +27,77 @@ class Family:
     """One model family. Tensor names are those of the checkpoint on disk.
 
     ``normal`` is a config under the family's own names, ``reads`` the keys that its model code
-    reads and their kinds: the others are ignored. ``settings`` gives those that the blocks of one
-    layer fix (a student is plain when all its layers agree on them), ``write`` those that the whole
-    architecture fixes. ``modules`` is where transformers keeps the family: module path, model
-    class, layer class.
+    reads and their kinds: the others are ignored; ``refused`` are switches that no table expresses.
+    ``write`` gives the keys that the whole architecture fixes. ``modules`` is where transformers
+    keeps the family: module path, model class, layer class.
     """
 
     model_type: str
     normal: Callable[[Config], dict[str, Any]]
     reads: Mapping[str, Kind]
+    refused: Mapping[str, bool]
     read: Callable[[Config], Architecture]
     model: Mapping[str, Slot]
     head: str
     embedding: str
     layer: str
     tensors: Callable[[Block], Mapping[str, Slot]]
-    settings: Callable[[Block], dict[str, Any]]
     write: Callable[[Config, Architecture], dict[str, Any]]
     modules: tuple[str, str, str]
     final_norm: str
     sites: Mapping[str, Site]
     # Tensors on disk that transformers leaves out, by the beginning of their names.
     unread: tuple[str, ...] = ()
+
+
+def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
+    """One block of a config; KeyError where it lacks a key."""
+    if kind == "attention":
+        kv_heads = config["num_key_value_heads"]
+        return Attention(
+            layer=layer,
+            kv_head=kv_heads,
+            query=config["num_attention_heads"] // kv_heads,
+            head_dim=config["head_dim"],
+            window=config.get("sliding_window"),
+        )
+    if kind == "ffn":
+        return Ffn(layer=layer, ffn=config["intermediate_size"], gated=gated)
+    if kind == "mamba":
+        groups = config["n_groups"]
+        return Mamba(
+            layer=layer,
+            group=groups,
+            head=config["mamba_num_heads"] // groups,
+            channel=config["mamba_head_dim"],
+            state=config["ssm_state_size"],
+            kernel=config["conv_kernel"],
+        )
+    return Moe(
+        layer=layer,
+        expert=config["n_routed_experts"],
+        expert_ffn=config["moe_intermediate_size"],
+        shared_ffn=config["moe_shared_expert_intermediate_size"],
+        top_k=config["num_experts_per_tok"],
+        routing_group=config["n_group"],
+        latent=config.get("moe_latent_size"),
+    )
+
+
+def fixed_keys(block: Block) -> dict[str, Any]:
+    """Config keys that one block fixes; a student is plain when all its layers agree on them."""
+    if isinstance(block, Attention):
+        return {
+            "num_attention_heads": block.kv_head * block.query,
+            "num_key_value_heads": block.kv_head,
+            "head_dim": block.head_dim,
+        }
+    if isinstance(block, Ffn):
+        return {"intermediate_size": block.ffn}
+    if isinstance(block, Mamba):
+        return {"mamba_num_heads": block.group * block.head, "mamba_head_dim": block.channel}
+    return {
+        "n_routed_experts": block.expert,
+        "moe_intermediate_size": block.expert_ffn,
+        "moe_shared_expert_intermediate_size": block.shared_ffn,
+    }

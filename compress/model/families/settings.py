@@ -47,6 +47,14 @@ TOKENS = Kind(
 NAMES = Kind(
     "a list of names", lambda v: isinstance(v, list) and all(isinstance(each, str) for each in v)
 )
+WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
+# What every family reads.
+COMMON: dict[str, Kind] = {
+    **dict.fromkeys((*WIDTHS, "max_position_embeddings"), SIZE),
+    **dict.fromkeys(("tie_word_embeddings", "mlp_bias"), SWITCH),
+    **dict.fromkeys(("pad_token_id", "bos_token_id"), TOKEN),
+    "eos_token_id": TOKENS,
+}
 TABLE = Kind("a table", lambda value: isinstance(value, dict))
 
 
