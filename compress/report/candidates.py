@@ -6,6 +6,7 @@ from typing import Any
 from compress.core.quantities import format_bytes, format_count
 from compress.core.terminal import note, table
 from compress.memory.budget import Budget
+from compress.report.figures import plus_minus, words
 from compress.report.pareto import front
 from compress.report.rows import Student, selected_of
 
@@ -61,10 +62,10 @@ def print_front(chosen: Sequence[Student], whole: int) -> None:
 def line(student: Student, whole: int) -> Iterator[str]:
     """Cells of a candidate's row."""
     yield student.id + (" *" if student.selected else "")
-    yield student.kind.replace("_", " ")
+    yield words(student.kind)
     yield format_bytes(student.bytes)
     yield f"{student.bytes / whole:.1%}"
     yield format_count(student.parameters)
-    yield f"{student.measured_kl:.4f} ± {student.measured_se:.4f}"
-    yield "" if student.distilled_kl is None else f"{student.distilled_kl:.4f}"
+    yield plus_minus(student.measured_kl, student.measured_se)
+    yield plus_minus(student.distilled_kl)
     yield "" if student.distilled_tokens is None else f"{student.distilled_tokens:,}"

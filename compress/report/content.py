@@ -8,13 +8,12 @@ from compress.core.quantities import format_bytes
 from compress.formats.table import FORMATS
 from compress.memory.budget import in_format, teacher_bytes
 from compress.memory.devices import DEVICES
-from compress.memory.footprint import Deployment, Footprint, footprint, largest_context
-from compress.model.architecture import Architecture
+from compress.memory.footprint import Footprint, footprint, largest_context
+from compress.report.figures import MINUS, number, words
 from compress.report.files import RunFiles
 from compress.report.rows import Student, Teacher
 from compress.student.candidate import repair_note
 
-DASH, MINUS = "\N{EN DASH}", "\N{MINUS SIGN}"
 TEXT_METRICS: Mapping[str, str] = {
     "kl": "KL to the teacher",
     "nats_per_token": "nats per token",
@@ -26,54 +25,18 @@ CLEAR = 2.0
 MOST_ACROSS = 4
 # The baseline of the headline.
 RIVAL = "uniform"
+# KL before and after distillation.
+KLs = tuple[float | None, float | None]
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Serving:
-    """One way to serve a model: its bytes and where it fits."""
+    """One way to serve a model: its bytes, and the largest context by device; None: no limit."""
 
     name: str
     bytes: Footprint
-    fits_budget: bool | None
+    fits_budget: bool
     contexts: Mapping[str, int | None]
-
-
-def number(value: float | None, digits: int = 4) -> str:
-    """A measured number with its digits, a dash where there is none."""
-    if value is None:
-        return DASH
-    return f"{value:.3g}" if value and abs(value) < 10**-digits else f"{value:,.{digits}f}"
-
-
-def with_error(value: float | None, error: float | None, digits: int = 4) -> str:
-    """A value and its standard error."""
-    text = number(value, digits)
-    return text if value is None or error is None else f"{text} ± {number(error, digits)}"
-
-
-def signed(value: float | None, digits: int = 4) -> str:
-    """A difference with its sign; a true minus sign."""
-    if value is None:
-        return DASH
-    # Adding zero takes the sign off a zero.
-    return f"{round(value, digits) + 0.0:+,.{digits}f}".replace("-", MINUS)
-
-
-def words(name: str) -> str:
-    """A name of the files as a person writes it."""
-    return name.replace("_", " ")
-
-
-def short(tokens: int) -> str:
-    """A number of tokens in three digits, k and M being powers of two: "348k"."""
-    for unit, size in (("M", 2**20), ("k", 2**10)):
-        if tokens >= size:
-            return (
-                f"{tokens / size:,.3g}{unit}"
-                if tokens < 1000 * size
-                else f"{tokens // size:,}{unit}"
-            )
-    return str(tokens)
 
 
 def servings(teacher: Teacher, selected: Student | None) -> Iterator[Serving]:
@@ -81,17 +44,14 @@ def servings(teacher: Teacher, selected: Student | None) -> Iterator[Serving]:
     served = [(f"teacher, {f.upper()}", in_format(teacher.architecture, f)) for f in FORMATS]
     if selected:
         served.append((f"student {selected.id}", selected.architecture))
+    alone = replace(teacher.deployment, context=1)
     for name, architecture in served:
         taken = footprint(architecture, teacher.deployment)
-        yield Serving(
-            name=name,
-            bytes=taken,
-            fits_budget=None if teacher.budget is None else taken.total <= teacher.budget,
-            contexts={
-                device.name: context_on(architecture, teacher.deployment, device.visible_bytes)
-                for device in DEVICES.values()
-            },
-        )
+        contexts = {
+            device.name: largest_context(architecture, alone, device.visible_bytes)
+            for device in DEVICES.values()
+        }
+        yield Serving(name, taken, taken.total <= teacher.budget, contexts)
 
 
 def repairs(student: Student) -> str:
@@ -106,57 +66,52 @@ def cards_matter(shown: Sequence[Serving]) -> bool:
     return largest * 20 > min(device.visible_bytes for device in DEVICES.values())
 
 
-def context_on(architecture: Architecture, deployment: Deployment, visible: int) -> int | None:
-    """The largest context in so much memory; None: no limit."""
-    return largest_context(architecture, replace(deployment, context=1), visible)
-
-
-def verdict(run: RunFiles) -> list[tuple[str, str, str]]:
+def verdict(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     """Tiles (label, figure, remark) with what the run came to, as far as it has come."""
-    tiles: list[tuple[str, str, str]] = []
-    if run.teacher and run.teacher.budget is not None:
-        teacher = run.teacher
-        share = run.teacher.budget / teacher_bytes(teacher.architecture, teacher.deployment)
-        tiles.append(
-            ("budget", format_bytes(run.teacher.budget), f"{share:.0%} of the teacher in BF16")
-        )
+    if run.teacher:
+        share = run.teacher.budget / teacher_bytes(run.teacher.architecture, run.teacher.deployment)
+        yield "budget", format_bytes(run.teacher.budget), f"{share:.0%} of the teacher in BF16"
     if (selected := run.selected) is None:
-        return tiles
-    left = run.teacher.budget - selected.bytes if run.teacher and run.teacher.budget else None
+        return
+    left = run.teacher.budget - selected.bytes if run.teacher else None
     remark = "" if left is None else f"{format_bytes(left)} to spare" if left >= 0 else "over"
-    tiles.append(("student", format_bytes(selected.bytes), remark))
-    ours, text = chosen_figures(run)
-    if (latest := ours[1] if ours[1] is not None else ours[0]) is not None:
-        after = "after" if ours[1] is not None else "before"
-        remark = f"per token, {after} distillation, {text} text"
-        tiles.append(("KL to the teacher", f"{number(latest)} nats", remark))
+    yield "student", format_bytes(selected.bytes), remark
+    text, ours, theirs = compared(run, selected)
     # Both after distillation, or both before it: anything else compares two things.
-    pairs = zip(ours, rival_figures(run), ("before", "after"), strict=True)
-    both = [(mine / theirs, how) for mine, theirs, how in pairs if mine is not None and theirs]
+    stages = list(zip(("before", "after"), ours, theirs, strict=True))
+    if known := [(when, kl) for when, kl, _ in stages if kl is not None]:
+        when, kl = known[-1]
+        remark = f"per token, {when} distillation, {text} text"
+        yield "KL to the teacher", f"{number(kl)} nats", remark
+    both = [(when, kl / rival) for when, kl, rival in stages if kl is not None and rival]
     if both and selected.kind != RIVAL:
-        ratio, how = both[-1]
+        when, ratio = both[-1]
         change = f"{ratio - 1:+.0%}".replace("-", MINUS)
-        tiles.append(("KL against a uniform cut", change, f"same budget, both {how} distillation"))
-    return tiles
+        yield "KL against a uniform cut", change, f"same budget, both {when} distillation"
 
 
-def chosen_figures(run: RunFiles) -> tuple[tuple[float | None, float | None], str]:
-    """KL of the selected student before and after distillation, and the text it is from."""
-    selected = run.selected
-    assert selected is not None
+def compared(run: RunFiles, selected: Student) -> tuple[str, KLs, KLs]:
+    """Which text KL is from, and KL before and after distillation: the selected's, the rival's."""
+    final = {row["kind"]: (row["kl"], row["distilled_kl"]) for row in reversed(run.table)}
     for row in run.table:
         if row["name"] == selected.id:
-            return (row["kl"], row["distilled_kl"]), "final"
-    return (selected.measured_kl, selected.distilled_kl), "selection"
+            return "final", (row["kl"], row["distilled_kl"]), final.get(RIVAL, (None, None))
+    found = {s.kind: (s.measured_kl, s.distilled_kl) for s in reversed(run.students)}
+    ours = (selected.measured_kl, selected.distilled_kl)
+    return "selection", ours, found.get(RIVAL, (None, None))
 
 
-def rival_figures(run: RunFiles) -> tuple[float | None, float | None]:
-    """KL of the uniform cut before and after distillation, on the text of the selected one's."""
-    if run.selected and any(row["name"] == run.selected.id for row in run.table):
-        rows = [row for row in run.table if row["kind"] == RIVAL]
-        return (rows[0]["kl"], rows[0]["distilled_kl"]) if rows else (None, None)
-    rival = next((student for student in run.students if student.kind == RIVAL), None)
-    return (rival.measured_kl, rival.distilled_kl) if rival else (None, None)
+@dataclass(frozen=True)
+class Figure:
+    """A figure, as of a metric or of a difference, and its standard error."""
+
+    value: float | None = None
+    stderr: float | None = None
+
+    @property
+    def clear(self) -> bool:
+        """Whether a difference is more than two of its standard errors."""
+        return bool(self.value and self.stderr and abs(self.value) > CLEAR * self.stderr)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,29 +120,26 @@ class Line:
 
     row: Mapping[str, Any]
     chosen: bool
-    behind: float | None
-    behind_error: float | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the paired difference is more than two of its standard errors."""
-        return is_clear(self.behind, self.behind_error)
+    behind: Figure
 
 
 def lines(run: RunFiles) -> list[Line]:
     """The table at equal bytes, each row compared with the chosen student on the same sequences."""
     chosen = [row for row in run.table if run.selected and row["name"] == run.selected.id]
-    changes: dict[tuple[str, str], tuple[float, float | None]] = {}
-    for pair in run.results["paired"] if run.results else ():
+    changes: dict[tuple[str, str], Figure] = {}
+    for pair in run.results["paired"] if run.results and chosen else ():
         if pair["metric"] == "kl":
-            changes[pair["b"], pair["a"]] = (pair["difference"], pair["stderr"])
-            changes[pair["a"], pair["b"]] = (-pair["difference"], pair["stderr"])
-    found = []
-    for row in run.table:
-        against = (model_of(row), model_of(chosen[0])) if chosen else None
-        behind, error = changes.get(against, (None, None)) if against else (None, None)
-        found.append(Line(row=row, chosen=row in chosen, behind=behind, behind_error=error))
-    return found
+            changes[pair["b"], pair["a"]] = Figure(pair["difference"], pair["stderr"])
+            changes[pair["a"], pair["b"]] = Figure(-pair["difference"], pair["stderr"])
+    against = model_of(chosen[0]) if chosen else ""
+    return [
+        Line(
+            row=row,
+            chosen=row in chosen,
+            behind=changes.get((model_of(row), against), Figure()),
+        )
+        for row in run.table
+    ]
 
 
 def model_of(row: Mapping[str, Any]) -> str:
@@ -196,24 +148,12 @@ def model_of(row: Mapping[str, Any]) -> str:
     return kind if row["distilled_kl"] is None else f"{kind} distilled"
 
 
-def is_clear(change: float | None, error: float | None) -> bool:
-    """Whether a difference is more than two of its standard errors."""
-    return change is not None and bool(error) and abs(change) > CLEAR * (error or 0)
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Cell:
-    """A metric of a model, with its paired difference from the first model."""
+    """A metric of a model, and its paired difference from the first model."""
 
-    value: float | None
-    stderr: float | None
-    difference: float | None
-    error: float | None
-
-    @property
-    def clear(self) -> bool:
-        """Whether the difference is more than two of its standard errors."""
-        return is_clear(self.difference, self.error)
+    figure: Figure
+    change: Figure
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -229,20 +169,22 @@ def evaluation_grid(results: Mapping[str, Any]) -> Grid:
     """Every metric of every model; tasks whose group is listed are left to ``results.json``."""
     models: Mapping[str, Any] = results["models"]
     reference = next(iter(models))
-    changes = {(row["b"], row["metric"]): row for row in results["paired"] if row["a"] == reference}
+    changes = {
+        (pair["b"], pair["metric"]): Figure(pair["difference"], pair["stderr"])
+        for pair in results["paired"]
+        if pair["a"] == reference
+    }
     metrics = metrics_of(models[reference])
-    cells: dict[tuple[str, str], Cell] = {}
-    for name, model in models.items():
-        for metric in metrics:
-            value, stderr = cell_value(model, metric)
-            change = changes.get((name, metric), {"difference": None, "stderr": None})
-            cells[name, metric] = Cell(
-                value=value, stderr=stderr, difference=change["difference"], error=change["stderr"]
-            )
+
+    def cell(name: str, metric: str) -> Cell:
+        return Cell(figure_of(models[name], metric), changes.get((name, metric), Figure()))
+
     if len(models) <= MOST_ACROSS:
-        down = [(metrics[metric], [cells[name, metric] for name in models]) for metric in metrics]
+        down = [
+            (label, [cell(name, metric) for name in models]) for metric, label in metrics.items()
+        ]
         return Grid(reference=reference, columns=list(models), rows=down)
-    down = [(name, [cells[name, metric] for metric in metrics]) for name in models]
+    down = [(name, [cell(name, metric) for metric in metrics]) for name in models]
     return Grid(reference=reference, columns=list(metrics.values()), rows=down)
 
 
@@ -257,14 +199,14 @@ def metrics_of(model: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def cell_value(model: Mapping[str, Any], metric: str) -> tuple[float | None, float | None]:
-    """Value and standard error of a metric."""
+def figure_of(model: Mapping[str, Any], metric: str) -> Figure:
+    """A metric's value and standard error."""
     if "/" not in metric:
-        return model.get(metric), model.get("stderr", {}).get(metric)
+        return Figure(model.get(metric), model.get("stderr", {}).get(metric))
     task, _, name = metric.partition("/")
     metrics = model["tasks"].get(task, {})
     first = next(iter(metrics), None)
-    return metrics.get(name), metrics.get("stderr" if name == first else f"{name}_stderr")
+    return Figure(metrics.get(name), metrics.get("stderr" if name == first else f"{name}_stderr"))
 
 
 def worth_listing(run: RunFiles, most: int = 10) -> list[Student]:
@@ -272,11 +214,5 @@ def worth_listing(run: RunFiles, most: int = 10) -> list[Student]:
     first: dict[str, Student] = {}
     for student in run.students:
         first.setdefault(student.kind, student)
-    return [
-        student
-        for rank, student in enumerate(run.students)
-        if rank < most
-        or student.finalist
-        or student is first[student.kind]
-        or student is run.selected
-    ]
+    kept = [run.selected, *run.students[:most], *first.values()]
+    return [s for s in run.students if s.finalist or any(s is other for other in kept)]

@@ -6,6 +6,7 @@ from typing import Any
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
 from compress.memory.budget import Budget
+from compress.report.figures import plus_minus, words
 
 
 def print_results(found: Mapping[str, Any]) -> None:
@@ -27,16 +28,6 @@ def print_results(found: Mapping[str, Any]) -> None:
         table("Paired differences", ["models", "metric", "difference", "stderr"], pairs, left=2)
     for line in found["notes"]:
         note(line)
-
-
-def plus_minus(
-    value: float | None, error: float | None = None, digits: int = 4, sign: str = ""
-) -> str:
-    """A figure and its standard error as tables show them; empty where there is none."""
-    if value is None:
-        return ""
-    shown = f"{value:{sign}.{digits}f}"
-    return shown if error is None else f"{shown} ± {error:.{digits}f}"
 
 
 def cells(row: Mapping[str, Any], tasks: Sequence[str]) -> list[str]:
@@ -62,20 +53,16 @@ def print_table(
     ]
     lines = []
     for row in rows:
-        kind = row["kind"].replace("_", " ")
+        kind = words(row["kind"])
         if row["kind"] != "teacher" and not row["fits"]:
             lines.append([kind, "does not fit", *[""] * (len(columns) - 2)])
             continue
         cells = [kind, format_bytes(row["bytes"]), f"{row['bytes'] / whole:.0%}"]
         for key, error, digits in (
-            ("kl", "kl_se", 4), ("nats_per_token", None, 4), ("choice_accuracy", "choice_se", 3)
+            ("kl", "kl_se", 4), ("nats_per_token", "", 4), ("choice_accuracy", "choice_se", 3)
         ):  # fmt: skip
-            cells += [
-                plus_minus(
-                    row.get(prefix + key), row.get(prefix + error) if error else None, digits
-                )
-                for prefix in ("", "distilled_")
-            ]
+            for when in ("", "distilled_"):
+                cells.append(plus_minus(row.get(when + key), row.get(when + error), digits))
         lines.append(cells[: len(columns)])
     tokens = found["text"]["tokens"]
     table(f"Within {budget.description}, on {tokens} tokens of final text", columns, lines)

@@ -16,22 +16,11 @@ from compress.core.files import read_json
 from compress.report.rows import Student, Teacher, read_students, read_teacher, selected_of
 
 Rows = list[dict[str, Any]]
-# What a row of table.json may leave out.
-TABLE_ROW: dict[str, Any] = {
-    "kind": "",
-    "bytes": None,
-    "fits": True,
-    "kl": None,
-    "kl_se": None,
-    "distilled_kl": None,
-    "distilled_kl_se": None,
-    "nats_per_token": None,
-    "distilled_nats_per_token": None,
-    "choice_accuracy": None,
-    "choice_se": None,
-    "distilled_choice_accuracy": None,
-    "distilled_choice_se": None,
-}
+FIGURES = ("kl", "kl_se", "nats_per_token", "choice_accuracy", "choice_se")
+# What a row of table.json may leave out; its figures are before and after distillation.
+TABLE_ROW: dict[str, Any] = {"kind": "", "fits": True, "bytes": None} | dict.fromkeys(
+    [*FIGURES, *(f"distilled_{figure}" for figure in FIGURES)]
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,12 +47,11 @@ def read_run(path: Path) -> RunFiles:
     """Read a run directory; InputError when it is none, or when a file is not what it should be."""
     if not (path / "recipe.yaml").is_file() and not (path / "teacher.json").is_file():
         raise InputError(f"{path} is not a run: it has neither recipe.yaml nor teacher.json")
-    students = read_students(path)
     run = RunFiles(
         name=path.resolve().name,
         recipe=text_of(path / "recipe.yaml"),
         teacher=read_teacher(path),
-        students=students,
+        students=read_students(path),
         baselines=rows_of(path / "baselines.json", "kind", "reason"),
         curves={
             file.parent.name: having(read_lines(file), ("tokens", "loss"), file)
@@ -76,16 +64,9 @@ def read_run(path: Path) -> RunFiles:
     if run.selected is None:
         return run
     keep = read_keep(path / "candidates" / run.selected.id / "keep.safetensors")
-    teacher = run.teacher
-    if teacher:
-        # Of a sweep, the budget of the student that the run stands for.
-        teacher = replace(teacher, budget=run.selected.budget)
+    # Of a sweep, the budget of the student that the run stands for.
+    teacher = run.teacher and replace(run.teacher, budget=run.selected.budget)
     return replace(run, keep=keep, teacher=teacher)
-
-
-def optional(file: Path) -> Any:
-    """The JSON of a file, None if it is not there."""
-    return read_json(file) if file.is_file() else None
 
 
 def text_of(file: Path) -> str | None:
@@ -95,12 +76,10 @@ def text_of(file: Path) -> str | None:
 
 def rows_of(file: Path, *keys: str) -> Rows:
     """A JSON list of objects that have ``keys``, empty if the file is not there."""
-    rows = optional(file)
-    if rows is not None and not (
-        isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
-    ):
+    rows = read_json(file) if file.is_file() else []
+    if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise InputError(f"{file} is not a list of objects")
-    return having(rows or [], keys, file)
+    return having(rows, keys, file)
 
 
 def having(rows: Rows, keys: Sequence[str], file: Path) -> Rows:
@@ -113,9 +92,9 @@ def having(rows: Rows, keys: Sequence[str], file: Path) -> Rows:
 
 def read_results(file: Path) -> dict[str, Any] | None:
     """What ``eval --json`` printed: at least one model with its figures, and paired differences."""
-    results: dict[str, Any] | None = optional(file)
-    if results is None:
+    if not file.is_file():
         return None
+    results: dict[str, Any] = read_json(file)
     try:
         having(list(results["models"].values()), ("bytes", "kl", "nats_per_token", "tasks"), file)
         having(results["paired"], ("a", "b", "metric", "difference", "stderr"), file)

@@ -16,23 +16,18 @@ from compress.memory.devices import DEVICES
 from compress.model.families import count_parameters
 from compress.report.charts import distillation_curve, inline_svg, kl_against_bytes
 from compress.report.content import (
-    DASH,
     MOST_ACROSS,
     Cell,
     Line,
     cards_matter,
     evaluation_grid,
     lines,
-    number,
     repairs,
     servings,
-    short,
-    signed,
     verdict,
-    with_error,
-    words,
     worth_listing,
 )
+from compress.report.figures import DASH, number, short, signed, with_error, words
 from compress.report.files import RunFiles, read_run
 from compress.report.layer_map import layer_map
 from compress.report.rows import Student, Teacher
@@ -58,10 +53,9 @@ def report(run_dir: Path) -> Path:
 
 def charts(run: RunFiles) -> dict[str, Figure]:
     """The charts that the run has files for, by name."""
-    selected = run.selected
     drawn = {
         "kl": kl_against_bytes(run.students, run.teacher.budget if run.teacher else None),
-        "distillation": distillation_curve(run.curves, run.students, selected),
+        "distillation": distillation_curve(run.curves, run.students, run.selected),
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
@@ -72,29 +66,19 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
     environment.filters |= {
-        "bytes": format_bytes,
-        "count": format_count,
-        "tokens": format_tokens,
-        "figure": number,
-        "signed": signed,
-        "words": words,
-        "short": short,
-    }
-    template = environment.from_string(
-        (files("compress.report") / "page.html.j2").read_text(encoding="utf-8")
-    )
-    selected = run.selected
-    picture = (
-        layer_map(run.teacher.architecture, selected.architecture, run.keep)
-        if run.teacher and selected
-        else None
-    )
+        "bytes": format_bytes, "count": format_count, "tokens": format_tokens, "figure": number,
+        "signed": signed, "words": words, "short": short,
+    }  # fmt: skip
+    page = (files("compress.report") / "page.html.j2").read_text(encoding="utf-8")
+    selected, picture = run.selected, None
+    if run.teacher and selected:
+        picture = layer_map(run.teacher.architecture, selected.architecture, run.keep)
     shown = list(servings(run.teacher, selected)) if run.teacher else []
-    return template.render(
+    return environment.from_string(page).render(
         run=run,
         teacher=run.teacher,
         selected=selected,
-        verdict=verdict(run),
+        verdict=list(verdict(run)),
         servings=shown,
         cards_matter=bool(shown) and cards_matter(shown),
         devices=sorted(DEVICES.values(), key=lambda device: device.visible_bytes),
@@ -130,14 +114,13 @@ def print_servings(teacher: Teacher, selected: Student | None) -> None:
         f"{teacher.name}: what fits, {served}",
         ("model", "weights", "KV cache", "states", "total", "fits the budget"),
         [
-            (
+            [
                 serving.name,
-                format_bytes(serving.bytes.weights),
-                format_bytes(serving.bytes.kv_cache),
+                *map(format_bytes, (serving.bytes.weights, serving.bytes.kv_cache)),
                 format_bytes(serving.bytes.ssm_state + serving.bytes.conv_state),
                 format_bytes(serving.bytes.total),
-                {None: DASH, True: "yes", False: "no"}[serving.fits_budget],
-            )
+                "yes" if serving.fits_budget else "no",
+            ]
             for serving in servings(teacher, selected)
         ],
     )
@@ -165,12 +148,13 @@ def table_cells(line: Line) -> tuple[str, ...]:
     if row["kl"] is None:
         return (name, size, "does not fit", "", "", "", "")
     after = "" if row["distilled_kl"] is None else "distilled_"
+    behind = line.behind
     return (
         name,
         size,
         with_error(row["kl"], row["kl_se"]),
         with_error(row["distilled_kl"], row["distilled_kl_se"]),
-        DASH if line.behind is None else f"{signed(line.behind)} ± {number(line.behind_error)}",
+        DASH if behind.value is None else f"{signed(behind.value)} ± {number(behind.stderr)}",
         number(row[f"{after}nats_per_token"]),
         with_error(row[f"{after}choice_accuracy"], row[f"{after}choice_se"], 3),
     )
@@ -180,31 +164,17 @@ def print_candidates(run: RunFiles) -> None:
     """The candidates worth listing."""
     table(
         f"candidates, best first ({len(run.students)} in all; KL in nats per token)",
-        (
-            "id",
-            "kind",
-            "bytes",
-            "parameters",
-            "repaired",
-            "predicted KL",
-            "measured KL",
-            "distilled KL",
-        ),
+        ["id", "kind", "bytes", "parameters", "repaired",
+         *(f"{when} KL" for when in ("predicted", "measured", "distilled"))],
         [
-            (
-                student.id,
-                words(student.kind),
-                format_bytes(student.bytes),
-                format_count(student.parameters),
-                str(len(student.repaired)),
-                number(student.predicted_kl),
-                with_error(student.measured_kl, student.measured_se),
-                number(student.distilled_kl),
-            )
+            [student.id, words(student.kind), format_bytes(student.bytes),
+             format_count(student.parameters), str(len(student.repaired)),
+             number(student.predicted_kl), with_error(student.measured_kl, student.measured_se),
+             number(student.distilled_kl)]
             for student in worth_listing(run)
         ],
         left=2,
-    )
+    )  # fmt: skip
 
 
 def print_evaluation(results: Mapping[str, Any]) -> None:
@@ -212,19 +182,13 @@ def print_evaluation(results: Mapping[str, Any]) -> None:
     grid = evaluation_grid(results)
     few = len(results["models"]) <= MOST_ACROSS
     remark = f" (in brackets: paired difference from {grid.reference})" if few else ""
-    text = cell_text if few else plain_text
-    rows = [(words(label), *map(text, cells)) for label, cells in grid.rows]
+    rows = [(words(label), *(cell_text(cell, few) for cell in cells)) for label, cells in grid.rows]
     table(f"evaluation, ± a standard error{remark}", ("", *map(words, grid.columns)), rows)
 
 
-def plain_text(cell: Cell) -> str:
-    """A figure and its standard error."""
-    return with_error(cell.value, cell.stderr)
-
-
-def cell_text(cell: Cell) -> str:
-    """A figure, its standard error and its difference in one line."""
-    text = with_error(cell.value, cell.stderr)
-    if cell.difference is None:
+def cell_text(cell: Cell, change: bool) -> str:
+    """A figure, its standard error and, if asked for, its difference in one line."""
+    text = with_error(cell.figure.value, cell.figure.stderr)
+    if not change or cell.change.value is None:
         return text
-    return f"{text} ({signed(cell.difference)} ± {number(cell.error)})"
+    return f"{text} ({signed(cell.change.value)} ± {number(cell.change.stderr)})"

@@ -152,7 +152,7 @@ def test_few_models_go_across_and_many_down(run: Path) -> None:
     few = evaluation_grid(results | {"models": dict(list(results["models"].items())[:3])})
     assert [label for label, _ in many.rows] == list(results["models"])
     assert len(few.columns) == 3
-    assert [cell.value for cell in few.rows[0][1]] == [row[0].value for _, row in many.rows[:3]]
+    assert [cell.figure for cell in few.rows[0][1]] == [row[0].figure for _, row in many.rows[:3]]
 
 
 def test_members_of_a_group_are_not_listed_beside_it() -> None:
