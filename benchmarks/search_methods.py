@@ -108,7 +108,7 @@ def depth_by_score(trials: Trials) -> Candidate:
     knapsack = problem.knapsack(groups, PLAIN, priced=False)
     choice = [0] * len(groups)
     for number in sorted(removals, key=lambda number: removals[number]):
-        if value(knapsack.bytes, choice) <= knapsack.budget:
+        if value(knapsack.bytes, choice) <= knapsack.room:
             break
         choice[number] = len(groups[number]) - 1
     return problem.candidate("x", "x", taken(groups, choice), PLAIN)
@@ -172,10 +172,10 @@ def raw_tpe(trials: Trials, seed: int = 0) -> Candidate:
         asked += 1
         trial = study.ask(space)
         choice = [trial.params[str(g)] for g in range(len(groups))]
-        excess = value(knapsack.bytes, choice) - knapsack.budget
+        excess = value(knapsack.bytes, choice) - knapsack.room
         if excess > 0:
             # Worse than anything measured, and the worse the more it exceeds.
-            study.tell(trial, 100 + 100 * excess / knapsack.budget)
+            study.tell(trial, 100 + 100 * excess / knapsack.room)
         else:
             study.tell(trial, trials.kl(taken(groups, choice)))
     return measured_best(trials)
@@ -219,7 +219,7 @@ def mutated(knapsack: Knapsack, parent: Sequence[int], draw: random.Random) -> l
             child[up] = draw.randrange(len(knapsack.bytes[up]))
         used = value(knapsack.bytes, child)
         # Nearly the same bytes: a child that wastes budget says nothing.
-        if 0.985 * knapsack.budget <= used <= knapsack.budget and child != list(parent):
+        if 0.985 * knapsack.room <= used <= knapsack.room and child != list(parent):
             return child
     return list(parent)
 

@@ -25,7 +25,7 @@ def instance(seed: int) -> Knapsack:
     return Knapsack(
         costs=[draw.random(n) for n in sizes],
         bytes=weights,
-        budget=int(low + draw.random() * 0.7 * (high - low)),
+        room=int(low + draw.random() * 0.7 * (high - low)),
         at_least_one=[survivors] if seed % 2 else [],
     )
 
@@ -45,7 +45,7 @@ def every_choice(problem: Knapsack, overlaps: list[Overlap]) -> list[tuple[int, 
     def keeps(choice: tuple[int, ...]) -> bool:
         shared = [sum(a == b for a, b in zip(choice, o.choice, strict=True)) for o in overlaps]
         return (
-            value(problem.bytes, choice) <= problem.budget
+            value(problem.bytes, choice) <= problem.room
             and all(value(x.amounts, choice) <= x.bound for x in problem.limits)
             and all(any(choice[g] == o for g, o in pairs) for pairs in problem.at_least_one)
             and all(o.least <= n <= o.most for o, n in zip(overlaps, shared, strict=True))

@@ -28,10 +28,25 @@ class Limit:
     amounts: Sequence[Floats]
     bound: int
 
+    @property
+    def beyond(self) -> Floats:
+        """What options take beyond the least of their group."""
+        return np.concatenate([options - options.min() for options in self.amounts])
+
+    @property
+    def step(self) -> int:
+        """The largest number that all differences within groups are whole multiples of."""
+        return max(1, int(np.gcd.reduce(self.beyond.astype(np.int64))))
+
+    @property
+    def span(self) -> float:
+        """The widest of a group, which the solver's tolerance is relative to."""
+        return max(1.0, *(float(np.ptp(options)) for options in self.amounts))
+
 
 @dataclass(frozen=True)
 class Knapsack:
-    """Groups of options with predicted KL and bytes.
+    """Groups of options with predicted KL and bytes, of which ``room`` are left to them.
 
     ``at_least_one`` holds sets of (group, option) pairs of which one at least must be taken (an
     attention block has to survive). ``limits`` bind besides the bytes.
@@ -39,14 +54,14 @@ class Knapsack:
 
     costs: Sequence[Floats]
     bytes: Sequence[Floats]
-    budget: int
+    room: int
     at_least_one: Sequence[Sequence[tuple[int, int]]] = field(default=())
     limits: Sequence[Limit] = field(default=())
 
     @property
     def resources(self) -> list[Limit]:
         """Everything that is bounded, bytes first."""
-        return [Limit(self.bytes, self.budget), *self.limits]
+        return [Limit(self.bytes, self.room), *self.limits]
 
     @property
     def offsets(self) -> NDArray[np.int64]:
@@ -85,11 +100,9 @@ def solve(
     option each, resources within their bounds to the unit; ``overlaps`` keep it near or away from
     other choices.
     """
-    first = optimum(as_program(problem, overlaps), relative_gap)
-    if first is None:
+    if (first := optimum(as_program(problem, overlaps), relative_gap)) is None:
         return None
-    choice = within_bounds(problem, first.choice, overlaps, relative_gap)
-    if choice is None:
+    if (choice := within_bounds(problem, first.choice, overlaps, relative_gap)) is None:
         return None
     cost = value(problem.costs, choice)
     # Sums of this many costs are not exact to more than this.
@@ -100,10 +113,7 @@ def solve(
 
 
 def within_bounds(
-    problem: Knapsack,
-    choice: tuple[int, ...],
-    overlaps: Sequence[Overlap],
-    relative_gap: float,
+    problem: Knapsack, choice: tuple[int, ...], overlaps: Sequence[Overlap], relative_gap: float
 ) -> tuple[int, ...] | None:
     """The solver's choice, or where that exceeds a bound by its tolerance the better way back.
 
@@ -131,55 +141,32 @@ def as_program(problem: Knapsack, overlaps: Sequence[Overlap]) -> Program:
     for near in overlaps:
         columns = [int(offsets[g]) + o for g, o in enumerate(near.choice)]
         rows.append((columns, [1.0] * len(columns), near.least, near.most))
-    matrix = csr_array(
-        (
-            np.concatenate([np.asarray(values, float) for _, values, _, _ in rows]),
-            np.concatenate([np.asarray(columns, int) for columns, _, _, _ in rows]),
-            np.cumsum([0, *(len(columns) for columns, _, _, _ in rows)]),
-        ),
-        shape=(len(rows), total),
-    )
-    low, high = (np.array([row[i] for row in rows]) for i in (2, 3))
-    return Program(np.concatenate(problem.costs), offsets, matrix, low, high)
+    indices, values, low, high = zip(*rows, strict=True)
+    starts = np.cumsum([0, *(len(row) for row in indices)])
+    cells = (np.concatenate(values), np.concatenate(indices).astype(int), starts)
+    matrix = csr_array(cells, shape=(len(rows), total))
+    return Program(np.concatenate(problem.costs), offsets, matrix, np.array(low), np.array(high))
 
 
 def in_steps(limit: Limit) -> tuple[Floats, float]:
     """What options take beyond the least of their group, and the room for it, for the solver.
 
-    Half a step more room lets no other choice in, and keeps those that fill it away from the
-    solver's tolerance.
+    One option each is taken anyhow. Half a step more room lets no other choice in, and keeps those
+    that fill it away from the solver's tolerance.
     """
-    beyond, step = beyond_least(limit), step_of(limit)
-    least = sum(int(options.min()) for options in limit.amounts)
-    unit = max(1.0, scale_of(limit) / step / SPAN)
-    amounts: Floats = beyond / step / unit
+    step, least = limit.step, sum(int(options.min()) for options in limit.amounts)
+    unit = max(1.0, limit.span / step / SPAN)
+    amounts: Floats = limit.beyond / step / unit
     return amounts, ((limit.bound - least) // step + 0.5) / unit
-
-
-def beyond_least(limit: Limit) -> Floats:
-    """What options take beyond the least of their group: one option each is taken anyhow."""
-    return np.concatenate([options - options.min() for options in limit.amounts])
-
-
-def step_of(limit: Limit) -> int:
-    """The largest number that all differences within groups are whole multiples of."""
-    return max(1, int(np.gcd.reduce(beyond_least(limit).astype(np.int64))))
-
-
-def scale_of(limit: Limit) -> float:
-    """The widest span of a group, which the solver's tolerance is relative to."""
-    return max(1.0, *(float(np.ptp(options)) for options in limit.amounts))
 
 
 def tightened(problem: Knapsack) -> Knapsack:
     """The problem with bounds that the solver's tolerance cannot carry over the true ones."""
-
-    def lower(limit: Limit) -> int:
-        return limit.bound - math.ceil(TOLERANCE * scale_of(limit)) - step_of(limit)
-
-    budget, *bounds = map(lower, problem.resources)
-    limits = [replace(x, bound=bound) for x, bound in zip(problem.limits, bounds, strict=True)]
-    return replace(problem, budget=budget, limits=limits)
+    first, *others = (
+        replace(limit, bound=limit.bound - math.ceil(TOLERANCE * limit.span) - limit.step)
+        for limit in problem.resources
+    )
+    return replace(problem, room=first.bound, limits=others)
 
 
 def value(values: Sequence[Floats], choice: Sequence[int]) -> float:
@@ -237,11 +224,9 @@ def diverse(problem: Knapsack, count: int, share: float = 0.8) -> list[Solution]
 
 def smallest(problem: Knapsack) -> int:
     """The fewest bytes that any choice takes, exactly; other limits aside."""
-    least = tuple(int(np.argmin(options)) for options in problem.bytes)
-    if not allowed(problem, least):
-        # One pair of every set is forced; the other groups stay at their least.
-        forced = (dict(pairs) for pairs in itertools.product(*problem.at_least_one))
-        choices = (tuple(pairs.get(g, o) for g, o in enumerate(least)) for pairs in forced)
-        found = (choice for choice in choices if allowed(problem, choice))
-        return int(min(value(problem.bytes, choice) for choice in found))
-    return int(value(problem.bytes, least))
+    least = [int(np.argmin(options)) for options in problem.bytes]
+    # One pair of every set is forced; the other groups stay at their least.
+    forced = (dict(pairs) for pairs in itertools.product(*problem.at_least_one))
+    choices = ([pairs.get(g, o) for g, o in enumerate(least)] for pairs in forced)
+    found = (choice for choice in choices if allowed(problem, choice))
+    return int(min(value(problem.bytes, choice) for choice in found))

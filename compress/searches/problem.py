@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.table import KV_FORMATS, Format, KvFormat
+from compress.formats.table import KV_FORMATS, KvFormat
 from compress.memory.footprint import (
     Deployment,
     block_bytes,
@@ -22,7 +22,6 @@ from compress.model.architecture import Architecture, block_name
 from compress.model.families import block_active, outside_active
 from compress.scores.costs import Scores, choose, kl_of, option_cost, priority, removed, top
 from compress.searches.knapsack import Knapsack, Limit
-from compress.searches.program import Floats
 from compress.searches.space import (
     REMOVED,
     Option,
@@ -86,23 +85,19 @@ class Problem:
 
     def groups(self, globals_: Globals) -> list[list[Choice]]:
         """Options of every group: a block, or a layer where only whole layers may go."""
-        hidden = self.hidden(globals_)
+        hidden, members = self.hidden(globals_), dict[int, list[int]]()
+        for number, block in enumerate(self.teacher.blocks):
+            key = block.layer if self.space.remove == "layer" else number
+            members.setdefault(key, []).append(number)
+
+        def kept(number: int) -> list[tuple[int, Option]]:
+            options = block_options(self.teacher, number, self.space, globals_.shares, hidden)
+            return [(number, option) for option in options]
+
         found: list[list[Choice]] = []
-        options = {
-            number: list(block_options(self.teacher, number, self.space, globals_.shares, hidden))
-            for number in range(len(self.teacher.blocks))
-        }
-        if self.space.remove == "layer":
-            numbers: dict[int, list[int]] = {}
-            for number, block in enumerate(self.teacher.blocks):
-                numbers.setdefault(block.layer, []).append(number)
-            for members in numbers.values():
-                kept = itertools.product(*([(n, o) for o in options[n]] for n in members))
-                found.append([*kept, tuple((n, REMOVED) for n in members)])
-            return found
-        for number, kept_options in options.items():
-            group: list[Choice] = [((number, option),) for option in kept_options]
-            found.append(group + ([((number, REMOVED),)] if self.space.remove == "block" else []))
+        for numbers in members.values():
+            gone = [tuple((n, REMOVED) for n in numbers)] if self.space.remove != "none" else []
+            found.append([*itertools.product(*map(kept, numbers)), *gone])
         return found
 
     def keep_of(self, number: int, option: Option) -> dict[str, Tensor]:
@@ -115,18 +110,19 @@ class Problem:
 
     def cost(self, number: int, option: Option) -> tuple[float, float]:
         """Predicted KL of an option's structure, and what its format adds."""
-        if (number, option) not in self.costs:
-            block = self.teacher.blocks[number]
-            if option.removed:
-                found = (removed(self.known, block), 0.0)
-            else:
-                keep = self.keep_of(number, option)
-                structure = option_cost(self.known, block, keep, "bf16") if keep else 0.0
-                both = option_cost(self.known, block, keep, option.format)
-                rounding = both - structure if option.format != "bf16" else 0.0
-                found = (structure * self.share_left_by_repair(number, option), rounding)
-            self.costs[number, option] = found
-        return self.costs[number, option]
+        if (number, option) in self.costs:
+            return self.costs[number, option]
+        block, rounding = self.teacher.blocks[number], 0.0
+        if option.removed:
+            structure = removed(self.known, block)
+        else:
+            keep = self.keep_of(number, option)
+            cut = option_cost(self.known, block, keep, "bf16") if keep else 0.0
+            if option.format != "bf16":
+                rounding = option_cost(self.known, block, keep, option.format) - cut
+            structure = cut * self.share_left_by_repair(number, option)
+        self.costs[number, option] = structure, rounding
+        return structure, rounding
 
     def price(self, choice: Choice) -> float:
         """Predicted KL of one option of a group, as far as the choice of options sees it."""
@@ -159,11 +155,7 @@ class Problem:
         self, groups: Sequence[Sequence[Choice]], globals_: Globals, *, priced: bool = True
     ) -> Knapsack:
         """The inner problem under a global choice; not ``priced``, with bytes only."""
-        fixed = (
-            outside_bytes(replace(self.teacher, hidden=self.hidden(globals_)))
-            + self.deployment.workspace_bytes
-        )
-
+        outside = outside_bytes(replace(self.teacher, hidden=self.hidden(globals_)))
         attention = set(last_attention_must_stay(self.teacher))
         survivors = [
             (g, o)
@@ -171,13 +163,14 @@ class Problem:
             for o, choice in enumerate(options)
             if any(n in attention and not option.removed for n, option in choice)
         ]
+
+        def taken_by(choice: Choice) -> float:
+            return float(sum(self.option_bytes(n, o, globals_) for n, o in choice))
+
         return Knapsack(
-            costs=[
-                np.array([self.price(choice) if priced else 0.0 for choice in options])
-                for options in groups
-            ],
-            bytes=[self.bytes_of(options, globals_) for options in groups],
-            budget=self.budget - fixed,
+            costs=[np.array([self.price(c) if priced else 0.0 for c in group]) for group in groups],
+            bytes=[np.array([taken_by(choice) for choice in group]) for group in groups],
+            room=self.budget - outside - self.deployment.workspace_bytes,
             at_least_one=[survivors] if survivors else [],
             limits=self.limits(groups, globals_),
         )
@@ -199,12 +192,6 @@ class Problem:
         amounts = [np.array([float(active(choice)) for choice in options]) for options in groups]
         return [Limit(amounts, self.active - fixed)]
 
-    def bytes_of(self, options: Sequence[Choice], globals_: Globals) -> Floats:
-        """Bytes of every option of a group."""
-        return np.array(
-            [float(sum(self.option_bytes(n, o, globals_) for n, o in choice)) for choice in options]
-        )
-
     def global_cost(self, globals_: Globals) -> float:
         """Predicted KL of the hidden size and the KV format."""
         cost = self.known.kv[globals_.kv_format] if globals_.kv_format != KV_FORMATS[0] else 0.0
@@ -223,14 +210,13 @@ class Problem:
         """The candidate of an option for every block, by number."""
         alive = [n for n, option in enumerate(options) if not option.removed]
         keep: dict[str, Tensor] = {"blocks": torch.tensor(alive, dtype=torch.long)}
-        formats: dict[int, Format] = {}
         if (hidden := self.hidden(globals_)) < self.teacher.hidden:
             keep["hidden"] = self.hidden_keep(hidden)
         for number in alive:
-            formats[number] = options[number].format
             prefix = block_name(self.teacher.blocks[number])
-            for axis, index in self.keep_of(number, options[number]).items():
-                keep[f"{prefix}/{axis}"] = index
+            own = self.keep_of(number, options[number])
+            keep |= {f"{prefix}/{axis}": index for axis, index in own.items()}
+        formats = {number: options[number].format for number in alive}
         student = student_architecture(self.teacher, keep, formats, globals_.kv_format)
         cut = frozenset(number for number in alive if options[number].target)
         repaired = cut if self.repair_ratio else frozenset()

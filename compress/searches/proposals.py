@@ -10,7 +10,7 @@ from optuna.trial import FrozenTrial, TrialState
 from compress.core.errors import Infeasible
 from compress.core.quantities import format_bytes, format_count
 from compress.formats.table import KV_FORMATS
-from compress.searches.knapsack import Solution, diverse, smallest, solve
+from compress.searches.knapsack import Knapsack, Solution, diverse, smallest, solve
 from compress.searches.problem import Choice, Globals, Problem, taken
 from compress.searches.space import Option
 from compress.student.candidate import Candidate
@@ -18,7 +18,7 @@ from compress.student.candidate import Candidate
 SEEDS = 4
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Proposal:
     """What may be measured: the option of every block, by number, and the global choice.
 
@@ -66,16 +66,12 @@ def attributes_of(proposal: Proposal) -> dict[str, Any]:
 
 def decode_trial(problem: Problem, trial: FrozenTrial) -> Proposal:
     """The proposal that a trial of the journal measures."""
-    kept = trial.user_attrs
-    return Proposal(
-        options=tuple(
-            Option(**found | {"target": tuple(sorted(found["target"].items()))})
-            for found in kept["choice"]
-        ),
-        globals_=globals_of(problem, trial.params),
-        predicted=kept["predicted"],
-        gap=kept["gap"],
+    kept, globals_ = trial.user_attrs, globals_of(problem, trial.params)
+    options = tuple(
+        Option(**found | {"target": tuple(sorted(found["target"].items()))})
+        for found in kept["choice"]
     )
+    return Proposal(options, globals_, kept["predicted"], kept["gap"])
 
 
 def complete(trial: FrozenTrial) -> bool:
@@ -100,27 +96,20 @@ def as_proposal(
 ) -> Proposal:
     """A solution with its predicted KL."""
     options = taken(groups, solution.choice)
-    predicted = problem.predicted(options, globals_)
-    return Proposal(options=options, globals_=globals_, predicted=predicted, gap=solution.gap)
+    return Proposal(options, globals_, problem.predicted(options, globals_), solution.gap)
 
 
 def variants(problem: Problem) -> list[Globals]:
     """Global choices to begin with: nothing changed, every single change, all widths together."""
-    found = []
-    widths = {a: choice for a, choice in problem.space.axes.items() if choice.scope == "global"}
-    shares = sorted({share for choice in widths.values() for share in choice.keep})
-    for kv_format in problem.space.kv_formats:
-        found.append(Globals(kv_format=kv_format))
-        for axis, choice in widths.items():
-            found += [Globals(kv_format=kv_format, shares={axis: share}) for share in choice.keep]
-        for share in shares:
-            # All global widths together, each at its nearest share.
-            every = {
-                axis: min((1.0, *choice.keep), key=lambda s: abs(s - share))
-                for axis, choice in widths.items()
-            }
-            found.append(Globals(kv_format=kv_format, shares=every))
-    return [globals_ for i, globals_ in enumerate(found) if globals_ not in found[:i]]
+    keeps = {a: axis.keep for a, axis in problem.space.axes.items() if axis.scope == "global"}
+    widths: list[dict[str, float]] = [{}]
+    widths += [{axis: share} for axis, keep in keeps.items() for share in keep]
+    for share in sorted({share for keep in keeps.values() for share in keep}):
+        # All of them together, each at its nearest share.
+        near = ((a, min((1.0, *keep), key=lambda s: abs(s - share))) for a, keep in keeps.items())
+        widths.append(dict(near))
+    different = [shares for i, shares in enumerate(widths) if shares not in widths[:i]]
+    return [Globals(kv, shares) for kv in problem.space.kv_formats for shares in different]
 
 
 def require_feasible(problem: Problem) -> None:
@@ -129,19 +118,27 @@ def require_feasible(problem: Problem) -> None:
     Raises:
         Infeasible: the message names the smallest reachable size, or number of active parameters.
     """
-    choices = variants(problem)
-    floor = min(floor_bytes(problem, globals_) for globals_ in choices)
+    space, knapsacks = problem.space, [unpriced(problem, choice) for choice in variants(problem)]
+    floor = min(smallest(one) + problem.budget - one.room for one in knapsacks)
     if floor > problem.budget:
-        raise Infeasible(infeasible(problem, floor))
-    if problem.active is not None:
-        fewest = fewest_active(problem, choices)
-        if fewest > problem.active:
-            raise Infeasible(
-                f"active_parameters {format_count(problem.active)} is below the fewest that this "
-                f"space reaches within the budget, {format_count(fewest)} ({fewest} active "
-                "parameters); what would help: more --active-parameters, a larger --budget, a "
-                "space with smaller choices"
-            )
+        hints = ["a larger --budget", "a shorter --context"]
+        if set(KV_FORMATS) - set(space.kv_formats):
+            hints.append("a space with an FP8 KV cache")
+        if len(space.formats) == 1 or not space.prunes:
+            hints.append("--space joint")
+        raise Infeasible(
+            f"budget {format_bytes(problem.budget)} is below the smallest size this space reaches, "
+            f"{format_bytes(floor)} ({floor} bytes); what would help: {', '.join(hints)}"
+        )
+    if problem.active is not None and (
+        (fewest := fewest_active(problem.active, knapsacks)) > problem.active
+    ):
+        raise Infeasible(
+            f"active_parameters {format_count(problem.active)} is below the fewest that this "
+            f"space reaches within the budget, {format_count(fewest)} ({fewest} active "
+            "parameters); what would help: more --active-parameters, a larger --budget, a "
+            "space with smaller choices"
+        )
 
 
 def seeds(problem: Problem) -> list[Proposal]:
@@ -160,15 +157,11 @@ def seeds(problem: Problem) -> list[Proposal]:
     for proposal in decoded:
         different.setdefault(identity(problem, proposal), proposal)
     best, *others = different.values()
-    groups = problem.groups(best.globals_)
-    knapsack = problem.knapsack(groups, best.globals_)
-    diverse_ = [
-        as_proposal(problem, groups, solution, best.globals_)
-        for solution in diverse(knapsack, SEEDS // 2)[1:]
-    ]
-    alone = single_formats(problem, best.globals_)
-    more = max(0, SEEDS - 1 - len(diverse_) - len(alone))
-    return [*alone, best, *diverse_, *others[:more]]
+    groups, globals_ = problem.groups(best.globals_), best.globals_
+    apart = diverse(problem.knapsack(groups, globals_), SEEDS // 2)[1:]
+    alone = single_formats(problem, globals_)
+    first = [*alone, best, *(as_proposal(problem, groups, found, globals_) for found in apart)]
+    return first + others[: max(0, SEEDS - len(first))]
 
 
 def single_formats(problem: Problem, globals_: Globals) -> list[Proposal]:
@@ -196,41 +189,25 @@ def single_formats(problem: Problem, globals_: Globals) -> list[Proposal]:
     return sorted(found, key=lambda proposal: proposal.predicted)
 
 
-def floor_bytes(problem: Problem, globals_: Globals) -> int:
-    """The smallest total size under a global choice."""
-    knapsack = problem.knapsack(problem.groups(globals_), globals_, priced=False)
-    return smallest(knapsack) + problem.budget - knapsack.budget
+def unpriced(problem: Problem, globals_: Globals) -> Knapsack:
+    """The knapsack of a global choice without costs."""
+    return problem.knapsack(problem.groups(globals_), globals_, priced=False)
 
 
-def fewest_active(problem: Problem, choices: Sequence[Globals]) -> int:
+def fewest_active(bound: int, knapsacks: Sequence[Knapsack]) -> int:
     """The fewest active parameters within the budget, exactly, if they exceed the bound.
 
-    Otherwise those of the first global choice that keeps it.
+    Otherwise those of the first knapsack, one per global choice, that keeps it.
     """
-    assert problem.active is not None
     found: list[int] = []
-    for globals_ in choices:
-        knapsack = problem.knapsack(problem.groups(globals_), globals_, priced=False)
+    for knapsack in knapsacks:
         [limit] = knapsack.limits
         least = solve(replace(knapsack, costs=limit.amounts, limits=()), relative_gap=0.0)
         if least is not None:
-            found.append(problem.active - limit.bound + round(least.cost))
-            if found[-1] <= problem.active:
+            found.append(bound - limit.bound + round(least.cost))
+            if found[-1] <= bound:
                 break
     return min(found)
-
-
-def infeasible(problem: Problem, floor: int) -> str:
-    """What does not fit, by how much, and what would."""
-    hints = ["a larger --budget", "a shorter --context"]
-    if set(KV_FORMATS) - set(problem.space.kv_formats):
-        hints.append("a space with an FP8 KV cache")
-    if len(problem.space.formats) == 1 or not problem.space.prunes:
-        hints.append("--space joint")
-    return (
-        f"budget {format_bytes(problem.budget)} is below the smallest size this space reaches, "
-        f"{format_bytes(floor)} ({floor} bytes); what would help: {', '.join(hints)}"
-    )
 
 
 def identity(problem: Problem, proposal: Proposal) -> tuple[object, ...]:

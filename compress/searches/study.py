@@ -68,11 +68,9 @@ class Trial:
 
 @dataclass(frozen=True, kw_only=True)
 class StudySettings:
-    """What a study is called, how many candidates it measures and where it is kept.
+    """How many candidates a study measures, and the journal that it shares with others.
 
-    Several studies share a journal. ``name`` has to differ where what is measured differs; ``kind``
-    names the candidates. ``tokens_per_sequence`` is for stopping hopeless trials only after enough
-    text.
+    ``name`` has to differ where what is measured differs; ``kind`` names the candidates.
     """
 
     name: str
@@ -96,12 +94,11 @@ def explore(
     all wait until the last trial is measured.
 
     Args:
-        problem: teacher, scores, space, deployment and budget.
+        problem: what is searched.
         settings: of the study; trials of an earlier process count.
         measure: gives a candidate's per-sequence KL, a batch at a time.
         progress: called after every trial with how many are measured and the best KL so far.
-        linearize: gives the tangent at a candidate, for steps; without it they are priced by the
-            teacher's scores alone.
+        linearize: gives tangents for steps; else the teacher's scores alone price them.
 
     Returns:
         The first ``settings.trials`` candidates, best first; those stopped early come last.
@@ -117,7 +114,9 @@ def explore(
             trial, candidate = claimed
             run_trial(trial, measure(candidate), settings.tokens_per_sequence)
             progress(len(finished(study)), study.best_value)
-    return results(study, problem, settings)
+    counted = enumerate(finished(study)[: settings.trials])
+    found = [as_measured(problem, settings.kind, number, trial) for number, trial in counted]
+    return sorted(found, key=lambda trial: (not trial.complete, trial.kl))
 
 
 def claim(
@@ -129,13 +128,10 @@ def claim(
 ) -> tuple[optuna.Trial, Candidate] | None:
     """A running trial of this ``worker`` and its candidate, which no other trial has.
 
-    Waits while the last candidates are with others: one that dies leaves its own.
-
-    Returns:
-        None when enough candidates are measured, or there are no more.
+    Waits while the last candidates are with others: one that dies leaves its own. None when enough
+    candidates are measured, or there are no more.
     """
-    problem = pricing.problem
-    seen: tuple[int, int] | None = None
+    problem, seen = pricing.problem, None
     while True:
         done = finished(study)
         if len(done) < settings.trials:
@@ -167,42 +163,29 @@ def claim(
 def run_trial(trial: optuna.Trial, batches: Iterator[Tensor], tokens_per_sequence: int) -> None:
     """Measure until done or hopeless against the best trial, and tell the study."""
     values: list[float] = []
+    # PRUNED keeps the intermediate values and is no incumbent; the mean says how bad it was.
+    state = TrialState.COMPLETE
     for batch in batches:
         for value in batch.tolist():
             trial.report(value, len(values))
             values.append(value)
         if len(values) * tokens_per_sequence >= EARLIEST_STOP_TOKENS and trial.should_prune():
+            state = TrialState.PRUNED
             break
-    else:
-        trial.set_user_attr("complete", True)
     trial.set_user_attr("values", values)
-    study = trial.study
-    # PRUNED keeps the intermediate values and is no incumbent; the mean says how bad it was.
-    if trial.user_attrs.get("complete"):
-        study.tell(trial, float(np.mean(values)))
-    else:
-        study.tell(trial, state=TrialState.PRUNED)
+    mean = float(np.mean(values)) if state == TrialState.COMPLETE else None
+    trial.study.tell(trial, mean, state)
 
 
-def results(study: optuna.Study, problem: Problem, settings: StudySettings) -> list[Trial]:
-    """The candidates that count: the first ones by number, best first, early stops last."""
-    return measured(problem, settings.kind, finished(study)[: settings.trials])
-
-
-def measured(problem: Problem, kind: str, trials: Sequence[FrozenTrial]) -> list[Trial]:
-    """Finished trials as candidates, best first, those stopped early last."""
-    found = []
-    for number, trial in enumerate(trials):
-        proposal = decode_trial(problem, trial)
-        candidate = candidate_of(problem, kind, number, proposal)
-        found.append(
-            Trial(
-                candidate=candidate,
-                bytes=total_bytes(candidate, problem.deployment),
-                predicted=proposal.predicted,
-                values=tuple(trial.user_attrs["values"]),
-                complete=complete(trial),
-                gap=proposal.gap,
-            )
-        )
-    return sorted(found, key=lambda trial: (not trial.complete, trial.kl))
+def as_measured(problem: Problem, kind: str, number: int, trial: FrozenTrial) -> Trial:
+    """A finished trial with its candidate, which is named after its number among them."""
+    proposal = decode_trial(problem, trial)
+    candidate = candidate_of(problem, kind, number, proposal)
+    return Trial(
+        candidate=candidate,
+        bytes=total_bytes(candidate, problem.deployment),
+        predicted=proposal.predicted,
+        values=tuple(trial.user_attrs["values"]),
+        complete=complete(trial),
+        gap=proposal.gap,
+    )

@@ -70,12 +70,7 @@ def student_architecture(
         changes: dict[str, Any] = {"layer": layer, "format": formats.get(number, "bf16"), **kept}
         blocks.append(dataclasses.replace(block, **changes))
     hidden = len(keep["hidden"]) if "hidden" in keep else teacher.hidden
-    return dataclasses.replace(
-        teacher,
-        hidden=hidden,
-        blocks=tuple(blocks),
-        kv_format=kv_format,
-    )
+    return dataclasses.replace(teacher, hidden=hidden, blocks=tuple(blocks), kv_format=kv_format)
 
 
 def expert_keep(

@@ -55,9 +55,7 @@ class Units:
 UNITS: Mapping[str, tuple[Units, ...]] = {
     "attention": (
         Units(
-            ("kv_head", "query"),
-            {"kv_head": Axis(), "query": Axis(within="kv_head")},
-            scalar=False,
+            ("kv_head", "query"), {"kv_head": Axis(), "query": Axis(within="kv_head")}, scalar=False
         ),
     ),
     "ffn": (Units(("ffn",), {"ffn": Axis(width=True)}),),

@@ -28,7 +28,7 @@ def test_the_knapsack_equals_brute_force(seed: int) -> None:
         near = tuple(draw.randrange(len(costs)) for costs in problem.costs)
         overlaps = [Overlap(near, len(near) - 1, draw.randrange(2))]
     if solution := check_best(problem, overlaps):
-        assert solution.bytes == value(problem.bytes, solution.choice) <= problem.budget
+        assert solution.bytes == value(problem.bytes, solution.choice) <= problem.room
 
 
 @pytest.mark.parametrize("seed", range(24))
@@ -80,12 +80,12 @@ def test_what_the_solver_lets_over_a_bound_is_taken_back() -> None:
 def test_the_smallest_choice_is_the_smallest(seed: int) -> None:
     problem = instance(seed)
     least = smallest(problem)
-    every = every_choice(replace(problem, budget=10**9), [])
+    every = every_choice(replace(problem, room=10**9), [])
     assert least == min(value(problem.bytes, choice) for choice in every)
-    found = solve(replace(problem, budget=least))
+    found = solve(replace(problem, room=least))
     assert found is not None
     assert found.bytes == least
-    assert solve(replace(problem, budget=least - 1)) is None
+    assert solve(replace(problem, room=least - 1)) is None
 
 
 def test_diverse_solutions_share_at_most_the_promised_groups() -> None:
@@ -93,11 +93,11 @@ def test_diverse_solutions_share_at_most_the_promised_groups() -> None:
     problem = Knapsack(
         costs=[draw.random(4) for _ in range(10)],
         bytes=[draw.integers(0, 1000, size=4).astype(float) for _ in range(10)],
-        budget=4000,
+        room=4000,
     )
     found = diverse(problem, 5, share=0.7)
     assert len(found) == 5
     assert [s.cost for s in found] == sorted(s.cost for s in found)
     for one, two in itertools.combinations(found, 2):
         assert sum(a == b for a, b in zip(one.choice, two.choice, strict=True)) <= 7
-    assert all(s.bytes <= problem.budget for s in found)
+    assert all(s.bytes <= problem.room for s in found)

@@ -80,7 +80,7 @@ def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, spac
             for _ in range(8):
                 choice = [draw.randrange(len(options)) for options in groups]
                 candidate = problem.candidate("x", "x", taken(groups, choice), globals_)
-                fixed = problem.budget - knapsack.budget
+                fixed = problem.budget - knapsack.room
                 counted = value(knapsack.bytes, choice) + fixed
                 assert counted == footprint(candidate.architecture, DEPLOYMENT).total
 
