@@ -76,17 +76,14 @@ def compare(
         model = subject.build()
         held_out = on_text(model, teacher, teacher_hidden, rows_RT, bytes_R, name)
         found[name] = held_out, run_tasks(model, tokenizer, tasks, task_limit) if tasks else {}
+    sequences, tokens = rows_RT.shape[0], rows_RT.numel()
     return {
         "models": {
             name: {"bytes": subjects[name].bytes, **model_json(*parts)}
             for name, parts in found.items()
         },
         "paired": paired({name: flat(*parts) for name, parts in found.items()}),
-        "text": {
-            "sequences": rows_RT.shape[0],
-            "tokens": rows_RT.numel(),
-            "bytes": int(bytes_R.sum()),
-        },
+        "text": {"sequences": sequences, "tokens": tokens, "bytes": int(bytes_R.sum())},
         "samples": {
             task: len(next(iter(metrics.values())).influence)
             for _, results in found.values()
@@ -130,9 +127,8 @@ def on_text(
     kl_R: list[Tensor] = []
     nats_R: list[Tensor] = []
     head, teacher_head = head_of(model), head_of(teacher).to(model.device)
-    for (rows, hidden), reference in zip(
-        hidden_states(model, rows_RT), teacher_hidden, strict=True
-    ):
+    batches = zip(hidden_states(model, rows_RT), teacher_hidden, strict=True)
+    for (rows, hidden), reference in batches:
         reference_ND = reference.to(model.device).flatten(0, 1)
         kl_N = kl_from_hidden(hidden.flatten(0, 1), head, reference_ND, teacher_head)
         check_finite(kl_N, name, reference_ND, teacher_head, "the teacher")

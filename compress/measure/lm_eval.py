@@ -118,7 +118,7 @@ class Tasks:
                     self.notes[name] = f"task {name}: {note}"
         members: dict[str, list[str]] = {}
         for name, listed in self.members.items():
-            loaded = self.manager.load([name])["tasks"] if listed is None else {}
+            loaded = {} if listed else self.manager.load([name])["tasks"]
             tasks |= loaded
             members[name] = listed or list(loaded)
         for task in tasks.values():
@@ -127,10 +127,7 @@ class Tasks:
 
 
 def run_tasks(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    tasks: Tasks,
-    limit: int | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, limit: int | None
 ) -> TaskResults:
     """Every metric of every task on one model, whose windows are at most ``LONGEST_WINDOW``.
 
@@ -140,14 +137,12 @@ def run_tasks(
     """
     window = min(LONGEST_WINDOW, getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
     with tempfile.TemporaryDirectory() as cache, quiet(), without_cache(model):
+        vocab = model.config.vocab_size
         adapter = import_module("lm_eval.models.huggingface").HFLM(
-            pretrained=model,
-            tokenizer=tokenizer,
-            backend="causal",
-            max_length=window,
-            batch_size=max(1, LOGITS_BYTES // (4 * window * model.config.vocab_size)),
-        )
-        require_requests(adapter, window, model.config.vocab_size)
+            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=window,
+            batch_size=max(1, LOGITS_BYTES // (4 * window * vocab)),
+        )  # fmt: skip
+        require_requests(adapter, window, vocab)
         loaded, members = tasks.load(cache)
         kinds = {
             name: {metric: function.__name__ for metric, function in task.aggregation().items()}
@@ -163,13 +158,10 @@ def run_tasks(
     for name, leaves in members.items():
         if leaves != [name]:
             means = {
-                metric for leaf in leaves for metric, kind in kinds[leaf].items() if kind == "mean"
+                metric for leaf in leaves for metric in kinds[leaf] if kinds[leaf][metric] == "mean"
             }
-            shared = means.intersection(*(results[leaf] for leaf in leaves))
-            results[name] = {
-                metric: pooled([results[leaf][metric] for leaf in leaves])
-                for metric in sorted(shared)
-            }
+            shared = sorted(means.intersection(*(results[leaf] for leaf in leaves)))
+            results[name] = {m: pooled([results[leaf][m] for leaf in leaves]) for m in shared}
     return results
 
 
@@ -202,17 +194,14 @@ def task_estimates(
 
     ``kinds`` are the names of lm-eval's aggregation functions by metric.
     """
-    values: dict[str, list[Any]] = {}
-    functions: dict[str, str] = {}
+    values: dict[tuple[str, str], list[Any]] = {}
     for sample in samples:
         for metric in sample["metrics"]:
-            name = metric if sample["filter"] == "none" else f"{metric},{sample['filter']}"
-            values.setdefault(name, []).append(sample[metric])
-            functions[name] = kinds[metric]
+            values.setdefault((metric, sample["filter"]), []).append(sample[metric])
     return {
-        name: AGGREGATIONS[functions[name]](listed)
-        for name, listed in values.items()
-        if functions[name] in AGGREGATIONS
+        metric if chosen == "none" else f"{metric},{chosen}": AGGREGATIONS[kinds[metric]](listed)
+        for (metric, chosen), listed in values.items()
+        if kinds[metric] in AGGREGATIONS
     }
 
 

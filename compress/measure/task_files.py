@@ -43,16 +43,10 @@ def file_task(task: str, files: Mapping[str, Path], cache: str) -> dict[str, Any
         if not list(read_rows(file)):
             raise InputError(f"{file}, the rows of task {task!r}, is empty")
     data = {split: str(file) for split, file in files.items()}
-    return {
-        "task": task,
-        "dataset_path": "json",
-        "dataset_name": None,
-        "dataset_kwargs": {"data_files": data, "cache_dir": cache},
-        "training_split": None,
-        "validation_split": None,
-        "fewshot_split": None,
-        "test_split": "test",
-    }
+    absent = ("dataset_name", "training_split", "validation_split", "fewshot_split")
+    read = {"data_files": data, "cache_dir": cache}
+    own = {"task": task, "dataset_path": "json", "dataset_kwargs": read, "test_split": "test"}
+    return own | dict.fromkeys(absent)
 
 
 def take_shots(task: Any, files: Mapping[str, Path]) -> str | None:

@@ -115,11 +115,8 @@ def choice_row(
         if len(choices) == CHOICES:
             answer = generator.randrange(CHOICES)
             choices.insert(answer, choices.pop(0))
-            return {
-                "context": words.text[begin:start].strip(),
-                "choices": choices,
-                "answer": answer,
-            }
+            context = words.text[begin:start].strip()
+            return {"context": context, "choices": choices, "answer": answer}
     return None
 
 

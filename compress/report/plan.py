@@ -14,7 +14,7 @@ from compress.memory.footprint import (
     ssm_state_bytes,
 )
 from compress.memory.plan import Option, Plan
-from compress.model.architecture import Architecture, Block, sizes
+from compress.model.architecture import Architecture, sizes
 from compress.model.families import count_active, count_parameters, parameters
 
 
@@ -53,7 +53,8 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
             counts[parameter.block] += parameter.count
     alike: dict[tuple[str, str, str], list[int]] = {}
     for number, block in enumerate(architecture.blocks):
-        alike.setdefault((block.kind, sizes_text(block), block.format), []).append(number)
+        text = ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
+        alike.setdefault((block.kind, text, block.format), []).append(number)
     for (kind, text, format), numbers in alike.items():
         blocks = [architecture.blocks[number] for number in numbers]
         held = sum(
@@ -62,19 +63,11 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
             + conv_state_bytes(block, deployment)
             for block in blocks
         )
-        weights = sum(
-            block_bytes(block, architecture.hidden, architecture.family) for block in blocks
-        )
-        yield (
-            kind,
-            text,
-            format,
-            str(len(blocks)),
-            ranges([block.layer for block in blocks]),
-            format_count(sum(counts[number] for number in numbers)),
-            format_bytes(weights),
-            format_bytes(held) if held else "-",
-        )
+        weights = sum(block_bytes(b, architecture.hidden, architecture.family) for b in blocks)
+        count = format_count(sum(counts[number] for number in numbers))
+        layers = ranges([block.layer for block in blocks])
+        cache = format_bytes(held) if held else "-"
+        yield kind, text, format, str(len(blocks)), layers, count, format_bytes(weights), cache
 
 
 def outside_row(architecture: Architecture) -> tuple[str, ...]:
@@ -97,14 +90,8 @@ def total_row(plan: Plan, parameters_total: int) -> tuple[str, ...]:
 def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
     """One line of the table of formats."""
     taken = option.footprint
-    row = (
-        option.format,
-        option.kv_format,
-        format_bytes(taken.weights),
-        format_bytes(taken.kv_cache),
-        format_bytes(taken.ssm_state + taken.conv_state),
-        format_bytes(taken.total),
-    )
+    parts = (taken.weights, taken.kv_cache, taken.ssm_state + taken.conv_state, taken.total)
+    row = (option.format, option.kv_format, *map(format_bytes, parts))
     if plan.budget is None:
         cards = sorted(DEVICES.values(), key=lambda device: device.visible_bytes)
         fitting = [device.name for device in cards if taken.total <= device.visible_bytes]
@@ -116,11 +103,6 @@ def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
 def context_text(tokens: int | None) -> str:
     """A largest context in words."""
     return "no limit" if tokens is None else f"{tokens:,}"
-
-
-def sizes_text(block: Block) -> str:
-    """The axis sizes of a block in one line: "kv_head 8, query 5, head_dim 128"."""
-    return ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
 
 
 def ranges(numbers: Sequence[int], most: int = 8) -> str:

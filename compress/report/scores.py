@@ -16,11 +16,10 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
     removals = [(name, f"{cost:.4f}") for name, cost in by_cost]
     shown = removals if len(removals) <= 12 else [*removals[:5], ("...", ""), *removals[-5:]]
     table("Blocks by what removing them costs (KL, nats per token)", ["block", "KL"], shown)
-    rows = list(unit_rows(scores, blocks))
     table(
         "Units of every axis (KL of losing one alone, nats per token)",
         ["kind", "axis", "units", "least", "where", "most", "where "],
-        rows,
+        unit_rows(scores, blocks),
         left=2,
     )
     formats = []
@@ -28,10 +27,10 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
         costs = {
             block_name(b): kl_of(change(scores, b, {}, format), scores.length)
             for b in blocks
-            if f"{next(iter(units(b)))}/{format}" in scores.contributions
+            if f"{unit_key(b, UNITS[b.kind][0])}/{format}" in scores.contributions
         }
         if costs:
-            low, high = min(costs, key=lambda n: costs[n]), max(costs, key=lambda n: costs[n])
+            low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
             formats.append(
                 (format, f"{sum(costs.values()):.4f}", f"{costs[low]:.5f}", low,
                  f"{costs[high]:.5f}", high)
@@ -45,21 +44,13 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
         note(f"{kv_format.upper()} KV cache, measured: {cost:.5f} nats per token")
 
 
-def units(block: Block) -> Iterator[str]:
-    """Keys of a block's unit arrays."""
-    yield from (unit_key(block, found) for found in UNITS[block.kind])
-
-
 def unit_rows(scores: Scores, blocks: Sequence[Block]) -> Iterator[tuple[str, ...]]:
     """A row per kind and axis: how many units, the least and the most important one."""
     kinds = {block.kind for block in blocks}
     for kind in (kind for kind in AXES if kind in kinds):
         for axis in AXES[kind]:
-            values = [
-                (block_name(b), importance(scores, b, axis).flatten())
-                for b in blocks
-                if b.kind == kind
-            ]
+            alike = [b for b in blocks if b.kind == kind]
+            values = [(block_name(b), importance(scores, b, axis).flatten()) for b in alike]
             least = min(values, key=lambda item: float(item[1].min()))
             most = max(values, key=lambda item: float(item[1].max()))
             yield (
