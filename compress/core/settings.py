@@ -16,12 +16,7 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def read_settings(path: Path, model: type[Model], what: str) -> Model:
-    """The YAML file of a model; keys that are not there have their defaults.
-
-    Args:
-        path: the file.
-        model: what it describes.
-        what: what such a file is called, as in "recipe".
+    """The YAML file of a model, called ``what``; keys that are not there have their defaults.
 
     Raises:
         InputError: no such file, no YAML, no keys, or as ``checked`` says.
@@ -72,7 +67,6 @@ def keys_of(model: type[BaseModel]) -> Iterator[str]:
     """The keys of a model and of the models in it."""
     for name, field in model.model_fields.items():
         yield name
-        kinds = [field.annotation, *get_args(field.annotation)]
-        for kind in kinds:
+        for kind in (field.annotation, *get_args(field.annotation)):
             if isinstance(kind, type) and issubclass(kind, BaseModel):
                 yield from keys_of(kind)

@@ -8,16 +8,9 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Literal
 
+from rich import progress as bars
 from rich.cells import cell_len
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 PLAIN_LINE_SECONDS = 15
@@ -116,14 +109,11 @@ def progress(what: str, total: int) -> Iterator[Callable[[int, str], None]]:
         yield plain_progress(what, total)
         return
     columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[status]}"),
-    )
-    with Progress(*columns, console=console(stderr=True)) as bar:
+        bars.TextColumn("{task.description}"), bars.BarColumn(), bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(), bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.fields[status]}"),
+    )  # fmt: skip
+    with bars.Progress(*columns, console=console(stderr=True)) as bar:
         task = bar.add_task(what, total=total, status="")
 
         def advance(steps: int, status: str) -> None:

@@ -45,15 +45,10 @@ def compare(
 ) -> dict[str, Any]:
     """Measure models on held-out rows of tokens and on lm-eval tasks; one model in memory at once.
 
-    Args:
-        subjects: by name; the first is the reference of tables.
-        teacher: what KL is measured from.
-        tokenizer: the teacher's; students share it.
-        rows_RT: packed held-out text; KL is over all its positions, nats over the tokens that
-            are predicted, all but a row's first.
-        tasks: what to run besides.
-        task_limit: take the first documents of each task only.
-        progress: told in a few words what begins.
+    The first subject is the reference of tables. KL is from the teacher, whose tokenizer all share.
+    ``rows_RT`` is packed held-out text: KL is over all its positions, nats over the tokens that are
+    predicted, all but a row's first. ``task_limit`` takes the first documents of each task only;
+    ``progress`` is told in a few words what begins.
 
     Returns:
         ``{"models": {name: {"bytes", "kl", "nats_per_token", "bits_per_byte", "stderr": {...},

@@ -114,7 +114,7 @@ class Figure:
         return bool(self.value and self.stderr and abs(self.value) > CLEAR * self.stderr)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Line:
     """A row of the table at equal bytes; ``behind`` is its KL minus that of the chosen, paired."""
 
@@ -132,14 +132,8 @@ def lines(run: RunFiles) -> list[Line]:
             changes[pair["b"], pair["a"]] = Figure(pair["difference"], pair["stderr"])
             changes[pair["a"], pair["b"]] = Figure(-pair["difference"], pair["stderr"])
     against = model_of(chosen[0]) if chosen else ""
-    return [
-        Line(
-            row=row,
-            chosen=row in chosen,
-            behind=changes.get((model_of(row), against), Figure()),
-        )
-        for row in run.table
-    ]
+    behind = [changes.get((model_of(row), against), Figure()) for row in run.table]
+    return [Line(row, row in chosen, change) for row, change in zip(run.table, behind, strict=True)]
 
 
 def model_of(row: Mapping[str, Any]) -> str:
@@ -156,7 +150,7 @@ class Cell:
     change: Figure
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Grid:
     """The evaluation: models across and metrics down, or the other way if models are many."""
 
@@ -179,13 +173,11 @@ def evaluation_grid(results: Mapping[str, Any]) -> Grid:
     def cell(name: str, metric: str) -> Cell:
         return Cell(figure_of(models[name], metric), changes.get((name, metric), Figure()))
 
-    if len(models) <= MOST_ACROSS:
-        down = [
-            (label, [cell(name, metric) for name in models]) for metric, label in metrics.items()
-        ]
-        return Grid(reference=reference, columns=list(models), rows=down)
-    down = [(name, [cell(name, metric) for metric in metrics]) for name in models]
-    return Grid(reference=reference, columns=list(metrics.values()), rows=down)
+    if len(models) > MOST_ACROSS:
+        by_model = [(name, [cell(name, metric) for metric in metrics]) for name in models]
+        return Grid(reference, list(metrics.values()), by_model)
+    by_metric = [(metrics[metric], [cell(name, metric) for name in models]) for metric in metrics]
+    return Grid(reference, list(models), by_metric)
 
 
 def metrics_of(model: Mapping[str, Any]) -> dict[str, str]:

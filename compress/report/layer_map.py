@@ -37,28 +37,17 @@ class MapRow:
         return sum(cell.kept for cell in self.cells) / sum(cell.whole for cell in self.cells)
 
 
-def match_blocks(
-    teacher: Architecture, student: Architecture, keep: Mapping[str, Any] | None
-) -> dict[int, Block] | None:
-    """Student block by number of the teacher block it was cut from.
-
-    None when that is unknown: without ``keep`` only a student that kept every block can be matched.
-    """
-    if keep is not None:
-        numbers: Sequence[int] = keep["blocks"].tolist()
-        return dict(zip(numbers, student.blocks, strict=True))
-    if [block.kind for block in teacher.blocks] == [block.kind for block in student.blocks]:
-        return dict(enumerate(student.blocks))
-    return None
-
-
 def layer_map(
     teacher: Architecture, student: Architecture, keep: Mapping[str, Any] | None
 ) -> list[MapRow] | None:
-    """Rows of the picture; None when the student's blocks cannot be matched to the teacher's."""
-    matched = match_blocks(teacher, student, keep)
-    if matched is None:
+    """Rows of the picture; None when the student's blocks cannot be matched to the teacher's.
+
+    Without ``keep`` only a student that kept every block can be matched.
+    """
+    numbers: Sequence[int] = range(len(teacher.blocks)) if keep is None else keep["blocks"].tolist()
+    if keep is None and [b.kind for b in teacher.blocks] != [b.kind for b in student.blocks]:
         return None
+    matched = dict(zip(numbers, student.blocks, strict=True))
     rows: list[MapRow] = []
     y = TOP_PIXELS
     for kind, axes in AXES.items():

@@ -2,6 +2,8 @@
 
 from collections.abc import Iterator, Sequence
 
+from torch import Tensor
+
 from compress.core.terminal import note, table
 from compress.formats.table import FORMATS
 from compress.model.architecture import Block, block_name
@@ -46,20 +48,21 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
 
 def unit_rows(scores: Scores, blocks: Sequence[Block]) -> Iterator[tuple[str, ...]]:
     """A row per kind and axis: how many units, the least and the most important one."""
-    kinds = {block.kind for block in blocks}
-    for kind in (kind for kind in AXES if kind in kinds):
-        for axis in AXES[kind]:
-            alike = [b for b in blocks if b.kind == kind]
-            values = [(block_name(b), importance(scores, b, axis).flatten()) for b in alike]
-            least = min(values, key=lambda item: float(item[1].min()))
-            most = max(values, key=lambda item: float(item[1].max()))
-            yield (
-                kind, axis, str(sum(len(found) for _, found in values)),
-                f"{float(least[1].min()):.2e}", f"{least[0]} #{int(least[1].argmin())}",
-                f"{float(most[1].max()):.2e}", f"{most[0]} #{int(most[1].argmax())}",
-            )  # fmt: skip
-    hidden = importance(scores, None, "hidden")
-    yield (
-        "all", "hidden", str(len(hidden)), f"{float(hidden.min()):.2e}",
-        f"#{int(hidden.argmin())}", f"{float(hidden.max()):.2e}", f"#{int(hidden.argmax())}",
+    for kind, axes in AXES.items():
+        alike = [block for block in blocks if block.kind == kind]
+        for axis in axes if alike else ():
+            yield unit_row(
+                kind, axis, [(block_name(b), importance(scores, b, axis)) for b in alike]
+            )
+    yield unit_row("all", "hidden", [("", importance(scores, None, "hidden"))])
+
+
+def unit_row(kind: str, axis: str, values: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
+    """The row of an axis, from the importance of its units by block."""
+    least = min(values, key=lambda item: float(item[1].min()))
+    most = max(values, key=lambda item: float(item[1].max()))
+    return (
+        kind, axis, str(sum(found.numel() for _, found in values)),
+        f"{float(least[1].min()):.2e}", f"{least[0]} #{int(least[1].argmin())}".strip(),
+        f"{float(most[1].max()):.2e}", f"{most[0]} #{int(most[1].argmax())}".strip(),
     )  # fmt: skip
