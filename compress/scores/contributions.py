@@ -52,32 +52,28 @@ def contributions(
     collected: dict[str, list[Tensor]] = {}
     for number, rows in enumerate(batches):
         part = directory / f"{number:04}.safetensors" if directory else None
-        if part is None or not part.is_file():
-            # Filled in place: small tensors kept from every draw would pin the large freed ones
-            # between them, and memory would grow with the draws.
-            found: dict[str, Tensor] = {}
+        if part is not None and part.is_file():
+            found = load_file(part)
+            progress((number + 1) * draws, len(batches) * draws)
+        else:
+            found = {}
             for draw, drawn in enumerate(draw_rows(taps, rows, draws, seed)):
                 for key, value in drawn.items():
+                    # Filled in place: small tensors kept from every draw would pin the large freed
+                    # ones between them, and memory would grow with the draws.
                     if key not in found:
                         found[key] = value.new_zeros(draws, *value.shape)
                     found[key][draw] = value
                 progress(number * draws + draw + 1, len(batches) * draws)
-            whole_batch = {
-                key: value.sum((0, 1))[None] if key.endswith(SQUARES) else value.flatten(0, 1)
-                for key, value in found.items()
-            }
+            for key, value in found.items():
+                squares = key.endswith(SQUARES)
+                found[key] = value.sum((0, 1))[None] if squares else value.flatten(0, 1)
             if part:
-                save_tensors(whole_batch, part)
-        else:
-            whole_batch = load_file(part)
-            progress((number + 1) * draws, len(batches) * draws)
-        for key, value in whole_batch.items():
+                save_tensors(found, part)
+        for key, value in found.items():
             collected.setdefault(key, []).append(value)
-    joined = {key: torch.cat(values) for key, values in collected.items()}
-    return {
-        key: rows.sum(0, keepdim=True) if key.endswith(SQUARES) else rows
-        for key, rows in joined.items()
-    }
+    joined = ((key, torch.cat(values)) for key, values in collected.items())
+    return {k: rows.sum(0, keepdim=True) if k.endswith(SQUARES) else rows for k, rows in joined}
 
 
 def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:

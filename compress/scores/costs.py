@@ -43,32 +43,26 @@ class Scores:
 
     def save(self, file: Path) -> None:
         """Write everything as named tensors, whole or not at all."""
-        tensors = {f"contributions/{key}": value for key, value in self.contributions.items()}
-        tensors |= {
-            f"removals/{block}": torch.tensor(value, dtype=torch.float64)
-            for block, value in self.removals.items()
+        tensors = {
+            f"contributions/{k}": rows.contiguous() for k, rows in self.contributions.items()
         }
-        tensors |= {f"kv/{key}": torch.tensor(value) for key, value in self.kv.items()}
-        tensors["length"] = torch.tensor(self.length)
-        save_tensors({key: value.contiguous() for key, value in tensors.items()}, file)
+        exact = {k: torch.tensor(kl, dtype=torch.float64) for k, kl in self.removals.items()}
+        tensors |= {f"removals/{block}": kl for block, kl in exact.items()}
+        tensors |= {f"kv/{format}": torch.tensor(kl) for format, kl in self.kv.items()}
+        save_tensors(tensors | {"length": torch.tensor(self.length)}, file)
 
 
 def load_scores(file: Path) -> Scores:
     """Read what ``Scores.save`` wrote."""
-    contributions: dict[str, Tensor] = {}
-    removals: dict[str, float] = {}
-    kv: dict[str, float] = {}
+    groups: dict[str, dict[str, Tensor]] = {"contributions": {}, "removals": {}, "kv": {}}
     with safe_open(file, framework="pt") as reader:
+        length = int(reader.get_tensor("length"))
         for key in reader.offset_keys():
             group, _, name = key.partition("/")
-            if group == "contributions":
-                contributions[name] = reader.get_tensor(key)
-            elif group == "kv":
-                kv[name] = float(reader.get_tensor(key))
-            elif group == "removals":
-                removals[name] = float(reader.get_tensor(key))
-        length = int(reader.get_tensor("length"))
-    return Scores(contributions, removals, kv, length)
+            if group in groups:
+                groups[group][name] = reader.get_tensor(key)
+    removals, kv = ({k: float(v) for k, v in groups[name].items()} for name in ("removals", "kv"))
+    return Scores(groups["contributions"], removals, kv, length)
 
 
 def kl_of(rows: Tensor, length: int) -> float:
@@ -88,11 +82,10 @@ def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
     head [group, head], channel [channel], expert [expert], expert_ffn [expert, expert_ffn].
     """
     if block is None:
-        rows = scores.contributions["hidden"]
-    else:
-        units = array_of(block, axis)
-        rows = summed(scores.contributions[unit_key(block, units)], units, axis)
-    return kl_of_each(rows, scores.length)
+        return kl_of_each(scores.contributions["hidden"], scores.length)
+    units = array_of(block, axis)
+    rows = scores.contributions[unit_key(block, units)]
+    return kl_of_each(summed(rows, units, axis), scores.length)
 
 
 def saliency(scores: Scores, block: Block | None, axis: str) -> Tensor:

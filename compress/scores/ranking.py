@@ -8,7 +8,7 @@ norm over sequences. What a decision costs is still predicted from contributions
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,8 @@ from compress.model.layout import parse
 from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, routed, slots_of
 from compress.student.candidate import Ranking
 from compress.student.units import AXES, Projection, array_of, projections, unit_key
+
+Key = TypeVar("Key", int, str)
 
 
 def activation_scores(
@@ -82,19 +84,14 @@ class Forward:
                     stack.callback(experts.register_forward_pre_hook(tap).remove)
             yield
 
-    def add(self, key: str, means: Tensor) -> None:
-        """Add sequences' means [b, *units]."""
+    def add(self, sums: dict[Key, Tensor], key: Key, means: Tensor) -> None:
+        """Add the squares of sequences' means [b, *units]."""
         square = means.double().square().sum(0)
-        self.squares[key] = self.squares[key] + square if key in self.squares else square
+        sums[key] = sums[key] + square if key in sums else square
 
     def tap_norm(self, number: int) -> Callable[..., None]:
         """Hook of a residual norm."""
-
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            square = output.abs().mean(1).double().square().sum(0)
-            self.norms[number] = self.norms[number] + square if number in self.norms else square
-
-        return hook
+        return lambda module, args, output: self.add(self.norms, number, output.abs().mean(1))
 
     def tap_units(self, block: Block, projection: Projection) -> tuple[str, Callable[..., None]]:
         """The module where the units of an output projection are seen, and its hook.
@@ -110,10 +107,8 @@ class Forward:
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = output[..., prod(shape) : 2 * prod(shape)] if gated else args[0]
             value = value.reshape(*value.shape[:2], *shape, projection.features)
-            if units.scalar:
-                self.add(unit_key(block, units), value[..., 0].abs().mean(1))
-            else:
-                self.add(unit_key(block, units), l2(value, -1).mean(1))
+            size = value[..., 0].abs() if units.scalar else l2(value, -1)
+            self.add(self.squares, unit_key(block, units), size.mean(1))
 
         return (writers[0] if gated else projection.module), hook
 
@@ -133,8 +128,8 @@ class Forward:
                 neurons[:, expert].index_add_(0, row, inner.abs())
                 saliency[:, expert].index_add_(0, row, norm * weight[:, 0])
                 count[expert] = len(token)
-            self.add(unit_key(block, units), neurons / self.length)
-            self.add(f"{name}/expert", saliency / self.length)
+            self.add(self.squares, unit_key(block, units), neurons / self.length)
+            self.add(self.squares, f"{name}/expert", saliency / self.length)
             total, before = self.routed.get(f"{name}/router", (torch.zeros(()), torch.zeros(())))
             self.routed[f"{name}/router"] = total + saliency.double().sum(0), before + count
 

@@ -136,9 +136,9 @@ def decided(model: Any, architecture: Architecture, number: int, keep: Keep) -> 
 
     def nothing(module: nn.Module, args: Any, output: Any) -> Any:
         # Attention also returns its weights, which nobody reads.
-        branch = output[0] if isinstance(output, tuple) else output
-        silent = torch.zeros_like(branch)
-        return (silent, *output[1:]) if isinstance(output, tuple) else silent
+        if isinstance(output, tuple):
+            return torch.zeros_like(output[0]), *output[1:]
+        return torch.zeros_like(output)
 
     with ExitStack() as stack:
         if keep is None:

@@ -101,9 +101,7 @@ def moved(before: Candidate, after: Candidate, teacher: Architecture) -> int:
     """How many units of a candidate are gone in another one of the same sizes."""
     count = 0
     if "hidden" in before.keep:
-        count += len(before.keep["hidden"]) - int(
-            torch.isin(before.keep["hidden"], after.keep["hidden"]).sum()
-        )
+        count += int((~torch.isin(before.keep["hidden"], after.keep["hidden"])).sum())
     for number in before.keep["blocks"].tolist():
         for units in UNITS[teacher.blocks[number].kind]:
             lost = unit_mask(teacher, before.keep, number, units)

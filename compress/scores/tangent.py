@@ -5,7 +5,7 @@ has lost a third of its teacher neither holds. Here the same gates are read on t
 that computes the student, for units that are gone too (``masks``).
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -49,8 +49,7 @@ def tangent(
     """The tangent at a candidate of the teacher ``model``, on a text.
 
     A candidate with repaired blocks needs the teacher's ``grams``. Costs a forward and a backward
-    pass. Formats round the masked teacher's weights, not those of the
-    cut: scales may differ slightly from the student's.
+    pass. Formats round the masked teacher's weights, not the cut's: scales may differ slightly.
     """
     architecture = text.teacher.architecture
     survivors = candidate.keep["blocks"].tolist()
@@ -58,16 +57,22 @@ def tangent(
         number: block.format
         for number, block in zip(survivors, candidate.architecture.blocks, strict=True)
     }
-    slope: dict[str, list[Tensor]] = {}
-    kl = []
+    slopes: dict[str, list[Tensor]] = {}
+    kls = []
     set_kv_format(model, candidate.architecture.kv_format)
     with refitted(model, candidate, text.teacher, grams):
         taps = Taps(model, architecture, formats, candidate.keep, current)
         for start in range(0, len(text.tokens), BATCH):
             part = text.part(start, start + BATCH)
-            kl.append(tap(taps, part, slope))
+            with taps.attached(len(part.tokens)), torch.enable_grad():
+                hidden = final_hidden(model, part.tokens)
+                kl, gradient = kl_gradient(hidden.detach(), part)
+                for key, rows in taps.backward(hidden, gradient, again=False).items():
+                    slopes.setdefault(key, []).append(rows)
+            kls.append(kl)
     set_kv_format(model, "bf16")
-    return Tangent(joined(slope), torch.cat(kl), text.tokens.shape[1])
+    slope = {key: torch.cat(rows) for key, rows in slopes.items()}
+    return Tangent(slope, torch.cat(kls), text.tokens.shape[1])
 
 
 def turn(text: Reference, number: int, parts: int = 4) -> Reference:
@@ -79,15 +84,6 @@ def turn(text: Reference, number: int, parts: int = 4) -> Reference:
     parts = min(parts, count)
     start = number % parts
     return text.part(start * count // parts, (start + 1) * count // parts)
-
-
-def tap(taps: Taps, part: Reference, slope: dict[str, list[Tensor]]) -> Tensor:
-    """Append the rows of one batch; its KL [sequences], nats per token."""
-    with taps.attached(len(part.tokens)), torch.enable_grad():
-        hidden = final_hidden(taps.model, part.tokens)
-        kl, gradient = kl_gradient(hidden.detach(), part)
-        collect(slope, taps.backward(hidden, gradient, again=False))
-    return kl
 
 
 @contextmanager
@@ -125,14 +121,3 @@ def kl_gradient(hidden_BTD: Tensor, part: Reference) -> tuple[Tensor, Tensor]:
     ).view(hidden_BTD.shape[:2])
     (gradient,) = torch.autograd.grad(kl.sum(), student)
     return kl.detach().mean(1), gradient
-
-
-def collect(into: dict[str, list[Tensor]], rows: Mapping[str, Tensor]) -> None:
-    """Append the rows of a batch."""
-    for key, value in rows.items():
-        into.setdefault(key, []).append(value)
-
-
-def joined(parts: Mapping[str, Sequence[Tensor]]) -> dict[str, Tensor]:
-    """Rows of all batches."""
-    return {key: torch.cat(list(values)) for key, values in parts.items()}

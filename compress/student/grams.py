@@ -4,6 +4,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -37,29 +38,19 @@ def gram_matrices(
 
     An expert's are over the tokens routed to it, each weighted by its squared routing weight.
 
-    Args:
-        model: the teacher in fp32.
-        architecture: the teacher's.
-        tokens: [sequences, T]; one pass, and nothing is held but the matrices and a batch.
-        batch: sequences per forward pass.
-        progress: called with the sequences of every batch done.
+    One pass of the teacher ``model`` in fp32 over ``tokens`` [sequences, T]; nothing is held but
+    the matrices and a batch. ``progress`` is called with the sequences of every batch done.
     """
     found: dict[str, Tensor] = {}
 
-    def linear(key: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            x = args[0].flatten(0, -2)
-            found[key].addmm_(x.T, x)
+    def linear(key: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
+        x = args[0].flatten(0, -2)
+        found[key].addmm_(x.T, x)
 
-        return hook
-
-    def experts(keys: list[str]) -> Callable[..., None]:
-        def hook(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            for key, (_, inner, weight) in zip(keys, routed(module, *args), strict=True):
-                inner *= weight
-                found[key].addmm_(inner.T, inner)
-
-        return hook
+    def experts(keys: list[str], module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
+        for key, (_, inner, weight) in zip(keys, routed(module, *args), strict=True):
+            inner *= weight
+            found[key].addmm_(inner.T, inner)
 
     with ExitStack() as stack:
         for block in architecture.blocks:
@@ -69,12 +60,13 @@ def gram_matrices(
                 found[projection.key] = torch.zeros(width, width)
                 if projection.expert is None:
                     module = layer_of(model, block).get_submodule(projection.module)
-                    tap = linear(projection.key)
+                    tap = partial(linear, projection.key)
                     stack.callback(module.register_forward_pre_hook(tap).remove)
                 else:
                     keys.append(projection.key)
             if fused := fused_experts(model, architecture, block):
-                stack.callback(fused.register_forward_pre_hook(experts(keys)).remove)
+                tap = partial(experts, keys)
+                stack.callback(fused.register_forward_pre_hook(tap).remove)
         for rows in torch.split(tokens, batch):
             model.model(input_ids=rows, use_cache=False)
             progress(len(rows))

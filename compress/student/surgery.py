@@ -60,11 +60,8 @@ def student_tensors(
         original = architecture.blocks[number]
         source, target = (family.layer.format(layer=b.layer) for b in (original, block))
         axis_sizes, kept = shared | sizes(original), block_keep(keep, original)
-        refitted = {
-            projection.name: projection
-            for projection in projections(architecture, original)
-            if number in candidate.repaired
-        }
+        repaired = projections(architecture, original) if number in candidate.repaired else ()
+        refitted = {projection.name: projection for projection in repaired}
         for name, slot in family.tensors(original).items():
             parts = ((e, expert_keep(kept, original, e)) for e in experts_of(name, original))
             survivors = [(expert, own) for expert, own in parts if own is not None]
@@ -113,13 +110,13 @@ def prune(
     teacher: Checkpoint, candidate: Candidate, directory: Path, grams: Grams | None = None
 ) -> None:
     """Write the candidate's BF16 student to ``directory``, with what it keeps beside it."""
-    config = student_config(teacher.config, candidate.architecture)
+    student = candidate.architecture
     write_checkpoint(
         directory,
-        in_bf16(student_tensors(teacher, candidate, grams), candidate.architecture),
-        config,
+        in_bf16(student_tensors(teacher, candidate, grams), student),
+        student_config(teacher.config, student),
         teacher.path,
-        to_json(candidate.architecture),
+        to_json(student),
         lambda partial: save_keep(candidate, partial / KEEP),
     )
 
