@@ -274,8 +274,8 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run.")]) ->
     The page is report/index.html in the run directory.
     """
     chosen, _, _ = resume(run, {})
-    from compress.report.page import print_report
     from compress.report.page import report as write_report
+    from compress.report.tables import print_report
 
     print_report(chosen.path)
     note(f"open {write_report(chosen.path)} in a browser")

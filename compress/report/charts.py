@@ -11,8 +11,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
 from compress.report.files import Rows
-from compress.report.pareto import front
-from compress.report.rows import Student
+from compress.report.rows import Student, front
 
 # The page's colours in light, by the name of its style variable; unique, because the SVG gets the
 # variables in their place.

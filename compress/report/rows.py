@@ -97,6 +97,15 @@ def selected_of(students: Sequence[Student]) -> list[Student]:
     return [student for student in students if student.selected]
 
 
+def front(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The points that no other is at most as large as in both coordinates, by the first one."""
+    kept: list[tuple[float, float]] = []
+    for x, y in sorted(points):
+        if not kept or y < kept[-1][1]:
+            kept.append((x, y))
+    return kept
+
+
 def write_teacher(teacher: Teacher, run: Path) -> None:
     """Write ``teacher.json`` of a run."""
     write_json(run / TEACHER, TEACHERS.dump_python(teacher, mode="json"))

@@ -8,10 +8,9 @@ from typing import Any
 from compress.core.files import read_json
 from compress.core.terminal import note
 from compress.export.targets import Target
-from compress.report.candidates import print_candidates
-from compress.report.evaluation import print_results, print_table
 from compress.report.page import report as write_report
 from compress.report.scores import print_scores
+from compress.report.tables import print_candidates, print_results, print_table
 from compress.run import evaluate as evaluating
 from compress.run import score as scoring
 from compress.run import search as searching

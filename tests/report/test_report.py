@@ -10,7 +10,8 @@ from synthetic_run import TEACHERS, figures, write, write_run
 from compress.core.errors import InputError
 from compress.report.content import evaluation_grid, worth_listing
 from compress.report.files import read_run
-from compress.report.page import charts, print_report, render, report
+from compress.report.page import charts, render, report
+from compress.report.tables import print_report
 
 
 @pytest.fixture(scope="module", params=TEACHERS)

@@ -10,8 +10,8 @@ import pytest
 from compress.core.errors import InputError
 from compress.flags import beside
 from compress.memory.budget import Budget
-from compress.report.evaluation import print_results, print_table
 from compress.report.figures import plus_minus
+from compress.report.tables import print_results, print_table
 from compress.run.directory import find_run, is_run
 from compress.run.evaluate import recipe_for, resolved
 from compress.run.recipe import Recipe, located, write_recipe

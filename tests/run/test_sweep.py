@@ -11,7 +11,7 @@ from synthetic_run import write, write_run
 
 from compress.core.errors import InputError
 from compress.report.page import report
-from compress.report.pareto import front
+from compress.report.rows import front
 from compress.run.directory import Run
 from compress.run.guide import next_step
 from compress.run.recipe import check
