@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter
 
+from compress.report.figures import words
 from compress.report.files import Rows
 from compress.report.rows import Student, front
 
@@ -52,10 +53,9 @@ def inline_svg(figure: Figure, name: str) -> str:
     with rc_context(STYLE):
         figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
     text = buffer.getvalue()
-    text = text[text.index("<svg") :]
+    text = text[text.index("<svg") :].replace("xlink:href", "href")
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    text = re.sub(r' xmlns:xlink="[^"]*"| xmlns="[^"]*"', "", text)
-    text = text.replace("xlink:href", "href")
+    text = re.sub(r' xmlns(?::xlink)?="[^"]*"', "", text)
     text = re.sub(r'(\bid="|href="#|url\(#)', rf"\g<1>{name}-", text)
     for variable, colour in COLOURS.items():
         text = text.replace(colour, f"var(--{variable})")
@@ -132,23 +132,17 @@ def draw_front(axes: Axes, students: Sequence[Student], unit: int) -> None:
 
 def mark_of(student: Student) -> tuple[str, str]:
     """Marker and colour of a candidate."""
-    if student.selected:
-        return FOUND
-    found = FOUND if student.finalist else ("o", "muted")
-    return BASELINES.get(student.kind, found)
+    found = FOUND if student.finalist or student.selected else ("o", "muted")
+    return found if student.selected else BASELINES.get(student.kind, found)
 
 
 def label_best(axes: Axes, students: Sequence[Student], unit: int) -> None:
     """Name the best of each baseline and the student that the run stands for."""
     best: dict[str, Student] = {}
-    for student in students:
-        if student.kind in BASELINES or student.selected:
-            best.setdefault(student.kind, student)
-    named = [
-        (student.kind.replace("_", " "), student.bytes / unit, student.kl, student.selected)
-        for student in best.values()
-        if student.kl
-    ]
+    for s in students:
+        if s.kind in BASELINES or s.selected:
+            best.setdefault(s.kind, s)
+    named = [(words(s.kind), s.bytes / unit, s.kl, s.selected) for s in best.values() if s.kl]
     label_points(axes, named, 11, color=INK)
 
 
@@ -184,14 +178,14 @@ def distillation_curve(
     """
     # A student that was only quantized is its teacher in BF16: a loss of 0 has no logarithm.
     positive = {name: [row for row in rows if row["loss"] > 0] for name, rows in curves.items()}
-    curves = {name: rows for name, rows in positive.items() if rows}
-    if not curves:
+    drawn = {name: rows for name, rows in positive.items() if rows}
+    if not drawn:
         return None
     by_id = {student.id: student for student in students}
     with rc_context(STYLE):
         axes = log_axes(3.8, "tokens seen in distillation", "KL on training text")
         ends: list[tuple[str, float, float, bool]] = []
-        for name, rows in curves.items():
+        for name, rows in drawn.items():
             student = by_id.get(name.removesuffix(SHORT))
             strong = student is not None and student is selected
             colour = COLOURS[mark_of(student)[1] if student else "muted"]

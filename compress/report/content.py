@@ -60,12 +60,6 @@ def repairs(student: Student) -> str:
     return repair_note(len(student.repaired), blocks) if student.repaired else ""
 
 
-def cards_matter(shown: Sequence[Serving]) -> bool:
-    """Whether the size of a card limits anything: the smallest is not twenty times too big."""
-    largest = max(serving.bytes.total for serving in shown)
-    return largest * 20 > min(device.visible_bytes for device in DEVICES.values())
-
-
 def verdict(run: RunFiles) -> Iterator[tuple[str, str, str]]:
     """Tiles (label, figure, remark) with what the run came to, as far as it has come."""
     if run.teacher:

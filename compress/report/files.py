@@ -36,22 +36,25 @@ class RunFiles:
     results: dict[str, Any] | None
     table: Rows
     keep: Mapping[str, NDArray[np.int64]] | None
-
-    @property
-    def selected(self) -> Student | None:
-        """The student that the run stands for: the one marked, else the best."""
-        return next(iter([*selected_of(self.students), *self.students]), None)
+    # The student that the run stands for: the one marked, else the best.
+    selected: Student | None
 
 
 def read_run(path: Path) -> RunFiles:
     """Read a run directory; InputError when it is none, or when a file is not what it should be."""
-    if not (path / "recipe.yaml").is_file() and not (path / "teacher.json").is_file():
+    recipe = path / "recipe.yaml"
+    if not recipe.is_file() and not (path / "teacher.json").is_file():
         raise InputError(f"{path} is not a run: it has neither recipe.yaml nor teacher.json")
-    run = RunFiles(
+    students, teacher, keep = read_students(path), read_teacher(path), None
+    if selected := next(iter([*selected_of(students), *students]), None):
+        keep = read_keep(path / "candidates" / selected.id / "keep.safetensors")
+        # Of a sweep, the budget of the student that the run stands for.
+        teacher = teacher and replace(teacher, budget=selected.budget)
+    return RunFiles(
         name=path.resolve().name,
-        recipe=text_of(path / "recipe.yaml"),
-        teacher=read_teacher(path),
-        students=read_students(path),
+        recipe=recipe.read_text(encoding="utf-8") if recipe.is_file() else None,
+        teacher=teacher,
+        students=students,
         baselines=rows_of(path / "baselines.json", "kind", "reason"),
         curves={
             file.parent.name: having(read_lines(file), ("tokens", "loss"), file)
@@ -59,19 +62,9 @@ def read_run(path: Path) -> RunFiles:
         },
         results=read_results(path / "eval" / "results.json"),
         table=[TABLE_ROW | row for row in rows_of(path / "table.json", "name")],
-        keep=None,
+        keep=keep,
+        selected=selected,
     )
-    if run.selected is None:
-        return run
-    keep = read_keep(path / "candidates" / run.selected.id / "keep.safetensors")
-    # Of a sweep, the budget of the student that the run stands for.
-    teacher = run.teacher and replace(run.teacher, budget=run.selected.budget)
-    return replace(run, keep=keep, teacher=teacher)
-
-
-def text_of(file: Path) -> str | None:
-    """The text of a file, None if it is not there."""
-    return file.read_text(encoding="utf-8") if file.is_file() else None
 
 
 def rows_of(file: Path, *keys: str) -> Rows:

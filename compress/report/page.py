@@ -14,7 +14,6 @@ from compress.memory.devices import DEVICES
 from compress.model.families import count_parameters
 from compress.report.charts import distillation_curve, inline_svg, kl_against_bytes
 from compress.report.content import (
-    cards_matter,
     evaluation_grid,
     lines,
     repairs,
@@ -25,8 +24,6 @@ from compress.report.content import (
 from compress.report.figures import number, short, signed, words
 from compress.report.files import RunFiles, read_run
 from compress.report.layer_map import layer_map
-
-PARTS = ("weights", "kv_cache", "ssm_state", "conv_state", "workspace")
 
 
 def report(run_dir: Path) -> Path:
@@ -64,24 +61,19 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         "signed": signed, "words": words, "short": short,
     }  # fmt: skip
     page = (files("compress.report") / "page.html.j2").read_text(encoding="utf-8")
-    selected, picture = run.selected, None
-    if run.teacher and selected:
-        picture = layer_map(run.teacher.architecture, selected.architecture, run.keep)
-    shown = list(servings(run.teacher, selected)) if run.teacher else []
+    teacher, selected, picture = run.teacher, run.selected, None
+    if teacher and selected:
+        picture = layer_map(teacher.architecture, selected.architecture, run.keep)
     return environment.from_string(page).render(
         run=run,
-        teacher=run.teacher,
-        selected=selected,
         verdict=list(verdict(run)),
-        servings=shown,
-        cards_matter=bool(shown) and cards_matter(shown),
+        servings=list(servings(teacher, selected)) if teacher else [],
         devices=sorted(DEVICES.values(), key=lambda device: device.visible_bytes),
-        parts=PARTS,
         lines=lines(run),
         candidates=worth_listing(run),
         picture=picture,
         repairs=repairs(selected) if selected else "",
         charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
         evaluation=evaluation_grid(run.results) if run.results else None,
-        parameters=count_parameters(run.teacher.architecture) if run.teacher else None,
+        parameters=count_parameters(teacher.architecture) if teacher else None,
     )
