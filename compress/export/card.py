@@ -38,12 +38,8 @@ def model_card(
     lines += [*table("", "value", summary), ""]
     for key, value in card.items():
         if isinstance(value, Mapping):
-            lines += [
-                f"## {key.replace('_', ' ').capitalize()}",
-                "",
-                *table("", "value", value),
-                "",
-            ]
+            title = key.replace("_", " ").capitalize()
+            lines += [f"## {title}", "", *table("", "value", value), ""]
     lines += ["## Loading", "", LOADING["transformers" if stock else facts["target"]], ""]
     lines += [
         f"Verified after writing with {facts['reader']}: logits on random token rows differ by "

@@ -12,9 +12,9 @@ may read the result:
   loaders refuse it.
 """
 
-import dataclasses
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -27,13 +27,14 @@ from compress.core.files import atomic_directory, write_text
 from compress.export.card import model_card
 from compress.export.inputs import Group, input_ranges, token_rows
 from compress.export.modelopt import quantization_json
-from compress.export.targets import LOADERS, Target
+from compress.export.targets import LOADERS, Loader, Target
 from compress.formats.packed import pack_block
+from compress.memory.budget import in_format
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, in_bf16, open_checkpoint, write_checkpoint
-from compress.model.weights import INDEX
+from compress.model.weights import INDEX, SINGLE
 from compress.student.surgery import by_block, quantized
 
 QUANT_CONFIG = "hf_quant_config.json"
@@ -87,15 +88,14 @@ def check_target(architecture: Architecture, target: Target) -> None:
             f"target {target!r} takes students whose blocks all have the same sizes; "
             "export this one with --target compress"
         )
-    fits = architecture.formats <= set(loader.formats)
-    if not fits or architecture.kv_format not in loader.kv_formats:
+
+    def takes(other: Loader) -> bool:
+        known = architecture.formats <= set(other.formats)
+        return known and architecture.kv_format in other.kv_formats
+
+    if not takes(loader):
         formats = ", ".join(sorted(architecture.formats))
-        others = " or ".join(
-            name
-            for name, other in LOADERS.items()
-            if architecture.formats <= set(other.formats)
-            and architecture.kv_format in other.kv_formats
-        )
+        others = " or ".join(name for name, other in LOADERS.items() if takes(other))
         raise InputError(
             f"target {target!r} takes {', '.join(loader.formats)} only, this student has {formats} "
             f"weights and {architecture.kv_format} KV; use --target {others}"
@@ -104,13 +104,7 @@ def check_target(architecture: Architecture, target: Target) -> None:
 
 def without_formats(architecture: Architecture) -> Architecture:
     """The architecture with every number format set to BF16."""
-    blocks = tuple(dataclasses.replace(block, format="bf16") for block in architecture.blocks)
-    return dataclasses.replace(architecture, blocks=blocks, kv_format="bf16")
-
-
-def stored(checkpoint: Checkpoint) -> Iterator[tuple[str, Tensor]]:
-    """The checkpoint's tensors as an export stores them: BF16 but for the FP32 slots."""
-    return in_bf16(checkpoint.items(), checkpoint.architecture)
+    return replace(in_format(architecture, "bf16"), kv_format="bf16")
 
 
 def logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
@@ -129,6 +123,10 @@ def write_student(
     calibration: Tensor,
 ) -> Tensor:
     """Write a student in its formats; returns the logits that reading it back has to give."""
+
+    def stored() -> Iterator[tuple[str, Tensor]]:
+        return in_bf16(checkpoint.items(), checkpoint.architecture)
+
     nested = student_config(checkpoint.config, architecture)
     base = nested.get("base_config", nested) | {"dtype": "bfloat16"}
     own = {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
@@ -136,20 +134,22 @@ def write_student(
     inputs: Mapping[Group, Tensor] = {}
     details: Mapping[str, Any] = {}
     if architecture.formats != {"bf16"}:
-        plain = build_model(checkpoint.config, architecture, stored(checkpoint))
+        plain = build_model(checkpoint.config, architecture, stored())
         inputs = input_ranges(plain, architecture, calibration)
         del plain
         quantization, details = quantization_json(architecture)
         served = {**base, "quantization_config": quantization}
         config = served if target == "vllm" else {**own, "quantization": quantization}
-    made = quantized(stored(checkpoint), architecture)
+    made = quantized(stored(), architecture)
     expected = logits(build_model(checkpoint.config, architecture, made), rows)
-    tensors = packed(stored(checkpoint), architecture, inputs)
+    tensors = packed(stored(), architecture, inputs)
     write_checkpoint(directory, tensors, config, checkpoint.path, to_json(architecture))
     if details:
         write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
-    if "quantization_config" in config:
-        hide_from_stock_loaders(directory)
+    if "quantization_config" in config:  # hidden from stock loaders
+        (directory / INDEX).unlink(missing_ok=True)
+        if (whole := directory / SINGLE).is_file():
+            whole.rename(directory / "model-00001-of-00001.safetensors")
     return expected
 
 
@@ -165,13 +165,6 @@ def packed(
         yield from pack_block(found, fused, format, own)
 
 
-def hide_from_stock_loaders(directory: Path) -> None:
-    """Give a single file a shard's name and take the index away."""
-    (directory / INDEX).unlink(missing_ok=True)
-    if (whole := directory / "model.safetensors").is_file():
-        whole.rename(directory / "model-00001-of-00001.safetensors")
-
-
 def verify(
     directory: Path, architecture: Architecture, expected: Tensor, rows: Tensor
 ) -> dict[str, Any]:
@@ -180,13 +173,9 @@ def verify(
     if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
         raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
     stock = architecture.formats == {"bf16"} and is_plain(architecture)
-    model: Any = (
-        AutoModelForCausalLM.from_pretrained(
-            directory, dtype=torch.float32, trust_remote_code=False
-        )
-        if stock
-        else load_model(directory)
-    )
+    read: Any = AutoModelForCausalLM.from_pretrained
+    options = {"dtype": torch.float32, "trust_remote_code": False}
+    model = read(directory, **options) if stock else load_model(directory)
     difference = float((logits(model, rows) - expected).abs().max() / expected.abs().max())
     # Written so that NaN fails.
     if not difference <= TOLERANCE:

@@ -27,18 +27,10 @@ def stored(x: Tensor) -> Tensor:
 
 
 def fp8_attention(
-    module: Any,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
+    module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any
 ) -> tuple[Tensor, None]:
     """Scaled dot-product attention over FP8 keys and values."""
-    output, _ = sdpa_attention_forward(
-        module, query, stored(key), stored(value), attention_mask, **options
-    )
-    return output, None
+    return sdpa_attention_forward(module, query, stored(key), stored(value), *others, **options)
 
 
 def set_kv_format(model: Any, kv_format: KvFormat) -> None:

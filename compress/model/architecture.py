@@ -19,7 +19,6 @@ from compress.formats.table import Format, KvFormat
 STRICT = ConfigDict(extra="forbid", strict=True)
 
 
-@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Attention:
     """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``."""
@@ -33,7 +32,6 @@ class Attention:
     format: Format = "bf16"
 
 
-@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Ffn:
     """A dense feed-forward block of ``ffn`` neurons; gated ones have a third matrix."""
@@ -45,7 +43,6 @@ class Ffn:
     format: Format = "bf16"
 
 
-@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Moe:
     """Routed experts and a shared one; ``latent`` is the experts' input width if projected."""
@@ -61,7 +58,6 @@ class Moe:
     format: Format = "bf16"
 
 
-@with_config(STRICT)
 @dataclass(frozen=True, kw_only=True)
 class Mamba:
     """Mamba-2: ``group`` groups of ``head`` heads of ``channel`` channels; B and C per group."""

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from compress.model.architecture import Architecture, Block
 from compress.model.families import family_of
-from compress.model.families.family import Site
 from compress.model.layout import Slot
 
 # N tokens, V vocabulary, D hidden.
@@ -85,17 +84,14 @@ def layer_of(model: Any, block: Block) -> Any:
 
 def mixer_of(model: Any, block: Block) -> Any:
     """The module that computes a block's branch."""
-    return getattr(layer_of(model, block), site_of(model, block).mixer)
+    site = family_of(model.config.model_type).sites[block.kind]
+    return getattr(layer_of(model, block), site.mixer)
 
 
 def norm_of(model: Any, block: Block) -> Any:
     """The norm that feeds a block."""
-    return getattr(layer_of(model, block), site_of(model, block).norm)
-
-
-def site_of(model: Any, block: Block) -> Site:
-    """The names of a block's modules in its layer."""
-    return family_of(model.config.model_type).sites[block.kind]
+    site = family_of(model.config.model_type).sites[block.kind]
+    return getattr(layer_of(model, block), site.norm)
 
 
 def weights_of(
@@ -103,10 +99,8 @@ def weights_of(
 ) -> dict[str, tuple[Tensor, Slot]]:
     """The block's quantizable weights [out, in] with their slots, by module name in the layer."""
     layer = layer_of(model, block)
-    found = {
-        name: (layer.get_submodule(name).weight, slot)
-        for name, slot in slots_of(architecture, block, experts=False).items()
-    }
+    plain = slots_of(architecture, block, experts=False)
+    found = {name: (layer.get_submodule(name).weight, slot) for name, slot in plain.items()}
     for name, slot in slots_of(architecture, block, experts=True).items():
         path, _, matrix = name.partition(EXPERT)
         stacked = getattr(layer.get_submodule(path), matrix)

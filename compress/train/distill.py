@@ -110,6 +110,5 @@ def kl(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Tensor) -> Te
     with torch.no_grad():
         teacher_BTD = final_hidden(teacher, ids_BT)
     student_BTD = final_hidden(student, ids_BT)
-    return kl_from_hidden(
-        student_BTD.flatten(0, 1), head_of(student), teacher_BTD.flatten(0, 1), head_of(teacher)
-    ).mean()
+    student_ND, teacher_ND = student_BTD.flatten(0, 1), teacher_BTD.flatten(0, 1)
+    return kl_from_hidden(student_ND, head_of(student), teacher_ND, head_of(teacher)).mean()

@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -126,13 +127,9 @@ def update(
 
 def curve_of(losses: list[float], settings: TrainSettings) -> list[CurvePoint]:
     """The curve that the losses of the first steps make."""
+    tokens, rate = settings.batch_tokens, partial(rate_at, settings=settings)
     return [
-        CurvePoint(
-            step=step + 1,
-            tokens=(step + 1) * settings.batch_tokens,
-            loss=loss,
-            lr=rate_at(step, settings),
-        )
+        CurvePoint(step=step + 1, tokens=(step + 1) * tokens, loss=loss, lr=rate(step))
         for step, loss in enumerate(losses)
     ]
 
@@ -212,12 +209,9 @@ def resume(
     model.load_state_dict({name: tensors[f"model.{name}"] for name in kept(model)}, strict=False)
     for name, parameter in model.named_parameters():
         if f"step.{name}" in tensors:
-            moments = {key: tensors[f"{key}.{name}"] for key in MOMENTS}
+            state_of = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
             # AdamW keeps its step count on the CPU and the moments beside the parameter.
-            optimizer.state[parameter] = {
-                key: tensor if key == "step" else tensor.to(parameter.device)
-                for key, tensor in moments.items()
-            }
+            optimizer.state[parameter] = state_of | {"step": tensors[f"step.{name}"]}
     losses: list[float] = state["losses"]
     return losses
 

@@ -85,11 +85,8 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         after_step=after_step,
     )
     write_teacher(model, tokenizer, out)
-    metrics = {
-        "steps": settings.steps,
-        "tokens": curve[-1].tokens,
-        **held_out.measure(load_model(out)),
-    }
+    counts = {"steps": settings.steps, "tokens": curve[-1].tokens}
+    metrics = counts | held_out.measure(load_model(out))
     write_json(out / METRICS, metrics)
     shutil.copyfile(recipe, out / RECIPE)
     forget(work_of(out))
@@ -175,9 +172,8 @@ def nll(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
     """Nats of every token that has one before it, flat."""
     ids_BT = ids_BT.to(model.device)
     hidden_BTD = final_hidden(model, ids_BT)
-    return nll_from_hidden(
-        hidden_BTD[:, :-1].flatten(0, 1), head_of(model), ids_BT[:, 1:].flatten()
-    )
+    hidden_ND, targets = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+    return nll_from_hidden(hidden_ND, head_of(model), targets)
 
 
 class Balance:
@@ -219,13 +215,10 @@ class HeldOut:
         """Nats per token and bits per byte; the model keeps its mode."""
         training = model.training
         model.train(False)
-        batches = torch.split(self.rows, 8)
-        nats = torch.cat([nll(model, rows) for rows in batches]).double()
+        nats = torch.cat([nll(model, rows) for rows in torch.split(self.rows, 8)]).double()
         model.train(training)
-        return {
-            "nats_per_token": nats.mean().item(),
-            "bits_per_byte": nats.sum().item() / math.log(2) / self.bytes,
-        }
+        bits = nats.sum().item() / math.log(2)
+        return {"nats_per_token": nats.mean().item(), "bits_per_byte": bits / self.bytes}
 
 
 def write_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, out: Path) -> None:
@@ -239,9 +232,5 @@ def write_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ou
         checkpoint = open_checkpoint(stock)
         # Its unused infinity is no JSON number, and transformers writes it as an object.
         config = {k: v for k, v in checkpoint.config.items() if k != "time_step_limit"}
-        write_checkpoint(
-            out,
-            in_bf16(checkpoint.items(), checkpoint.architecture),
-            config | {"dtype": "bfloat16"},
-            stock,
-        )
+        tensors = in_bf16(checkpoint.items(), checkpoint.architecture)
+        write_checkpoint(out, tensors, config | {"dtype": "bfloat16"}, stock)

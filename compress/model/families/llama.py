@@ -1,5 +1,6 @@
 """Llama: every layer is a grouped-query attention block and a gated FFN block."""
 
+import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -61,10 +62,8 @@ def read(config: Config) -> Architecture:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # Its own key: hidden // heads is only the default.
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    require_divides(
-        config,
-        [("hidden_size", "num_attention_heads"), ("num_attention_heads", "num_key_value_heads")],
-    )
+    require_divides(config, ("hidden_size", "num_attention_heads"))
+    require_divides(config, ("num_attention_heads", "num_key_value_heads"))
     require_rope(config, head_dim)
     if not -config["vocab_size"] <= (pad := config.get("pad_token_id") or 0) < config["vocab_size"]:
         raise InputError(f"pad_token_id {pad} is beyond vocab_size {config['vocab_size']}")
@@ -73,16 +72,13 @@ def read(config: Config) -> Architecture:
         raise InputError(f"layer_types lists {len(kinds)} layers, num_hidden_layers is {layers}")
     kv_heads = config.get("num_key_value_heads") or heads
     whole = {**config, "head_dim": head_dim, "num_key_value_heads": kv_heads}
+    places = itertools.product(range(layers), ("attention", "ffn"))
     return Architecture(
         family="llama",
         vocab=config["vocab_size"],
         hidden=config["hidden_size"],
         tied=config.get("tie_word_embeddings", False),
-        blocks=tuple(
-            read_block(whole, kind, layer, gated=True)
-            for layer in range(layers)
-            for kind in ("attention", "ffn")
-        ),
+        blocks=tuple(read_block(whole, kind, layer, gated=True) for layer, kind in places),
     )
 
 

@@ -139,11 +139,9 @@ def read(config: Config) -> Architecture:
     """Architecture of a Nemotron-H config; multi-token prediction heads are not counted."""
     require_divides(
         config,
-        [
-            ("num_attention_heads", "num_key_value_heads"),
-            ("mamba_num_heads", "n_groups"),
-            ("n_routed_experts", "n_group"),
-        ],
+        ("num_attention_heads", "num_key_value_heads"),
+        ("mamba_num_heads", "n_groups"),
+        ("n_routed_experts", "n_group"),
     )
     kinds = [KINDS[name] for name in config["layers_block_type"]]
     if "moe" in kinds:

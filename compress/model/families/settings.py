@@ -1,7 +1,7 @@
 """What values of config.json may be: those that transformers takes, told without importing it."""
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +19,11 @@ class Kind:
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; true and false are none."""
     return type(value) in (int, float) and math.isfinite(value)
+
+
+def is_list(value: Any, of: type) -> bool:
+    """Whether a value is a list of this very type."""
+    return isinstance(value, list) and all(type(each) is of for each in value)
 
 
 def optional(kind: Kind) -> Kind:
@@ -40,13 +45,8 @@ NUMBER = Kind("a number", is_number)
 REAL = Kind("a number with a decimal point", lambda v: type(v) is float and math.isfinite(v))
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
 TOKEN = optional(Kind("a token id", lambda value: type(value) is int))
-TOKENS = Kind(
-    "a token id, a list of them or null",
-    lambda v: TOKEN.takes(v) or (isinstance(v, list) and all(type(each) is int for each in v)),
-)
-NAMES = Kind(
-    "a list of names", lambda v: isinstance(v, list) and all(isinstance(each, str) for each in v)
-)
+TOKENS = Kind("a token id, a list of them or null", lambda v: TOKEN.takes(v) or is_list(v, of=int))
+NAMES = Kind("a list of names", lambda value: is_list(value, of=str))
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 # What every family reads.
 COMMON: dict[str, Kind] = {
@@ -65,13 +65,12 @@ def require(settings: Mapping[str, Any], kinds: Mapping[str, Kind]) -> None:
             raise InputError(f"{key} is {settings[key]!r}, not {kind.said}")
 
 
-def require_divides(settings: Mapping[str, Any], pairs: Iterable[tuple[str, str]]) -> None:
+def require_divides(settings: Mapping[str, Any], *pairs: tuple[str, str]) -> None:
     """InputError unless the second of each pair, where both are set, divides the first."""
     for whole, part in pairs:
         if settings.get(whole) and settings.get(part) and settings[whole] % settings[part]:
-            raise InputError(
-                f"{whole} {settings[whole]} is not a multiple of {part} {settings[part]}"
-            )
+            said = f"is not a multiple of {part} {settings[part]}"
+            raise InputError(f"{whole} {settings[whole]} {said}")
 
 
 FACTORS = Kind("a list of numbers", lambda v: isinstance(v, list) and all(map(is_number, v)))
