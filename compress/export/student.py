@@ -33,7 +33,7 @@ from compress.memory.budget import in_format
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import build_model, is_plain, load_model, student_config
-from compress.model.checkpoint import Checkpoint, in_bf16, open_checkpoint, write_checkpoint
+from compress.model.checkpoint import Checkpoint, in_bf16, open_checkpoint, write_files
 from compress.model.weights import INDEX, SINGLE
 from compress.student.surgery import by_block, quantized
 
@@ -66,15 +66,11 @@ def export_student(
         raise InputError(f"the checkpoint at {student} does not have the architecture to export")
     rows = token_rows(architecture, seed=1)
     calibration = token_rows(architecture) if calibration is None else calibration
-    with atomic_directory(out) as partial:
-        directory = partial / "checkpoint"
+    with atomic_directory(out) as directory:
         expected = write_student(checkpoint, architecture, directory, target, rows, calibration)
-        facts = verify(directory, architecture, expected, rows)
-        facts = {"target": target, "formats": sorted(architecture.formats), **facts}
+        facts = {"target": target, "formats": sorted(architecture.formats)}
+        facts |= verify(directory, architecture, expected, rows)
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
-        for file in directory.iterdir():
-            file.rename(partial / file.name)
-        directory.rmdir()
     return {"path": str(out), **facts}
 
 
@@ -143,7 +139,7 @@ def write_student(
     made = quantized(stored(), architecture)
     expected = logits(build_model(checkpoint.config, architecture, made), rows)
     tensors = packed(stored(), architecture, inputs)
-    write_checkpoint(directory, tensors, config, checkpoint.path, to_json(architecture))
+    write_files(directory, tensors, config, checkpoint.path, to_json(architecture))
     if details:
         write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
     if "quantization_config" in config:  # hidden from stock loaders

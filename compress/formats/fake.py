@@ -1,6 +1,6 @@
 """Weight-only fake quantization: what a weight becomes after its format and back."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 
 import torch
@@ -34,15 +34,13 @@ def fake_quantize(weights: Sequence[Tensor], format: Format) -> list[Tensor]:
     return [FORMATS[format].numerics.fake(weight, *common) for weight in weights]
 
 
-def fused_groups(
-    tensors: Mapping[str, Tensor], fused: Mapping[str, str | None]
-) -> Iterator[list[str]]:
+def fused_groups(names: Iterable[str], fused: Mapping[str, str | None]) -> Iterable[list[str]]:
     """Names of the tensors of every fused group of a block, in their order."""
     groups: dict[str, list[str]] = {}
-    for name in tensors:
+    for name in names:
         if (group := fused[name]) is not None:
             groups.setdefault(group, []).append(name)
-    yield from groups.values()
+    return groups.values()
 
 
 def fake_quantize_block(

@@ -78,17 +78,13 @@ def dequantized_tensors(
             tensor: Tensor = files[name].get_tensor(name)
             return tensor
 
-        beside = {
-            scale for name, format in formats.items() for scale in stored_names(name, format)[1:]
-        }
+        beside = {each for name in formats for each in stored_names(name, formats[name])[1:]}
         for name in files:
-            if name in beside:
-                continue
-            if (format := formats.get(name, "bf16")) == "bf16":
+            if (format := formats.get(name, "bf16")) != "bf16":
+                names = [n for n in stored_names(name, format) if not n.endswith(INPUT_SCALE)]
+                yield name, FORMATS[format].numerics.unpack(*(read(n, name) for n in names))
+            elif name not in beside:
                 yield name, read(name, name)
-                continue
-            names = [n for n in stored_names(name, format) if not n.endswith(INPUT_SCALE)]
-            yield name, FORMATS[format].numerics.unpack(*(read(n, name) for n in names))
 
 
 def open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:

@@ -5,20 +5,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from compress.core.errors import InputError
-from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.formats.table import KV_FORMATS, KvFormat
 
 
 @dataclass(frozen=True, kw_only=True)
 class Device:
     """``count`` equal cards. ``visible_bytes`` is what they offer together.
 
-    ``formats`` can hold weights: weight-only, dequantized inside the kernel where the card has no
-    such arithmetic. ``kv_formats`` run in every attention backend of the card.
+    ``kv_formats`` run in every attention backend of the card.
     """
 
     name: str
     visible_bytes: int
-    formats: tuple[Format, ...] = tuple(FORMATS)
     kv_formats: tuple[KvFormat, ...] = KV_FORMATS
     count: int = 1
 
@@ -33,8 +31,9 @@ def card(name: str, visible_gib: float, kv_formats: tuple[KvFormat, ...] = KV_FO
 # by about .1 GiB; the lower figure seen is used. Assumptions, not measured here: everything but
 # a10g; a100-40, a100-80, h100, h200 and b200 are from memory.
 #
-# Weights of every format of the table run from Ampere on (Marlin kernels: weight-only). An FP8 KV
-# cache needs SM89 in some backends, which Ampere (A10G, A100) is not.
+# Weights of every format of the table run from Ampere on (Marlin kernels: weight-only, dequantized
+# inside the kernel where the card has no such arithmetic). An FP8 KV cache needs SM89 in some
+# backends, which Ampere (A10G, A100) is not.
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (

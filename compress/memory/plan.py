@@ -113,8 +113,7 @@ def make_plan(
 ) -> Plan:
     """Plan the model of a directory or a config.json.
 
-    ``format`` and ``kv_format`` ask what it would take in another precision; without them the model
-    is planned as its files say.
+    ``format`` and ``kv_format`` ask what it would take in another precision than its files say.
     """
     config = read_config(model)
     architecture = planned_architecture(model, config)

@@ -6,6 +6,7 @@ config; a removed half of a llama layer is a module that returns zero.
 
 import copy
 import importlib
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -55,10 +56,8 @@ REMOVED: Mapping[str, type[nn.Module]] = {"attention": NoAttention, "ffn": NoFfn
 
 def layers_of(architecture: Architecture) -> dict[int, list[Block]]:
     """Blocks by layer number."""
-    layers: dict[int, list[Block]] = {}
-    for block in architecture.blocks:
-        layers.setdefault(block.layer, []).append(block)
-    return layers
+    layers = itertools.groupby(architecture.blocks, key=lambda block: block.layer)
+    return {layer: list(blocks) for layer, blocks in layers}
 
 
 def shared_settings(architecture: Architecture) -> dict[str, Any]:

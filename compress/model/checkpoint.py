@@ -98,9 +98,7 @@ def write_checkpoint(
     replaced, and left alone when anything fails. At most one shard is held in memory.
     """
     with atomic_directory(directory) as partial:
-        write_files(partial, tensors, config, source)
-        if architecture_json is not None:
-            write_text(partial / ARCHITECTURE, architecture_json)
+        write_files(partial, tensors, config, source, architecture_json)
         finish(partial)
 
 
@@ -109,8 +107,9 @@ def write_files(
     tensors: Iterable[tuple[str, Tensor]],
     config: Mapping[str, Any],
     source: Path | None,
+    architecture_json: str | None,
 ) -> None:
-    """Shards, index, config, and what ``source`` has besides weights."""
+    """Shards, index, config, architecture, and what ``source`` has besides weights."""
     shards: list[list[str]] = []
     total = 0
     for shard in in_shards(tensors):
@@ -128,6 +127,8 @@ def write_files(
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(partial / INDEX, json.dumps(index, indent=1))
     write_text(partial / CONFIG, json.dumps(dict(config), indent=2))
+    if architecture_json is not None:
+        write_text(partial / ARCHITECTURE, architecture_json)
     if source:
         for companion in (found for pattern in COMPANIONS for found in source.glob(pattern)):
             copy = partial / companion.relative_to(source)

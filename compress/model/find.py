@@ -65,10 +65,8 @@ def cache_directory() -> Path:
 def resolve_model(name: str, revision: str | None = None, *, config_only: bool = False) -> Path:
     """The directory of a model: "embedded", a short name, a directory, or a hub id.
 
-    Args:
-        name: What the user wrote; a path of a config.json is given back as it is.
-        revision: Of a hub id: a commit, a branch or a tag; None is the newest.
-        config_only: Take no more than config.json from the hub.
+    A path of a config.json is given back as it is. ``revision`` of a hub id is a commit, a branch
+    or a tag, None the newest; with ``config_only`` the hub gives no more than config.json.
 
     Raises:
         InputError: nothing has this name, or the hub does not answer.

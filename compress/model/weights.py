@@ -160,10 +160,5 @@ def same_bytes(one: Stored, other: Stored) -> bool:
     with one.file.open("rb") as a, other.file.open("rb") as b:
         a.seek(one.start)
         b.seek(other.start)
-        left = one.end - one.start
-        while left > 0:
-            size = min(left, PIECE_BYTES)
-            if a.read(size) != b.read(size):
-                return False
-            left -= size
-    return True
+        sizes = (min(PIECE_BYTES, one.end - at) for at in range(one.start, one.end, PIECE_BYTES))
+        return all(a.read(size) == b.read(size) for size in sizes)

@@ -6,20 +6,8 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture
+from compress.model.families import settings
 from compress.model.families.family import Config, Family, Site, read_block
-from compress.model.families.settings import (
-    ACTIVATION,
-    COMMON,
-    NAMES,
-    NUMBER,
-    REAL,
-    SIZE,
-    SWITCH,
-    TABLE,
-    optional,
-    require_divides,
-    require_rope,
-)
 from compress.model.layout import Slot
 
 MODEL = {
@@ -42,17 +30,17 @@ FFN = {
 }
 TENSORS: Mapping[str, Mapping[str, Slot]] = {"attention": ATTENTION, "ffn": FFN}
 READS = (
-    COMMON
-    | dict.fromkeys(("num_key_value_heads", "head_dim"), optional(SIZE))
-    | dict.fromkeys(("rope_parameters", "rope_scaling"), optional(TABLE))
-    | dict.fromkeys(("partial_rotary_factor", "attention_dropout"), optional(NUMBER))
-    | dict.fromkeys(("rope_theta", "original_max_position_embeddings"), NUMBER)
+    settings.COMMON
+    | dict.fromkeys(("num_key_value_heads", "head_dim"), settings.SIZE.or_null)
+    | dict.fromkeys(("rope_parameters", "rope_scaling"), settings.TABLE.or_null)
+    | dict.fromkeys(("partial_rotary_factor", "attention_dropout"), settings.NUMBER.or_null)
+    | dict.fromkeys(("rope_theta", "original_max_position_embeddings"), settings.NUMBER)
     | {
-        "num_hidden_layers": SIZE,
-        "hidden_act": ACTIVATION,
-        "rms_norm_eps": REAL,
-        "attention_bias": SWITCH,
-        "layer_types": optional(NAMES),
+        "num_hidden_layers": settings.SIZE,
+        "hidden_act": settings.ACTIVATION,
+        "rms_norm_eps": settings.REAL,
+        "attention_bias": settings.SWITCH,
+        "layer_types": settings.NAMES.or_null,
     }
 )
 
@@ -62,9 +50,9 @@ def read(config: Config) -> Architecture:
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # Its own key: hidden // heads is only the default.
     head_dim = config.get("head_dim") or config["hidden_size"] // heads
-    require_divides(config, ("hidden_size", "num_attention_heads"))
-    require_divides(config, ("num_attention_heads", "num_key_value_heads"))
-    require_rope(config, head_dim)
+    settings.require_divides(config, ("hidden_size", "num_attention_heads"))
+    settings.require_divides(config, ("num_attention_heads", "num_key_value_heads"))
+    settings.require_rope(config, head_dim)
     if not -config["vocab_size"] <= (pad := config.get("pad_token_id") or 0) < config["vocab_size"]:
         raise InputError(f"pad_token_id {pad} is beyond vocab_size {config['vocab_size']}")
     kinds = config.get("layer_types")

@@ -5,18 +5,8 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, Moe
+from compress.model.families import settings
 from compress.model.families.family import Config, Family, Site, read_block
-from compress.model.families.settings import (
-    ACTIVATION,
-    COMMON,
-    NAMES,
-    NUMBER,
-    REAL,
-    SIZE,
-    SWITCH,
-    optional,
-    require_divides,
-)
 from compress.model.layout import Slot
 
 NORM = {"norm.weight": Slot(shape="hidden", normalizes=("hidden",))}
@@ -107,14 +97,14 @@ SIZES = (
     *("moe_shared_expert_intermediate_size", "n_group", "topk_group"),
 )
 READS = (
-    COMMON
-    | dict.fromkeys(("num_key_value_heads", "head_dim", *SIZES), SIZE)
-    | dict.fromkeys(("sliding_window", "moe_latent_size"), optional(SIZE))
-    | dict.fromkeys(("norm_topk_prob", "use_conv_bias", "use_bias"), SWITCH)
-    | dict.fromkeys(("time_step_min", "layer_norm_epsilon"), REAL)
-    | dict.fromkeys(("routed_scaling_factor", "attention_dropout"), NUMBER)
-    | dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), ACTIVATION)
-    | {"layers_block_type": NAMES}
+    settings.COMMON
+    | dict.fromkeys(("num_key_value_heads", "head_dim", *SIZES), settings.SIZE)
+    | dict.fromkeys(("sliding_window", "moe_latent_size"), settings.SIZE.or_null)
+    | dict.fromkeys(("norm_topk_prob", "use_conv_bias", "use_bias"), settings.SWITCH)
+    | dict.fromkeys(("time_step_min", "layer_norm_epsilon"), settings.REAL)
+    | dict.fromkeys(("routed_scaling_factor", "attention_dropout"), settings.NUMBER)
+    | dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), settings.ACTIVATION)
+    | {"layers_block_type": settings.NAMES}
 )
 
 
@@ -137,7 +127,7 @@ def normal(config: Config) -> dict[str, Any]:
 
 def read(config: Config) -> Architecture:
     """Architecture of a Nemotron-H config; multi-token prediction heads are not counted."""
-    require_divides(
+    settings.require_divides(
         config,
         ("num_attention_heads", "num_key_value_heads"),
         ("mamba_num_heads", "n_groups"),

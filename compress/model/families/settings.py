@@ -15,6 +15,11 @@ class Kind:
     said: str
     takes: Callable[[Any], bool]
 
+    @property
+    def or_null(self) -> "Kind":
+        """The same, or null."""
+        return Kind(f"{self.said} or null", lambda value: value is None or self.takes(value))
+
 
 def is_number(value: Any) -> bool:
     """Whether a value is a finite number; true and false are none."""
@@ -24,11 +29,6 @@ def is_number(value: Any) -> bool:
 def is_list(value: Any, of: type) -> bool:
     """Whether a value is a list of this very type."""
     return isinstance(value, list) and all(type(each) is of for each in value)
-
-
-def optional(kind: Kind) -> Kind:
-    """The kind, or null."""
-    return Kind(f"{kind.said} or null", lambda value: value is None or kind.takes(value))
 
 
 # torch's functions without parameters that transformers has under these names.
@@ -44,7 +44,7 @@ NUMBER = Kind("a number", is_number)
 # transformers takes no whole number here, nor a number as text.
 REAL = Kind("a number with a decimal point", lambda v: type(v) is float and math.isfinite(v))
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
-TOKEN = optional(Kind("a token id", lambda value: type(value) is int))
+TOKEN = Kind("a token id", lambda value: type(value) is int).or_null
 TOKENS = Kind("a token id, a list of them or null", lambda v: TOKEN.takes(v) or is_list(v, of=int))
 NAMES = Kind("a list of names", lambda value: is_list(value, of=str))
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
@@ -80,14 +80,14 @@ ROPES: Mapping[str, Mapping[str, Kind]] = {
     "default": {},
     "linear": {"factor": POSITIVE},
     "dynamic": {"factor": POSITIVE},
-    "yarn": {"factor": optional(POSITIVE)},
+    "yarn": {"factor": POSITIVE.or_null},
     "longrope": {"short_factor": FACTORS, "long_factor": FACTORS},
     "llama3": {"factor": POSITIVE, "low_freq_factor": POSITIVE, "high_freq_factor": POSITIVE},
     "proportional": {},
 }
 BESIDES: dict[str, Kind] = dict.fromkeys(
     ("factor", "original_max_position_embeddings", "partial_rotary_factor", "attention_factor",
-     "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), optional(NUMBER),
+     "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), NUMBER.or_null,
 )  # fmt: skip
 
 
