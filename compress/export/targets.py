@@ -36,17 +36,13 @@ def restricted(space: Space, target: Target) -> Space:
     """The space with only what the target's loader builds from a config.
 
     Stock loaders want one value per width and whole layers. A loader of BF16 only leaves the other
-    formats of a space out.
-
-    Raises:
-        InputError: the space lists a format that a loader of several does not know.
+    formats of a space out; InputError where a loader of several does not know one of them.
     """
     loader = LOADERS[target]
     update: dict[str, object] = {}
     if not loader.uneven:
-        update["axes"] = {
-            name: axis.model_copy(update={"scope": "global"}) for name, axis in space.axes.items()
-        }
+        whole = {"scope": "global"}
+        update["axes"] = {k: axis.model_copy(update=whole) for k, axis in space.axes.items()}
         update["remove"] = "layer" if space.remove == "block" else space.remove
     if loader.formats == ("bf16",):
         update |= {"formats": loader.formats, "kv_formats": loader.kv_formats}

@@ -21,11 +21,7 @@ def shared(weights: Sequence[Tensor], format: Format) -> tuple[Tensor, ...]:
 
 
 def fake_quantize(weights: Sequence[Tensor], format: Format) -> list[Tensor]:
-    """Quantize and dequantize a fused group; dtypes stay.
-
-    Raises:
-        InputError: a shape that cannot take the format.
-    """
+    """A fused group after its format and back, in its dtypes; InputError where a shape forbids."""
     if format == "bf16" or not weights:
         return list(weights)
     for weight in weights:

@@ -64,10 +64,8 @@ def dequantized_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """Every parameter of an export under its plain name, quantized ones as FP32 values.
 
-    ``formats`` has the format of every weight that is quantized.
-
-    Raises:
-        InputError: no safetensors file, a corrupt one, or a quantized weight without its scale.
+    ``formats`` has the format of every weight that is quantized. InputError on no safetensors
+    file, a corrupt one, or a quantized weight without its scale.
     """
     with ExitStack() as stack:
         files = open_files(directory, stack)

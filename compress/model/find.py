@@ -67,9 +67,7 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
 
     A path of a config.json is given back as it is. ``revision`` of a hub id is a commit, a branch
     or a tag, None the newest; with ``config_only`` the hub gives no more than config.json.
-
-    Raises:
-        InputError: nothing has this name, or the hub does not answer.
+    InputError where nothing has this name, or the hub does not answer.
     """
     if name == "embedded":
         return shipped("teachers", "embedded")

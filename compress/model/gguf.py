@@ -22,8 +22,7 @@ READER_KEYS = (
 def convert(gguf: Path, directory: Path) -> None:
     """Write the model of a GGUF file to ``directory``, dequantized to BF16, and check it.
 
-    Raises:
-        InputError: the gguf package is missing, or the result is of no known family.
+    InputError where the gguf package is missing, or the result is of no known family.
     """
     if find_spec("gguf") is None:
         raise InputError('reading GGUF needs the package gguf: python -m pip install -e ".[gguf]"')

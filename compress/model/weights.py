@@ -84,10 +84,8 @@ def checked_weights(
     """The architecture as the weights tell it, and every parameter's tensor.
 
     As in transformers, tied matrices that are stored with different values are not tied, and
-    either of them is enough where they are.
-
-    Raises:
-        InputError: a quantized checkpoint, and a tensor that is unknown, missing or misshaped.
+    either of them is enough where they are. InputError on a quantized checkpoint, and on a tensor
+    that is unknown, missing or misshaped.
     """
     stored = stored_tensors(path, config)
     try:
@@ -102,8 +100,7 @@ def checked_weights(
 def planned_architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
     """The architecture that a search would find: as the weights tell it where they are at hand.
 
-    Raises:
-        InputError: what a search would refuse of a config, or of weights that are all here.
+    InputError on what a search would refuse of a config, or of weights that are all here.
     """
     architecture = architecture_of(path, config)
     if not path.is_dir() or (path / ARCHITECTURE).is_file() or not any(path.glob("*.safetensors")):

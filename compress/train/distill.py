@@ -46,11 +46,8 @@ def distill(
     The loss is the mean over all positions of KL(teacher || student), in nats per token. The
     student is trained in fp32 (cast here if it is not). Afterwards it is in eval mode and frozen.
     With a directory, checkpoints and the curve are kept there and an interrupted distillation of
-    the same settings and rows continues bit for bit.
-
-    Raises:
-        InputError: ``rows`` or settings that give no step, vocabularies that differ, or a loss that
-            is not finite.
+    the same settings and rows continues bit for bit. InputError on ``rows`` or settings that give
+    no step, vocabularies that differ, or a loss that is not finite.
     """
     batch, steps = schedule(rows, settings)
     if teacher.config.vocab_size != student.config.vocab_size:

@@ -79,10 +79,8 @@ def train(
     ``loss_of`` gives a step's loss, or parts that add up to it, for batches larger than memory.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change buffers of the
-    model, which checkpoints keep, and nothing else.
-
-    Raises:
-        InputError: the loss is not finite; the message names the step.
+    model, which checkpoints keep, and nothing else. InputError names the step where the loss is not
+    finite.
     """
     optimizer = optimizer_of(model, settings)
     # Taken before a checkpoint is loaded: the same start, settings and text are the same training.

@@ -41,11 +41,8 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
 
     Interrupted, it continues from its last checkpoint (beside ``out``); finished with the same
     recipe, it does nothing. ``out`` becomes a Hugging Face directory in bf16 with tokenizer and
-    recipe, and replaces what an earlier recipe left there.
-
-    Raises:
-        InputError: a recipe, config, text or tokenizer that cannot be used, a loss that is not
-            finite, or an ``out`` that holds something else.
+    recipe, and replaces what an earlier recipe left there. InputError on a recipe, config, text or
+    tokenizer that cannot be used, a loss that is not finite, or an ``out`` of something else.
     """
     settings = read_settings(recipe, PretrainRecipe, "pretraining recipe")
     if (finished := metrics_of(recipe, out)) is not None:
