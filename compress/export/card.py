@@ -1,6 +1,6 @@
 """The README.md of an export: where it comes from, what was measured, how to load it."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from compress.model.architecture import Architecture, block_name, sizes
@@ -34,35 +34,31 @@ def model_card(
         "KV cache": architecture.kv_format,
         **{key: value for key, value in card.items() if not isinstance(value, Mapping)},
     }
-    lines = [f"# {name}", "", "A smaller language model made by `compress`.", ""]
-    lines += [*table("", "value", summary), ""]
+    parts = [f"# {name}", "A smaller language model made by `compress`."]
+    parts.append(table("", "value", summary))
     for key, value in card.items():
         if isinstance(value, Mapping):
-            title = key.replace("_", " ").capitalize()
-            lines += [f"## {title}", "", *table("", "value", value), ""]
-    lines += ["## Loading", "", LOADING["transformers" if stock else facts["target"]], ""]
-    lines += [
+            parts += [f"## {key.replace('_', ' ').capitalize()}", table("", "value", value)]
+    parts += ["## Loading", LOADING["transformers" if stock else facts["target"]]]
+    parts.append(
         f"Verified after writing with {facts['reader']}: logits on random token rows differ by "
-        f"{facts['logit_difference']:.1e} of their range; bytes are as planned.",
-        "",
-    ]
+        f"{facts['logit_difference']:.1e} of their range; bytes are as planned."
+    )
     if set(facts["formats"]) != {"bf16"}:
-        lines += [ACTIVATIONS, ""]
+        parts.append(ACTIVATIONS)
     if architecture.kv_format != "bf16":
-        lines += [KV, ""]
+        parts.append(KV)
     blocks = {
         block_name(block): f"{block.format}; "
         + ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
         for block in architecture.blocks
     }
-    lines += ["## Blocks", "", *table("block", "format and sizes", blocks), ""]
-    return "\n".join(lines)
+    parts += ["## Blocks", table("block", "format and sizes", blocks)]
+    return "\n\n".join(parts) + "\n"
 
 
-def table(left: str, right: str, rows: Mapping[str, Any]) -> Iterator[str]:
+def table(left: str, right: str, rows: Mapping[str, Any]) -> str:
     """A Markdown table of two columns."""
-    yield f"| {left} | {right} |"
-    yield "|---|---|"
-    for key, value in rows.items():
-        cell = str(value).replace("|", "\\|").replace("\n", " ")
-        yield f"| {key} | {cell} |"
+    cells = {key: str(value).replace("|", "\\|").replace("\n", " ") for key, value in rows.items()}
+    lines = [f"| {key} | {cell} |" for key, cell in cells.items()]
+    return "\n".join([f"| {left} | {right} |", "|---|---|", *lines])

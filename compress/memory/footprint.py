@@ -100,39 +100,31 @@ def weight_bytes(architecture: Architecture) -> int:
     return outside_bytes(architecture) + inside
 
 
-def kv_cache_bytes(block: Block, kv_format: KvFormat, deployment: Deployment) -> int:
-    """Bytes of the keys and values of one block; a window limits the tokens held."""
-    if not isinstance(block, Attention):
-        return 0
-    tokens = min(deployment.context, block.window or deployment.context)
-    per_token = 2 * block.kv_head * block.head_dim * KV_BYTES[kv_format]
-    return per_token * tokens * deployment.batch_size
+def state_bytes(block: Block, kv_format: KvFormat, served: Deployment) -> tuple[int, int, int]:
+    """Bytes of one block's keys and values, recurrent state and convolution state.
 
-
-def ssm_state_bytes(block: Block, deployment: Deployment) -> int:
-    """Bytes of the recurrent state of one block."""
-    if not isinstance(block, Mamba):
-        return 0
-    elements = block.group * block.head * block.channel * block.state
-    return elements * SSM_BYTES[deployment.ssm_format] * deployment.batch_size
-
-
-def conv_state_bytes(block: Block, deployment: Deployment) -> int:
-    """Bytes of the convolution state of one block, as servers hold it: kernel - 1 columns."""
-    if not isinstance(block, Mamba):
-        return 0
-    columns = block.group * block.head * block.channel + 2 * block.group * block.state
-    return columns * (block.kernel - 1) * BF16_BYTES * deployment.batch_size
+    A window limits the tokens held; of the convolution servers hold kernel - 1 columns.
+    """
+    cache = recurrent = conv = 0
+    if isinstance(block, Attention):
+        tokens = min(served.context, block.window or served.context)
+        cache = 2 * block.kv_head * block.head_dim * KV_BYTES[kv_format] * tokens
+    elif isinstance(block, Mamba):
+        channels = block.group * block.head * block.channel
+        recurrent = channels * block.state * SSM_BYTES[served.ssm_format]
+        conv = (channels + 2 * block.group * block.state) * (block.kernel - 1) * BF16_BYTES
+    return cache * served.batch_size, recurrent * served.batch_size, conv * served.batch_size
 
 
 def footprint(architecture: Architecture, deployment: Deployment) -> Footprint:
     """Bytes that serving the model takes."""
-    blocks, kv_format = architecture.blocks, architecture.kv_format
+    kv_format = architecture.kv_format
+    held = [state_bytes(block, kv_format, deployment) for block in architecture.blocks]
     return Footprint(
         weights=weight_bytes(architecture),
-        kv_cache=sum(kv_cache_bytes(block, kv_format, deployment) for block in blocks),
-        ssm_state=sum(ssm_state_bytes(block, deployment) for block in blocks),
-        conv_state=sum(conv_state_bytes(block, deployment) for block in blocks),
+        kv_cache=sum(cache for cache, _, _ in held),
+        ssm_state=sum(recurrent for _, recurrent, _ in held),
+        conv_state=sum(conv for _, _, conv in held),
         workspace=deployment.workspace_bytes,
     )
 

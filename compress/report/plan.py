@@ -6,13 +6,7 @@ from itertools import pairwise
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
 from compress.memory.devices import DEVICES
-from compress.memory.footprint import (
-    block_bytes,
-    conv_state_bytes,
-    kv_cache_bytes,
-    outside_bytes,
-    ssm_state_bytes,
-)
+from compress.memory.footprint import block_bytes, outside_bytes, state_bytes
 from compress.memory.plan import Option, Plan
 from compress.model.architecture import Architecture, sizes
 from compress.model.families import count_active, count_parameters, parameters
@@ -57,12 +51,8 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
         alike.setdefault((block.kind, text, block.format), []).append(number)
     for (kind, text, format), numbers in alike.items():
         blocks = [architecture.blocks[number] for number in numbers]
-        held = sum(
-            kv_cache_bytes(block, architecture.kv_format, deployment)
-            + ssm_state_bytes(block, deployment)
-            + conv_state_bytes(block, deployment)
-            for block in blocks
-        )
+        kv_format = architecture.kv_format
+        held = sum(sum(state_bytes(block, kv_format, deployment)) for block in blocks)
         weights = sum(block_bytes(b, architecture.hidden, architecture.family) for b in blocks)
         count = format_count(sum(counts[number] for number in numbers))
         layers = ranges([block.layer for block in blocks])

@@ -9,15 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.table import KV_FORMATS, KvFormat
-from compress.memory.footprint import (
-    Deployment,
-    block_bytes,
-    conv_state_bytes,
-    footprint,
-    kv_cache_bytes,
-    outside_bytes,
-    ssm_state_bytes,
-)
+from compress.memory.footprint import Deployment, block_bytes, footprint, outside_bytes, state_bytes
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import block_active, outside_active
 from compress.scores.costs import Scores, choose, kl_of, option_cost, priority, removed, top
@@ -144,12 +136,8 @@ class Problem:
         if option.removed:
             return 0
         block = resized(self.teacher.blocks[number], dict(option.target), option.format)
-        return (
-            block_bytes(block, self.hidden(globals_), self.teacher.family)
-            + kv_cache_bytes(block, globals_.kv_format, self.deployment)
-            + ssm_state_bytes(block, self.deployment)
-            + conv_state_bytes(block, self.deployment)
-        )
+        held = sum(state_bytes(block, globals_.kv_format, self.deployment))
+        return block_bytes(block, self.hidden(globals_), self.teacher.family) + held
 
     def knapsack(
         self, groups: Sequence[Sequence[Choice]], globals_: Globals, *, priced: bool = True
