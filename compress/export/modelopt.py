@@ -46,9 +46,8 @@ def excluded(layers: Mapping[str, Format]) -> list[str]:
 
 def algorithm(format: Format) -> dict[str, Any]:
     """How the layout calls a format."""
-    row = FORMATS[format]
-    group = {"group_size": row.group} if row.group > 1 else {}
-    return {"quant_algo": row.modelopt or format.upper()} | group
+    group = {"group_size": FORMATS[format].group} if FORMATS[format].group > 1 else {}
+    return {"quant_algo": format.upper()} | group
 
 
 def config_group(format: Format, targets: list[str]) -> dict[str, Any]:

