@@ -8,7 +8,7 @@ norm over sequences. What a decision costs is still predicted from contributions
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from math import prod
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +19,6 @@ from compress.model.layout import parse
 from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, routed, slots_of
 from compress.student.candidate import Ranking
 from compress.student.units import AXES, Projection, array_of, projections, unit_key
-
-Key = TypeVar("Key", int, str)
 
 
 def activation_scores(
@@ -54,16 +52,16 @@ class Forward:
     def __init__(self, architecture: Architecture, length: int) -> None:
         self.architecture, self.length = architecture, length
         self.squares: dict[str, Tensor] = {}
-        self.norms: dict[int, Tensor] = {}
         self.routed: dict[str, tuple[Tensor, Tensor]] = {}
 
     def scores(self) -> dict[str, Tensor]:
         """The sums as scores."""
-        found = {key: square.sqrt().float() for key, square in self.squares.items()}
-        found["hidden"] = torch.stack([s.sqrt() for s in self.norms.values()]).sum(0).float()
+        found = {key: square.sqrt() for key, square in self.squares.items()}
+        norms = [found.pop(key) for key in self.squares if key.startswith("hidden@")]
+        found["hidden"] = torch.stack(norms).sum(0)
         for key, (total, count) in self.routed.items():
-            found[key] = (total / count.clamp(min=1)).float()
-        return found
+            found[key] = total / count.clamp(min=1)
+        return {key: value.float() for key, value in found.items()}
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
@@ -84,14 +82,14 @@ class Forward:
                     stack.callback(experts.register_forward_pre_hook(tap).remove)
             yield
 
-    def add(self, sums: dict[Key, Tensor], key: Key, means: Tensor) -> None:
-        """Add the squares of sequences' means [b, *units]."""
+    def add(self, key: str, means: Tensor) -> None:
+        """Add sequences' means [b, *units]."""
         square = means.double().square().sum(0)
-        sums[key] = sums[key] + square if key in sums else square
+        self.squares[key] = self.squares[key] + square if key in self.squares else square
 
     def tap_norm(self, number: int) -> Callable[..., None]:
         """Hook of a residual norm."""
-        return lambda module, args, output: self.add(self.norms, number, output.abs().mean(1))
+        return lambda module, args, output: self.add(f"hidden@{number}", output.abs().mean(1))
 
     def tap_units(self, block: Block, projection: Projection) -> tuple[str, Callable[..., None]]:
         """The module where the units of an output projection are seen, and its hook.
@@ -108,7 +106,7 @@ class Forward:
             value = output[..., prod(shape) : 2 * prod(shape)] if gated else args[0]
             value = value.reshape(*value.shape[:2], *shape, projection.features)
             size = value[..., 0].abs() if units.scalar else l2(value, -1)
-            self.add(self.squares, unit_key(block, units), size.mean(1))
+            self.add(unit_key(block, units), size.mean(1))
 
         return (writers[0] if gated else projection.module), hook
 
@@ -128,8 +126,8 @@ class Forward:
                 neurons[:, expert].index_add_(0, row, inner.abs())
                 saliency[:, expert].index_add_(0, row, norm * weight[:, 0])
                 count[expert] = len(token)
-            self.add(self.squares, unit_key(block, units), neurons / self.length)
-            self.add(self.squares, f"{name}/expert", saliency / self.length)
+            self.add(unit_key(block, units), neurons / self.length)
+            self.add(f"{name}/expert", saliency / self.length)
             total, before = self.routed.get(f"{name}/router", (torch.zeros(()), torch.zeros(())))
             self.routed[f"{name}/router"] = total + saliency.double().sum(0), before + count
 

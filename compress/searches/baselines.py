@@ -48,20 +48,17 @@ def variants(space: Space, offered: Sequence[Format], kv: Sequence[KvFormat]) ->
 
     ``offered`` are the formats of the target. Prune-then-quantize has a study per format.
     """
-    both = {"kv_formats": tuple(kv)}
-    structure = space if space.prunes else space.model_copy(update={"remove": "block"})
-    found = {
-        "joint": structure.model_copy(update={"formats": tuple(offered), **both}),
-        "prune": structure.model_copy(update={"formats": ("bf16",), **both}),
-        "formats": space.model_copy(
-            update={"axes": {}, "remove": "none", "formats": tuple(offered), **both}
-        ),
-    }
-    for format in offered:
-        if format != "bf16":
-            name = f"prune_then_quantize-{format}"
-            found[name] = structure.model_copy(update={"formats": (format,), **both})
-    return found
+    whole = {"axes": {}, "remove": "none"}
+
+    def stored(formats: Sequence[Format], structure: Mapping[str, object]) -> Space:
+        found = {"formats": tuple(formats), "kv_formats": tuple(kv), **structure}
+        return space.model_copy(update=found)
+
+    cut = {} if space.prunes else {"remove": "block"}
+    found = {"joint": stored(offered, cut), "prune": stored(["bf16"], cut)}
+    found["formats"] = stored(offered, whole)
+    rounded = [format for format in offered if format != "bf16"]
+    return found | {f"prune_then_quantize-{format}": stored([format], cut) for format in rounded}
 
 
 def baselines(space: Space, named: Mapping[str, Space], asked: str | None) -> list[str]:
@@ -128,8 +125,8 @@ def at_share(
 
     A block whose shapes refuse the format stays BF16.
     """
-    teacher = problem.teacher
-    options: list[Option] = []
+    teacher, options = problem.teacher, list[Option]()
+    space = problem.space.model_copy(update={"formats": (format,)})
     for block in teacher.blocks:
         target = {}
         for axis in AXES[block.kind]:
@@ -137,7 +134,6 @@ def at_share(
             count = max(step, int(share * size) // step * step)
             if axis in axes and count < size and admissible(block, {axis: count}):
                 target[axis] = count
-        space = problem.space.model_copy(update={"formats": (format,)})
         smaller = resized(block, target)
         [offered] = offered_formats(teacher, block, smaller, teacher.hidden, space)
         options.append(Option(tuple(sorted(target.items())), offered))
