@@ -43,11 +43,9 @@ class Scores:
 
     def save(self, file: Path) -> None:
         """Write everything as named tensors, whole or not at all."""
-        tensors = {
-            f"contributions/{k}": rows.contiguous() for k, rows in self.contributions.items()
-        }
-        exact = {k: torch.tensor(kl, dtype=torch.float64) for k, kl in self.removals.items()}
-        tensors |= {f"removals/{block}": kl for block, kl in exact.items()}
+        tensors = {f"contributions/{k}": v.contiguous() for k, v in self.contributions.items()}
+        for block, kl in self.removals.items():
+            tensors[f"removals/{block}"] = torch.tensor(kl, dtype=torch.float64)
         tensors |= {f"kv/{format}": torch.tensor(kl) for format, kl in self.kv.items()}
         save_tensors(tensors | {"length": torch.tensor(self.length)}, file)
 

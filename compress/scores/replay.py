@@ -89,13 +89,9 @@ def removal_costs(
 ) -> dict[str, float]:
     """Exact KL of removing each block alone by its name, nats per token.
 
-    Args:
-        model: the teacher in fp32, in eval mode.
-        architecture: the teacher's.
-        tokens: [sequences, T]; a removal that ``stop`` never settles is run on all of them.
-        stop: a block runs on no further sequences once its mean is known well enough.
-        progress: called with blocks done and in total.
-        known: a JSON file of every finished block, so that a killed replay continues there.
+    ``model`` is the teacher in fp32, in eval mode. A removal that ``stop`` never settles is run on
+    all ``tokens`` [sequences, T]. ``progress`` is called with blocks done and in total; ``known``
+    is a JSON file of every finished block, so that a killed replay continues there.
     """
     text, names = Text(model, torch.split(tokens, 4)), list(map(block_name, architecture.blocks))
     found: dict[str, float] = read_json(known) if known is not None and known.is_file() else {}

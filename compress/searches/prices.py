@@ -80,10 +80,8 @@ class Pricing:
     ) -> tuple[Floats, Floats]:
         """What the groups' options cost against those here, flat, and how far off each may be.
 
-        Args:
-            groups: the options.
-            here: the index of the incumbent's in every group.
-            seen: by how much the KL of measured choices is above the incumbent's.
+        ``here`` is the index of the incumbent's option in every group, ``seen`` by how much the KL
+        of measured choices is above the incumbent's.
         """
         pairs = [(o, options[i]) for options, i in zip(groups, here, strict=True) for o in options]
         teacher = np.array([self.problem.price(a) - self.problem.price(b) for a, b in pairs])
