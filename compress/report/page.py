@@ -10,6 +10,7 @@ from matplotlib.figure import Figure
 
 from compress.core.files import write_text
 from compress.core.quantities import format_bytes, format_count, format_tokens
+from compress.formats.table import FORMATS
 from compress.memory.devices import DEVICES
 from compress.model.families import count_parameters
 from compress.report.charts import distillation_curve, inline_svg, kl_against_bytes
@@ -72,6 +73,7 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         lines=lines(run),
         candidates=worth_listing(run),
         picture=picture,
+        formats=[f for f in FORMATS if selected and f in selected.architecture.formats],
         repairs=repairs(selected) if selected else "",
         charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
         evaluation=evaluation_grid(run.results) if run.results else None,

@@ -8,6 +8,7 @@ from matplotlib.figure import Figure
 from synthetic_run import TEACHERS, figures, write, write_run
 
 from compress.core.errors import InputError
+from compress.formats.table import FORMATS, Format
 from compress.report.content import evaluation_grid, worth_listing
 from compress.report.files import read_run
 from compress.report.page import charts, render, report
@@ -98,6 +99,11 @@ def test_removed_blocks_and_formats_are_in_the_picture(reported: Path) -> None:
     assert len(set(re.findall(r"<title>(\S+): removed", page))) == removed
     for format in student.architecture.formats:
         assert f'fill="var(--{format})"' in page
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_every_format_has_a_colour_in_light_and_in_dark(reported: Path, format: Format) -> None:
+    assert (reported / "report" / "index.html").read_text().count(f"--{format}: #") == 2
 
 
 def test_text_of_the_run_is_escaped(run: Path) -> None:
