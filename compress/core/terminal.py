@@ -131,7 +131,7 @@ def plain_progress(what: str, total: int) -> Callable[[int, str], None]:
         nonlocal done, last
         done += steps
         now = time.monotonic()
-        if done < total and now - last < PLAIN_LINE_SECONDS:
+        if (done < total or not steps) and now - last < PLAIN_LINE_SECONDS:
             return
         last = now
         left = (now - begun) / max(done, 1) * max(total - done, 0)

@@ -1,6 +1,6 @@
 """What the candidates of one search share, and the rows they become."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 
@@ -10,11 +10,12 @@ from torch import Tensor
 
 from compress.core.files import fingerprint, read_json, write_json
 from compress.core.terminal import note, progress
-from compress.measure.kl import Reference, measure, reference
+from compress.formats.table import Format
+from compress.measure.kl import Reference, measure
 from compress.model.build import is_plain
 from compress.model.families import count_active, count_parameters
 from compress.report.rows import Student
-from compress.run.score import REPAIR, gram_file
+from compress.run.score import REPAIR, counted, gram_file
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
 from compress.run.students import is_cut, train_inputs
@@ -22,7 +23,6 @@ from compress.scores.costs import Scores
 from compress.scores.reselect import moved, reselect
 from compress.scores.tangent import Tangent, tangent, turn
 from compress.searches.baselines import kind_of
-from compress.searches.prices import Linearize
 from compress.searches.problem import Problem, total_bytes
 from compress.searches.space import Space
 from compress.searches.study import StudySettings, Trial, explore
@@ -93,15 +93,11 @@ class Bench:
         """What tangents are taken on: training text, so that trials are judged on another one."""
         session, recipe = self.session, self.session.recipe
         rows = session.training_rows(2 * recipe.select_tokens, recipe.sequence_length)
-        return reference(session.checkpoint, session.model, rows)
+        return session.reference(rows)
 
-    def measure(self, candidate: Candidate) -> Iterator[Tensor]:
-        """Per-sequence KL of a candidate, a batch at a time."""
-        return self.measure_on(candidate, self.text)
-
-    def measure_on(self, candidate: Candidate, text: Reference) -> Iterator[Tensor]:
-        """The same on another text."""
-        return measure(candidate, text, self.grams if candidate.repaired else None)
+    def measure(self, candidate: Candidate, text: Reference | None = None) -> Iterator[Tensor]:
+        """Per-sequence KL of a candidate on the selection or another text, a batch at a time."""
+        return measure(candidate, text or self.text, self.grams if candidate.repaired else None)
 
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
@@ -149,30 +145,24 @@ class Bench:
             seed=recipe.seed,
         )
         with progress(f"search: {study}", trials) as advance:
-            seen = 0
-
-            def report(done: int, best: float) -> None:
-                nonlocal seen
-                advance(done - seen, f"best KL {best:.4f}")
-                seen = done
-
-            found = explore(problem, settings, self.measure, report, self.linearize(problem))
-            if len(found) > seen:  # others measured the last ones
-                advance(len(found) - seen, "")
+            reached, formats = counted(advance), problem.space.formats
+            found = explore(
+                problem, settings, self.measure,
+                progress=lambda done, best: reached(done, f"best KL {best:.4f}"),
+                linearize=lambda at, number: self.tangent(
+                    at, turn(self.slopes_text, number), formats
+                ),
+            )  # fmt: skip
+            # Others may have measured the last ones.
+            reached(len(found), f"best KL {found[0].kl:.4f}")
         kind = kind_of(study)
         return [Row(trial=trial, kind=kind, budget=problem.budget) for trial in found]
 
-    def linearize(self, problem: Problem) -> Linearize:
-        """Gives the tangent at a candidate, on parts of a text in turn."""
-        formats = [format for format in problem.space.formats if format != "bf16"]
-
-        def at(candidate: Candidate, number: int) -> Tangent:
-            grams = self.grams if candidate.repaired else None
-            return tangent(
-                self.session.model, candidate, turn(self.slopes_text, number), formats, grams
-            )
-
-        return at
+    def tangent(self, at: Candidate, text: Reference, formats: Iterable[Format]) -> Tangent:
+        """The tangent at a candidate, of its units and of those of the formats that round."""
+        rounding = [format for format in formats if format != "bf16"]
+        grams = self.grams if at.repaired else None
+        return tangent(self.session.model, at, text, rounding, grams)
 
     def reselected(self, row: Row) -> Row:
         """The row with its units chosen again (``reselect``), as the recipe asks for.
@@ -198,10 +188,10 @@ class Bench:
                     # A round is over when the next begins.
                     advance(min(1, len(begun)), "")
                     begun.append(at)
-                    return self.tangent_at(at, text)
+                    return self.tangent(at, text, sorted(at.architecture.formats))
 
                 def measured(other: Candidate, text: Reference) -> Iterator[Tensor]:
-                    for batch in self.measure_on(other, text):
+                    for batch in self.measure(other, text):
                         advance(0, "")
                         yield batch
 
@@ -222,12 +212,6 @@ class Bench:
                 f"{found.kl:.4f} after"
             )
         return replace(row, trial=found, reselected=units)
-
-    def tangent_at(self, candidate: Candidate, text: Reference) -> Tangent:
-        """The tangent of units at a candidate."""
-        grams = self.grams if candidate.repaired else None
-        formats = sorted(candidate.architecture.formats - {"bf16"})
-        return tangent(self.session.model, candidate, text, formats, grams)
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""

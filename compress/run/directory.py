@@ -44,9 +44,9 @@ class Run:
         """The signature of a stage, for the inputs of the stages after it; None if not done."""
         return self.signatures().get(stage)
 
-    def stage_done(self, stage: str, inputs: Mapping[str, Any]) -> bool:
-        """Whether the stage was completed with exactly these inputs."""
-        return self.fingerprint(stage) == fingerprint(inputs)
+    def stage_done(self, stage: str, inputs: Mapping[str, Any], file: Path | None = None) -> bool:
+        """Whether the stage was completed with exactly these inputs, and its file is there."""
+        return self.fingerprint(stage) == fingerprint(inputs) and (file is None or file.exists())
 
     def sign(self, stage: str, inputs: Mapping[str, Any]) -> None:
         """Mark a stage complete; its artifacts must be in place."""

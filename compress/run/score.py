@@ -7,6 +7,7 @@ are another, only for spaces that repair what they cut.
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,6 @@ from compress.measure.kl import reference, sequence_kl
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint
 from compress.model.tensor_files import save_tensors
-from compress.run.directory import Run
 from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
 from compress.scores.contributions import Progress, contributions
@@ -31,6 +31,8 @@ from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
 from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
+
+Advance = Callable[[int, str], None]
 
 STAGE = "score"
 RANKING = "ranking"
@@ -63,17 +65,12 @@ def scored_formats(recipe: Recipe) -> list[Format]:
     return [format for format in FORMATS if format in used and format != "bf16"]
 
 
-def scores_file(run: Run) -> Path:
-    """Where the scores are."""
-    return run.path / "scores" / "scores.safetensors"
-
-
 def score(session: Session) -> Scores:
     """The scores of the session's teacher, computed where missing."""
     run, recipe, inputs = session.run, session.recipe, score_inputs(session)
-    file = scores_file(run)
+    file = run.path / "scores" / "scores.safetensors"
     keep_recipe(recipe, run)
-    if run.stage_done(STAGE, inputs) and file.is_file():
+    if run.stage_done(STAGE, inputs, file):
         return load_scores(file)
     rows = session.rows("score", recipe.score_tokens, recipe.score_length)
     # Its own directory for these inputs: parts of another scoring are never mixed in.
@@ -92,13 +89,11 @@ def ranked(session: Session, scores: Scores) -> Scores:
     run, recipe = session.run, session.recipe
     if recipe.ranking == "contribution":
         return scores
-    inputs = {
-        "session": session.identity(),
-        "tokens": [recipe.score_tokens, recipe.score_length],
-    }
-    file = scores_file(run).with_name("rankings.safetensors")
-    if not (run.stage_done(RANKING, inputs) and file.is_file()):
-        rows = session.rows("score", recipe.score_tokens, recipe.score_length)
+    asked = recipe.score_tokens, recipe.score_length
+    inputs = {"session": session.identity(), "tokens": asked}
+    file = run.path / "scores" / "rankings.safetensors"
+    if not run.stage_done(RANKING, inputs, file):
+        rows = session.rows("score", *asked)
         save_tensors(activation_scores(session.model, session.architecture, rows), file)
         run.sign(RANKING, inputs)
     return replace(scores, rankings=load_file(file))
@@ -155,17 +150,13 @@ def gram_file(session: Session) -> Grams:
     """Gram matrices of the session's teacher on score text, computed where missing."""
     run, inputs = session.run, gram_inputs(session)
     grams = Grams(run.path / "scores" / "grams.safetensors")
-    if run.stage_done(REPAIR, inputs) and grams.file.is_file():
+    if run.stage_done(REPAIR, inputs, grams.file):
         return grams
     rows = session.rows("score", repair_tokens(session))
     with progress("score: what output projections read", len(rows)) as advance:
+        made = partial(gram_matrices, session.model, session.architecture)
         halves = {
-            half: gram_matrices(
-                session.model,
-                session.architecture,
-                rows[start::2],
-                progress=lambda n: advance(n, ""),
-            )
+            half: made(rows[start::2], progress=lambda count: advance(count, ""))
             for start, half in enumerate(HALVES)
         }
     save_grams(halves, grams.file)
@@ -178,14 +169,19 @@ def repair_tokens(session: Session) -> int:
     return max(session.recipe.repair_tokens, 2 * session.recipe.sequence_length)
 
 
-def stepwise(advance: Callable[[int, str], None], steps: int) -> Progress:
+def stepwise(advance: Advance, steps: int) -> Progress:
     """Progress given as (done, total) on a bar that counts ``steps``."""
+    reached = counted(advance)
+    return lambda done, total: reached(done * steps // total, "")
+
+
+def counted(advance: Advance) -> Advance:
+    """An ``advance`` that is told how many are done in all, not how many more."""
     seen = 0
 
-    def report(done: int, total: int) -> None:
+    def reached(done: int, status: str) -> None:
         nonlocal seen
-        now = done * steps // total
-        advance(now - seen, "")
-        seen = now
+        advance(done - seen, status)
+        seen = done
 
-    return report
+    return reached

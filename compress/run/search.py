@@ -1,6 +1,6 @@
 """The search stage: candidates of every kind at the same bytes, measured, the best ones trained."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
@@ -9,7 +9,7 @@ from compress.core.files import fingerprint, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
 from compress.export.targets import restricted
-from compress.measure.kl import Reference, reference
+from compress.measure.kl import Reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
 from compress.report.rows import (
@@ -37,7 +37,6 @@ from compress.run.score import (
 from compress.run.session import Session
 from compress.run.students import keep_students, require_replaceable
 from compress.run.together import alone, helped, joined
-from compress.scores.costs import Scores
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
 from compress.searches.baselines import (
@@ -138,12 +137,15 @@ def search(session: Session) -> tuple[Student, ...]:
         return ()
     require_searchable(session, space)
     inputs = search_inputs(session, space)
-    if not searched(run, inputs):
+    candidates = run.path / CANDIDATES
+    if not run.stage_done(STAGE, inputs, candidates):
         require_replaceable(run)
     with joined(run, session.recipe) as first:
         with alone(run):
-            scores = prepared(session, space)
-            if not (over := searched(run, inputs)):
+            scores = ranked(session, score(session))
+            if space.repair:
+                gram_file(session)
+            if not (over := run.stage_done(STAGE, inputs, candidates)):
                 forget_results(run)
                 write_teacher(teacher_of(session), run.path)
         if not over:
@@ -153,31 +155,18 @@ def search(session: Session) -> tuple[Student, ...]:
             with helped(run, session.recipe.workers - 1 if first else 0):
                 found = [studied(bench, space) for bench in benches]
             with alone(run):
-                if not searched(run, inputs):
+                if not run.stage_done(STAGE, inputs, candidates):
                     conclude(session, space, benches, found, fresh)
                     run.sign(STAGE, inputs)
         return read_students(run.path)
-
-
-def searched(run: Run, inputs: Mapping[str, Any]) -> bool:
-    """Whether the stage is done."""
-    return run.stage_done(STAGE, inputs) and (run.path / CANDIDATES).is_file()
 
 
 def require_searchable(session: Session, space: Space) -> None:
     """Refuse before the long work what can be refused: the budget, and too little text."""
     recipe = session.recipe
     for one in session.at_each_budget():
-        require_feasible(
-            Problem(
-                one.architecture,
-                None,
-                space,
-                one.deployment,
-                one.budget.bytes,
-                active=one.recipe.active,
-            )
-        )
+        sizes = one.architecture, None, space, one.deployment, one.budget.bytes
+        require_feasible(Problem(*sizes, active=recipe.active))
     require_ranked(session.architecture, recipe.ranking)
     session.rows("score", recipe.score_tokens)
     session.rows("final", recipe.final_tokens)
@@ -195,14 +184,6 @@ def note_little_text(recipe: Recipe, text: Reference) -> None:
             f"units are not chosen again: {sequences} sequences of select text prove nothing "
             f"better; --select-tokens {FEWEST * length} would"
         )
-
-
-def prepared(session: Session, space: Space) -> Scores:
-    """The scores, and what else the space needs, computed where missing."""
-    scores = ranked(session, score(session))
-    if space.repair:
-        gram_file(session)
-    return scores
 
 
 def conclude(
@@ -291,8 +272,9 @@ def compared(
     # What people do without a search, they do without repair.
     plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
     for kind in [kind for kind in kinds if kind in FREE]:
-        random = kind == "random"
-        cuts = randomly(plain, BASELINE_TRIALS, recipe.seed) if random else uniform(plain)
+        cuts = (
+            uniform(plain) if kind == "uniform" else randomly(plain, BASELINE_TRIALS, recipe.seed)
+        )
         if not cuts:
             missing.append({"kind": kind, "fits": False, "reason": f"no {kind} cut fits"})
         found += [bench.measured(candidate, predicted) for candidate, predicted in cuts]
@@ -301,8 +283,6 @@ def compared(
 
 def selection_text(session: Session) -> tuple[Reference, Reference]:
     """The teacher on the text that trials see, and on fresh text for the finalists."""
-    recipe = session.recipe
-    tokens = session.rows("select", 2 * recipe.select_tokens)
-    text = reference(session.checkpoint, session.model, tokens)
-    half = len(tokens) // 2
+    tokens = session.rows("select", 2 * session.recipe.select_tokens)
+    text, half = session.reference(tokens), len(tokens) // 2
     return text.part(0, half), text.part(half, len(tokens))

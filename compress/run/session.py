@@ -10,6 +10,7 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.files import digests
+from compress.measure.kl import Reference, reference
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture
@@ -28,8 +29,6 @@ from compress.text.tokenizer import load_tokenizer
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
 SHARED = ("path", "files", "checkpoint", "architecture", "model", "tokenizer", "splits")
-
-
 # Of a teacher's files besides its weights, those that decide what it computes of a text.
 TEACHER = ("config.json", "tokenizer.json")
 # Digests of the files that a run was made from.
@@ -139,20 +138,22 @@ class Session:
 
     def rows(self, split: Split, tokens: int, length: int | None = None) -> Tensor:
         """Packed rows of a split, [rows, sequence length]."""
-        length = length or self.recipe.sequence_length
-        texts, what = self.splits[split], self.origin(split)
-        vocab = self.architecture.vocab
+        return self.packed(split, tokens, length or self.recipe.sequence_length)
+
+    def packed(self, split: Split, tokens: int | None, length: int) -> Tensor:
+        """Rows of so many tokens of a split, or of all of them, [rows, length]."""
+        texts, what, vocab = self.splits[split], self.origin(split), self.architecture.vocab
         return pack(texts, self.tokenizer, length, tokens, self.recipe.seed, what, vocab)
+
+    def reference(self, rows: Tensor) -> Reference:
+        """The teacher on rows of tokens, which students are compared with."""
+        return reference(self.checkpoint, self.model, rows)
 
     def training_rows(self, tokens: int, length: int) -> Tensor:
         """Rows to train on: as many as ``tokens`` asks for, or all that there are."""
-        texts = self.splits["train"]
         # Far more than a token per 8 characters: then there is no need to tokenize everything.
-        plenty = sum(len(text) for text in texts) > 8 * tokens
-        wanted = tokens if plenty else None
-        what = self.origin("train")
-        vocab = self.architecture.vocab
-        return pack(texts, self.tokenizer, length, wanted, self.recipe.seed, what, vocab)
+        plenty = sum(len(text) for text in self.splits["train"]) > 8 * tokens
+        return self.packed("train", tokens if plenty else None, length)
 
     def origin(self, split: Split) -> str:
         """What errors call the text of a split."""
@@ -168,9 +169,8 @@ class Session:
         data = self.recipe.data
         return {
             "teacher": self.files,
-            "text": [*digests([Path(data)], self.run.path / DIGESTS).values()]
-            if data
-            else f"embedded {sys.version_info[:2]}",
+            "text": list(digests([Path(data)], self.run.path / DIGESTS).values())
+            if data else f"embedded {sys.version_info[:2]}",
             "seed": self.recipe.seed,
             "sequence_length": self.recipe.sequence_length,
-        }
+        }  # fmt: skip

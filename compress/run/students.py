@@ -11,7 +11,7 @@ from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
 from compress.export.student import export_student
 from compress.formats.kv import set_kv_format
-from compress.measure.kl import mean_kl, reference
+from compress.measure.kl import mean_kl
 from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
@@ -217,7 +217,7 @@ def distilled(session: Session, candidate: Candidate, tokens: int, name: str) ->
     """
     directory = session.run.path / "distill" / name
     stage, inputs = f"distill:{name}", train_inputs(session, candidate, tokens)
-    if not (session.run.stage_done(stage, inputs) and (directory / STUDENT).is_dir()):
+    if not session.run.stage_done(stage, inputs, directory / STUDENT):
         (directory / RESULT).unlink(missing_ok=True)
         train(session, candidate, tokens, name)
         session.run.sign(stage, inputs)
@@ -235,9 +235,7 @@ def distill(session: Session, name: str | None) -> None:
     """Train the candidate for the whole distance and say what it bought."""
     candidate, _ = find_candidate(session, name)
     recipe = session.recipe
-    text = reference(
-        session.checkpoint, session.model, session.rows("select", 2 * recipe.select_tokens)
-    )
+    text = session.reference(session.rows("select", 2 * recipe.select_tokens))
     before = mean_kl(in_formats(session, candidate, pruned(session, candidate)), text)
     if not is_cut(session, candidate):
         note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
@@ -261,8 +259,7 @@ def quantize(session: Session, name: str | None) -> None:
     """Say what the formats of the latest student cost."""
     candidate, _ = find_candidate(session, name)
     directory, architecture = latest(session, candidate), candidate.architecture
-    tokens = session.rows("select", session.recipe.select_tokens)
-    text = reference(session.checkpoint, session.model, tokens)
+    text = session.reference(session.rows("select", session.recipe.select_tokens))
     plain = load_model(directory)
     set_kv_format(plain, architecture.kv_format)
     whole = mean_kl(plain, text)
