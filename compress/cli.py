@@ -14,27 +14,13 @@ import typer
 from safetensors import SafetensorError
 from typer.exceptions import TyperException
 
+from compress import flags
 from compress.core.errors import CompressError, InputError
 from compress.core.terminal import command, note
-from compress.flags import (
-    EVALUATED,
-    SCORED,
-    SEARCHED,
-    SERVED,
-    TRAINED,
-    begin,
-    beside,
-    compared,
-    require_known,
-    require_limit,
-    resume,
-    resumed,
-    settings,
-)
 from compress.formats.table import Format, KvFormat
 from compress.run.directory import find_run, is_run, run_at, shown
 from compress.run.guide import next_step, possessions
-from compress.run.recipe import Recipe, check, near, read_recipe
+from compress.run.recipe import Recipe, check, near, read_recipe, write_recipe
 
 INPUT, INTERRUPTED = 2, 130
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -47,7 +33,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done, 2 wrong usage or input, 3 budget infeasible, 4 not verified.",
 )
 
-ModelOrDefault = Annotated[
+Model = Annotated[
     str | None, typer.Argument(help="A directory, a short name or a hub id. [default: embedded]")
 ]
 Target = Annotated[
@@ -64,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 @app.command()
-@settings(*SERVED)
+@flags.settings(*flags.SERVED)
 def plan(
     model: Annotated[
         str, typer.Argument(help="A directory, a config.json, a short name or a hub id.")
@@ -106,16 +92,12 @@ def plan(
 
 
 @app.command()
-@settings(*SCORED)
+@flags.settings(*flags.SCORED)
 def score(
-    model: ModelOrDefault = None,
-    *,
-    run: RunName = None,
-    print_config: PrintConfig = False,
-    **given: Any,
+    model: Model = None, *, run: RunName = None, print_config: PrintConfig = False, **given: Any
 ) -> None:
     """Score every unit, block and format."""
-    chosen, recipe = begin(run, model, given, print_config)
+    chosen, recipe = flags.begin(run, model, given, print_config)
     from compress.run import stages
 
     stages.score(chosen, recipe)
@@ -124,20 +106,16 @@ def score(
 
 
 @app.command()
-@settings(*SEARCHED)
+@flags.settings(*flags.SEARCHED)
 def search(
-    model: ModelOrDefault = None,
-    *,
-    run: RunName = None,
-    print_config: PrintConfig = False,
-    **given: Any,
+    model: Model = None, *, run: RunName = None, print_config: PrintConfig = False, **given: Any
 ) -> None:
     """Find the best candidates within the budget.
 
     Scores the model first where that is missing.
     """
-    chosen, recipe = begin(run, model, given, print_config)
-    require_limit(recipe)
+    chosen, recipe = flags.begin(run, model, given, print_config)
+    flags.require_limit(recipe)
     from compress.run import stages
 
     stages.search(chosen, recipe)
@@ -147,50 +125,52 @@ def search(
 @app.command()
 def prune(run: Target) -> None:
     """Write a candidate's BF16 student."""
-    chosen, _, candidate = resume(run, {})
+    named = flags.resume(run)
     from compress.run import stages
 
-    stages.prune(chosen, candidate)
+    stages.prune(*named)
     note(f"next: {command('distill', run)}")
 
 
 @app.command()
-@settings("distill_tokens", *TRAINED)
+@flags.settings("distill_tokens", *flags.TRAINED)
 def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Train a student on its teacher's predictions."""
-    with resumed(run, given, print_config) as (chosen, _, candidate):
-        from compress.run import stages
+    chosen, recipe, candidate = flags.resume(run, print_config, **given)
+    from compress.run import stages
 
-        stages.distill(chosen, candidate)
+    stages.distill(chosen, recipe, candidate)
+    # Not before: after a failure the run has its recipe as it was, and nothing is redone.
+    write_recipe(recipe, chosen.path / "recipe.yaml")
     note(f"next: {command('export', run)}")
 
 
 @app.command()
 def quantize(run: Target) -> None:
     """Measure a student in its formats."""
-    chosen, _, candidate = resume(run, {})
+    named = flags.resume(run)
     from compress.run import stages
 
-    stages.quantize(chosen, candidate)
+    stages.quantize(*named)
     note(f"next: {command('export', run)}")
 
 
 @app.command()
-@settings("target")
+@flags.settings("target")
 def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Write and verify a student in its formats.
 
     The result is a Hugging Face directory.
     """
-    chosen, recipe, candidate = resume(run, given, print_config, keep=False)
+    chosen, recipe, candidate = flags.resume(run, print_config, **given)
     from compress.run import stages
 
-    stages.export(chosen, candidate, recipe.target)
-    note(f"next: {command('eval', near(recipe.model), beside(recipe, run))}")
+    stages.export(chosen, recipe, candidate)
+    note(f"next: {command('eval', near(recipe.model), flags.beside(recipe, run))}")
 
 
 @app.command(name="eval")
-@settings(*EVALUATED)
+@flags.settings(*flags.EVALUATED)
 def evaluate(
     models: Annotated[
         list[str],
@@ -218,13 +198,13 @@ def evaluate(
     """
     runs = [name for name in models if is_run(name)]
     for name in (name for name in models if name not in runs):
-        require_known(name)
+        flags.require_known(name)
     from compress.run import stages
     from compress.run.evaluate import recipe_for
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
     recipe = recipe_for(models, given)
-    stages.evaluate(compared(models, recipe), names, json, recipe, task_data, limit)
+    stages.evaluate(flags.compared(models, recipe), names, json, recipe, task_data, limit)
     if not json:
         of_run = ("report", shown(find_run(runs[0])[0])) if runs else ()
         note(f"next: {command(*of_run or ('search', models[0], '--budget', '70%'))}")
@@ -247,7 +227,7 @@ def pretrain(
 
 
 @app.command(name="run")
-@settings(*(key for key in Recipe.model_fields if key != "model"))
+@flags.settings(*(key for key in Recipe.model_fields if key != "model"))
 def run_recipe(
     recipe: Annotated[Path, typer.Argument(metavar="RECIPE.yaml", help="YAML of a whole run.")],
     *,
@@ -257,12 +237,14 @@ def run_recipe(
 ) -> None:
     """Search, distill, export, evaluate, report."""
     whole = read_recipe(recipe).changed(**given)
-    chosen, resolved = begin(run or recipe.stem, whole.model, whole.model_dump(), print_config)
-    require_limit(resolved)
+    chosen, resolved = flags.begin(
+        run or recipe.stem, whole.model, whole.model_dump(), print_config
+    )
+    flags.require_limit(resolved)
     from compress.run import stages
 
     stages.search(chosen, resolved)
-    names = stages.finish(chosen)
+    names = stages.finish(chosen, resolved)
     stages.evaluate([near(resolved.model), *names], [], False, resolved)
     report(shown(chosen))
 
@@ -273,7 +255,7 @@ def report(run: Annotated[str, typer.Argument(metavar="RUN", help="A run.")]) ->
 
     The page is report/index.html in the run directory.
     """
-    chosen, _, _ = resume(run, {})
+    chosen = flags.resume(run)[0]
     from compress.report.page import report as write_report
     from compress.report.tables import print_report
 

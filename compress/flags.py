@@ -3,8 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -22,7 +21,6 @@ from compress.run.recipe import (
     read_recipe,
     require_model,
     to_yaml,
-    write_recipe,
 )
 
 Command = Callable[..., None]
@@ -52,24 +50,16 @@ def settings(*keys: str) -> Callable[[Command], Command]:
     """
 
     def decorate(command: Command) -> Command:
+        only = inspect.Parameter.KEYWORD_ONLY
+        flags = [inspect.Parameter(k, only, default=None, annotation=flag(k)) for k in keys]
         own = [
-            parameter
-            for parameter in inspect.signature(command).parameters.values()
-            if parameter.kind is not inspect.Parameter.VAR_KEYWORD
-        ]
-        flags = [
-            inspect.Parameter(
-                key, inspect.Parameter.KEYWORD_ONLY, default=None, annotation=flag(key)
-            )
-            for key in keys
+            p for p in inspect.signature(command).parameters.values() if p.kind is not p.VAR_KEYWORD
         ]
 
         @functools.wraps(command)
         def run(**arguments: Any) -> None:
-            given = {key: arguments.pop(key) for key in keys}
-            command(
-                **arguments, **{key: value for key, value in given.items() if value is not None}
-            )
+            absent = {key for key in keys if arguments[key] is None}
+            command(**{key: value for key, value in arguments.items() if key not in absent})
 
         typed: Any = run
         typed.__signature__ = inspect.Signature([*own, *flags])
@@ -142,39 +132,15 @@ def require_limit(recipe: Recipe) -> None:
         raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
 
 
-@contextmanager
-def resumed(
-    target: str, given: dict[str, Any], print_config: bool = False
-) -> Iterator[tuple[Run, Recipe, str | None]]:
-    """``resume``; the run has its recipe back when the stage fails, so that nothing is redone."""
-    before = read_recipe(find_run(target)[0].path / "recipe.yaml")
-    run, recipe, candidate = resume(target, given, print_config)
-    try:
-        yield run, recipe, candidate
-    except BaseException:
-        save(run, before)
-        raise
-
-
 def resume(
-    target: str, given: dict[str, Any], print_config: bool = False, *, keep: bool = True
+    target: str, print_config: bool = False, /, **given: Any
 ) -> tuple[Run, Recipe, str | None]:
-    """The run, recipe and candidate that RUN[:CANDIDATE] names, the recipe changed by the flags.
-
-    With ``keep`` the run has the changed recipe from now on.
-    """
+    """The run, recipe and candidate that RUN[:CANDIDATE] names, the recipe changed by the flags."""
     run, candidate = find_run(target)
     recipe = read_recipe(run.path / "recipe.yaml").changed(**given)
     if print_config:
         stop_with(recipe)
-    if given and keep:
-        save(run, recipe)
     return run, recipe, candidate
-
-
-def save(run: Run, recipe: Recipe) -> None:
-    """Make the recipe that of the run."""
-    write_recipe(recipe, run.path / "recipe.yaml")
 
 
 def stop_with(recipe: Recipe) -> None:

@@ -193,9 +193,10 @@ def test_a_run_keeps_its_recipe_and_flags_change_it(
     run(monkeypatch, "search", "--run", "a", "--budget", "60%")
     run(monkeypatch, "distill", "a:c2", "--learning-rate", "1e-4")
     assert stages.calls[1][1][1] == Recipe(budget="60%", trials=7)
-    assert stages.calls[2] == ("distill", (stages.calls[0][1][0], "c2"))
+    changed = Recipe(budget="60%", trials=7, learning_rate=1e-4)
+    assert stages.calls[2] == ("distill", (stages.calls[0][1][0], changed, "c2"))
     saved = yaml.safe_load(Path("runs/a/recipe.yaml").read_text())
-    assert saved == Recipe(budget="60%", trials=7, learning_rate=1e-4).model_dump()
+    assert saved == changed.model_dump()
     assert "runs/a exists: continuing it with its trials 7" in capsys.readouterr().err
     assert run(monkeypatch, "search", "other", "--run", "a") == 2
 

@@ -5,9 +5,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.core.files import read_json
-from compress.core.terminal import note
-from compress.export.targets import Target
+from compress.core.files import read_json, write_json
+from compress.core.quantities import format_bytes
+from compress.core.terminal import command, note
+from compress.export.student import export_student
+from compress.formats.kv import set_kv_format
+from compress.measure.kl import mean_kl
+from compress.model.build import load_model
 from compress.report.page import report as write_report
 from compress.report.scores import print_scores
 from compress.report.tables import print_candidates, print_results, print_table
@@ -17,8 +21,9 @@ from compress.run import search as searching
 from compress.run import students, table
 from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.guide import selected
-from compress.run.recipe import Recipe, check, read_recipe
+from compress.run.recipe import Recipe, check
 from compress.run.session import Session
+from compress.student.candidate import repair_note
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
 QUICKSTART: dict[str, Any] = dict(
@@ -36,11 +41,6 @@ QUICKSTART: dict[str, Any] = dict(
 )
 
 
-def session_of(run: Run) -> Session:
-    """The session of a run that exists."""
-    return Session(run, read_recipe(run.path / "recipe.yaml"))
-
-
 def score(run: Run, recipe: Recipe) -> None:
     """Score the teacher and print what matters most and least."""
     session = Session(run, recipe)
@@ -56,41 +56,85 @@ def search(run: Run, recipe: Recipe) -> None:
         print_candidates(found, missing, budgets, session.teacher_bytes)
 
 
-def prune(run: Run, candidate: str | None) -> None:
+def prune(run: Run, recipe: Recipe, name: str | None = None) -> None:
     """Write a candidate's BF16 student."""
-    session = session_of(run)
-    found, _ = students.find_candidate(session, candidate)
-    note(f"{found.id}: BF16 student in {students.pruned(session, found)}")
+    session = Session(run, recipe)
+    candidate, _ = students.find_candidate(session, name)
+    note(f"{candidate.id}: BF16 student in {students.pruned(session, candidate)}")
 
 
-def distill(run: Run, candidate: str | None) -> None:
-    """Train a candidate's student."""
-    students.distill(session_of(run), candidate)
+def distill(run: Run, recipe: Recipe, name: str | None = None) -> None:
+    """Train the candidate for the whole distance and say what it bought."""
+    session = Session(run, recipe)
+    candidate, _ = students.find_candidate(session, name)
+    text = session.reference(session.rows("select", 2 * recipe.select_tokens))
+    before = mean_kl(
+        students.in_formats(session, candidate, students.pruned(session, candidate)), text
+    )
+    if not students.is_cut(session, candidate):
+        note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
+        return
+    directory = students.distilled(session, candidate, recipe.distill_tokens, candidate.id)
+    after = mean_kl(students.in_formats(session, candidate, directory), text)
+    result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
+    write_json(directory.parent / students.RESULT, result)
+    note(
+        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {recipe.distill_tokens} tokens "
+        f"(select text, in its formats); student in {students.latest(session, candidate)}"
+    )
+    if after >= before:
+        note(
+            f"training made {candidate.id} worse, so that student is not of it; a lower "
+            f"learning_rate than {recipe.learning_rate:g} or more distill_tokens may help"
+        )
 
 
-def finish(run: Run) -> list[str]:
+def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
+    """Say what the formats of the latest student cost."""
+    session = Session(run, recipe)
+    candidate, _ = students.find_candidate(session, name)
+    directory, architecture = students.latest(session, candidate), candidate.architecture
+    text = session.reference(session.rows("select", recipe.select_tokens))
+    plain = load_model(directory)
+    set_kv_format(plain, architecture.kv_format)
+    whole = mean_kl(plain, text)
+    rounded = mean_kl(students.in_formats(session, candidate, directory), text)
+    formats = ", ".join(sorted(architecture.formats))
+    note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
+
+
+def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
+    """Export the latest student in its formats, verified by reading it back."""
+    session = Session(run, recipe)
+    candidate, row = students.find_candidate(session, name)
+    directory, out = students.latest(session, candidate), run.path / "export" / candidate.id
+    card = {
+        "command": command("search", session.name, "--run", run.name),
+        "budget": f"budget {format_bytes(row.budget)}",
+        "teacher": f"{session.name} ({session.note})" if session.note else session.name,
+        "bytes": f"{format_bytes(row.bytes)} with caches at {recipe.context} context",
+        "KL to the teacher": f"{row.measured_kl:.4f} nats per token before distillation",
+        "student": str(directory.relative_to(run.path)),
+    }
+    architecture = candidate.architecture
+    if candidate.repaired:
+        card["repair"] = repair_note(len(candidate.repaired), len(architecture.blocks))
+    calibration = session.rows("score", recipe.score_tokens)[:8]
+    facts = export_student(directory, out, architecture, recipe.target, card, calibration)
+    note(
+        f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
+        f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
+    )
+
+
+def finish(run: Run, recipe: Recipe) -> list[str]:
     """Distil and export what was chosen, of a sweep for every budget; how commands name each."""
     rows = selected(run)
-    if len(rows) < 2:
-        distill(run, None)
-        export(run, None)
-        return [shown(run)]
-    for row in rows:
-        distill(run, row.id)
-        export(run, row.id)
-    return [f"{shown(run)}:{row.id}" for row in rows]
-
-
-def quantize(run: Run, candidate: str | None) -> None:
-    """Measure the latest student in BF16 and in its formats."""
-    students.quantize(session_of(run), candidate)
-
-
-def export(run: Run, candidate: str | None, target: Target | None = None) -> None:
-    """Export the latest student in its formats, verified, for the run's target or another one."""
-    recipe = read_recipe(run.path / "recipe.yaml")
-    changed = recipe if target is None else recipe.changed(target=target)
-    students.export(Session(run, changed), candidate)
+    names = [row.id for row in rows] if len(rows) > 1 else [None]
+    for name in names:
+        distill(run, recipe, name)
+        export(run, recipe, name)
+    return [shown(run) if name is None else f"{shown(run)}:{name}" for name in names]
 
 
 def evaluate(
@@ -132,7 +176,7 @@ def quickstart() -> None:
     recipe = check(QUICKSTART, "quickstart")
     session = Session(run, recipe)
     search(run, recipe)
-    students.export(session, None)
+    export(run, recipe)
     found = table.final_table(session)
     print_last_table(session, found)
     write_report(run.path)

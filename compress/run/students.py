@@ -6,12 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
-from compress.core.files import read_json, write_json
+from compress.core.files import read_json
 from compress.core.quantities import format_bytes
-from compress.core.terminal import command, note
-from compress.export.student import export_student
-from compress.formats.kv import set_kv_format
-from compress.measure.kl import mean_kl
 from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
@@ -21,7 +17,7 @@ from compress.run.score import REPAIR, gram_file
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
 from compress.student.assemble import student_model
-from compress.student.candidate import Candidate, repair_note
+from compress.student.candidate import Candidate
 from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
 from compress.train.distill import DistillSettings
 from compress.train.distill import distill as train_on_teacher
@@ -229,67 +225,3 @@ def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:
     """The BF16 student of a directory as a model in fp32, in the candidate's formats."""
     tensors = open_checkpoint(directory).items()
     return student_model(session.checkpoint, candidate.architecture, tensors)
-
-
-def distill(session: Session, name: str | None) -> None:
-    """Train the candidate for the whole distance and say what it bought."""
-    candidate, _ = find_candidate(session, name)
-    recipe = session.recipe
-    text = session.reference(session.rows("select", 2 * recipe.select_tokens))
-    before = mean_kl(in_formats(session, candidate, pruned(session, candidate)), text)
-    if not is_cut(session, candidate):
-        note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
-        return
-    directory = distilled(session, candidate, recipe.distill_tokens, candidate.id)
-    after = mean_kl(in_formats(session, candidate, directory), text)
-    result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
-    write_json(directory.parent / RESULT, result)
-    note(
-        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {recipe.distill_tokens} tokens "
-        f"(select text, in its formats); student in {latest(session, candidate)}"
-    )
-    if not helped(directory.parent):
-        note(
-            f"training made {candidate.id} worse, so that student is not of it; a lower "
-            f"learning_rate than {recipe.learning_rate:g} or more distill_tokens may help"
-        )
-
-
-def quantize(session: Session, name: str | None) -> None:
-    """Say what the formats of the latest student cost."""
-    candidate, _ = find_candidate(session, name)
-    directory, architecture = latest(session, candidate), candidate.architecture
-    text = session.reference(session.rows("select", session.recipe.select_tokens))
-    plain = load_model(directory)
-    set_kv_format(plain, architecture.kv_format)
-    whole = mean_kl(plain, text)
-    rounded = mean_kl(in_formats(session, candidate, directory), text)
-    formats = ", ".join(sorted(architecture.formats))
-    note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
-
-
-def export(session: Session, name: str | None) -> Path:
-    """Export the latest student in its formats, verified by reading it back."""
-    candidate, row = find_candidate(session, name)
-    directory, run = latest(session, candidate), session.run
-    out = run.path / "export" / candidate.id
-    card = {
-        "command": command("search", session.name, "--run", run.name),
-        "budget": f"budget {format_bytes(row.budget)}",
-        "teacher": f"{session.name} ({session.note})" if session.note else session.name,
-        "bytes": f"{format_bytes(row.bytes)} with caches at {session.recipe.context} context",
-        "KL to the teacher": f"{row.measured_kl:.4f} nats per token before distillation",
-        "student": str(directory.relative_to(run.path)),
-    }
-    if candidate.repaired:
-        blocks = len(candidate.architecture.blocks)
-        card["repair"] = repair_note(len(candidate.repaired), blocks)
-    calibration = session.rows("score", session.recipe.score_tokens)[:8]
-    facts = export_student(
-        directory, out, candidate.architecture, session.recipe.target, card, calibration
-    )
-    note(
-        f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
-        f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
-    )
-    return out

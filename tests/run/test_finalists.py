@@ -9,7 +9,7 @@ from conftest import Shared
 
 from compress.core.errors import InputError
 from compress.measure.kl import mean_kl
-from compress.run import students
+from compress.run import stages, students
 from compress.run.directory import Run
 from compress.run.recipe import read_recipe
 from compress.run.search import selection_text
@@ -84,7 +84,7 @@ def test_whom_training_makes_worse_stays_as_it_was_cut(
         kl = mean_kl(students.in_formats(session, candidate, cut), fresh)
         assert row["distilled_kl"] == pytest.approx(kl, rel=1e-4)
     # Nor does the whole distance replace it.
-    students.distill(session, done[0]["id"])
+    stages.distill(session.run, session.recipe, done[0]["id"])
     assert f"training made {done[0]['id']} worse" in capsys.readouterr().err
     candidate, _ = students.find_candidate(session, done[0]["id"])
     assert students.latest(session, candidate) == students.pruned(session, candidate)

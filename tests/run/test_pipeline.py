@@ -81,17 +81,17 @@ def test_from_search_to_report(
 
 
 def test_a_finished_stage_is_not_redone(run_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages.distill(Run(run_copy), "uniform-000")
+    command("distill", f"{run_copy}:uniform-000")
     before = stamps(run_copy, "**/*.safetensors") | stamps(run_copy, "candidates.json")
     monkeypatch.setattr(searching, "studied", refuse)
     monkeypatch.setattr(students, "train_on_teacher", refuse)
     again(run_copy)
-    stages.distill(Run(run_copy), "uniform-000")
+    command("distill", f"{run_copy}:uniform-000")
     assert before == stamps(run_copy, "**/*.safetensors") | stamps(run_copy, "candidates.json")
 
 
 def test_a_changed_setting_redoes_what_it_decides_and_nothing_before(alone_copy: Path) -> None:
-    stages.distill(Run(alone_copy), "joint-000")
+    command("distill", f"{alone_copy}:joint-000")
     (alone_copy / "table.json").write_text("[]")
     scores, old = stamps(alone_copy, "scores/*"), rows_of(alone_copy)
     before = stamps(alone_copy, "**/*")
@@ -162,17 +162,18 @@ def test_other_selection_text_is_another_study(alone_copy: Path) -> None:
 def test_a_run_whose_teacher_fits_says_so_in_every_later_stage(alone_copy: Path) -> None:
     again(alone_copy, budget="100%", space=None)
     assert not (alone_copy / "candidates.json").exists()
+    recipe = read_recipe(alone_copy / "recipe.yaml")
     for stage in (stages.prune, stages.distill, stages.quantize, stages.export):
         with pytest.raises(InputError, match="the teacher fits as it is"):
-            stage(Run(alone_copy), None)
+            stage(Run(alone_copy), recipe)
     with pytest.raises(InputError, match="the teacher fits as it is"):
-        command("eval", read_recipe(alone_copy / "recipe.yaml").model, alone_copy)
+        command("eval", recipe.model, alone_copy)
     command("report", alone_copy)
 
 
 def test_an_unknown_candidate_lists_known_ones(run_copy: Path) -> None:
     with pytest.raises(InputError, match=r"no candidate joint-999 .* the best are .*joint"):
-        stages.export(Run(run_copy), "joint-999")
+        command("export", f"{run_copy}:joint-999")
 
 
 def test_killed_at_every_write_a_search_ends_as_if_it_had_not_been(
