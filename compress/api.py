@@ -3,9 +3,9 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.core.files import read_json
 from compress.memory.plan import make_plan
 from compress.model.find import resolve_model
+from compress.report.rows import STUDENTS
 from compress.run.directory import require_free, run_at
 from compress.run.recipe import check, checked_files
 
@@ -42,10 +42,9 @@ def search(model: str = "embedded", *, run: str, **settings: Any) -> list[dict[s
     """
     from compress.run.search import search as find
 
-    session = session_of(model, run, settings)
-    find(session)
-    file = session.run.path / "candidates.json"
-    rows: list[dict[str, Any]] = read_json(file) if file.is_file() else []
+    rows: list[dict[str, Any]] = STUDENTS.dump_python(
+        find(session_of(model, run, settings)), mode="json"
+    )
     return rows
 
 

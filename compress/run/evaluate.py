@@ -1,4 +1,7 @@
-"""The evaluation stage: models, runs and their students on held-out text and tasks."""
+"""The evaluation stage: models, runs and their students on held-out text and tasks.
+
+A run alone is its last table: teacher and the best of every kind, before and after training.
+"""
 
 import itertools
 from collections.abc import Mapping, Sequence
@@ -8,17 +11,19 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
-from compress.core.files import write_json
+from compress.core.files import read_json, write_json
 from compress.core.terminal import progress
 from compress.measure.evaluation import Subject, compare
 from compress.measure.lm_eval import Tasks
 from compress.measure.tasks import OWN, write_task_rows
 from compress.model.build import load
 from compress.model.find import is_model
+from compress.report.rows import Student, read_students, selected_of
 from compress.run.directory import Run, by_path, find_run, is_run
 from compress.run.recipe import Recipe, check, located, read_recipe
 from compress.run.session import Session
-from compress.run.students import find_candidate, in_formats, latest
+from compress.run.students import find_candidate, in_formats, latest, pruned
+from compress.searches.space import KINDS
 
 # Characters of held-out text on which two tokenizers have to agree.
 SAME_TOKENS_ON = 20_000
@@ -42,10 +47,8 @@ def resolved(names: Sequence[str]) -> list[Named]:
     targets = [find_run(name) if is_run(name) else None for name in names]
     found: list[Named] = []
     for number, (name, target) in enumerate(zip(names, targets, strict=True)):
-        again = (
-            other and target and same_run(other[0], target[0]) for other in targets[number + 1 :]
-        )
-        if is_model(name) and any(again):
+        others = [other[0].path.resolve() for other in targets[number + 1 :] if other]
+        if target and target[0].path.resolve() in others and is_model(name):
             target = None
         spelled = [name, by_path(*target)] if target else [name]
         labels = itertools.chain(spelled, (f"{name} ({n})" for n in itertools.count(2)))
@@ -53,11 +56,6 @@ def resolved(names: Sequence[str]) -> list[Named]:
         label = next(label for label in labels if label not in taken)
         found.append(Named(name, label, target and target[0]))
     return found
-
-
-def same_run(one: Run, other: Run) -> bool:
-    """Whether two runs are in one directory."""
-    return one.path.resolve() == other.path.resolve()
 
 
 def recipe_for(names: Sequence[str], given: Mapping[str, Any]) -> Recipe:
@@ -90,25 +88,11 @@ def evaluate(
     found = resolved(names)
     runs = [named.run for named in found if named.run]
     session = Session(runs[0] if runs else Run(Path("runs") / "eval"), recipe)
-    subjects = {
-        named.label: run_subject(session, named)
-        if named.run
-        else model_subject(session, named.name)
-        for named in found
-    }
+    subjects = {named.label: subject_of(session, named) for named in found}
     results = on_final_text(session, subjects, tasks, task_data, limit)
     for run in runs:
         write_json(run.path / "eval" / "results.json", results)
     return results
-
-
-def model_subject(session: Session, name: str) -> Subject:
-    """A model by its name; the session's teacher is not loaded twice."""
-    if located(name) == session.recipe.model:
-        return teacher_subject(session)
-    other = Session(session.run, session.recipe.changed(model=name, revision=None))
-    require_same_tokens(session, other)
-    return teacher_subject(other)
 
 
 def teacher_subject(session: Session) -> Subject:
@@ -116,8 +100,14 @@ def teacher_subject(session: Session) -> Subject:
     return Subject(partial(getattr, session, "model"), session.teacher_bytes)
 
 
-def run_subject(session: Session, named: Named) -> Subject:
-    """The student of a run (or RUN:CANDIDATE), as it is served."""
+def subject_of(session: Session, named: Named) -> Subject:
+    """A model, or the student of a run (or RUN:CANDIDATE) as it is served."""
+    if named.run is None:
+        if located(named.name) == session.recipe.model:
+            return teacher_subject(session)  # not loaded twice
+        other = Session(session.run, session.recipe.changed(model=named.name, revision=None))
+        require_same_tokens(session, other)
+        return teacher_subject(other)
     run, wanted = find_run(named.name)
     other = Session(run, read_recipe(run.path / "recipe.yaml"))
     candidate, row = find_candidate(other, wanted)
@@ -166,3 +156,70 @@ def on_final_text(
             progress=lambda what: advance(1, what),
         )  # fmt: skip
     return found | {"notes": [*notes, *found["notes"]]}
+
+
+def final_table(
+    session: Session,
+    tasks: Sequence[str] = ("choice",),
+    task_data: Path | None = None,
+    limit: int | None = None,
+) -> dict[str, Any]:
+    """The last table: teacher and the best of every kind at equal bytes, before and after training.
+
+    Written to ``eval/results.json`` and ``table.json``; only this reads the final text.
+    """
+    rows = read_students(session.run.path)
+    if len(selected_of(rows)) != 1:
+        find_candidate(session, None)
+    missing: list[Mapping[str, Any]] = read_json(session.run.path / "baselines.json")
+    best: dict[str, Student] = {}
+    for row in rows:
+        if row.finalist:
+            best.setdefault(row.kind, row)
+    subjects = {"teacher": teacher_subject(session)}
+    for kind in (kind for kind in KINDS if kind in best):
+        candidate, row = find_candidate(session, best[kind].id)
+        before, after = pruned(session, candidate), latest(session, candidate)
+        students = {kind: before} if after == before else {kind: before, f"{kind} distilled": after}
+        for name, directory in students.items():
+            build = partial(in_formats, session, candidate, directory)
+            subjects[name] = Subject(build, row.bytes)
+    found = on_final_text(session, subjects, tasks, task_data, limit)
+    write_json(session.run.path / "eval" / "results.json", found)
+    write_json(session.run.path / "table.json", table_rows(found, best, missing))
+    return found
+
+
+def table_rows(
+    found: Mapping[str, Any], best: Mapping[str, Student], missing: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    """Rows of ``table.json``: one per kind, its figures before and after distillation."""
+    models = found["models"]
+    rows = []
+    for kind in ("teacher", *(kind for kind in KINDS if kind in best)):
+        row, after = models[kind], models.get(f"{kind} distilled")
+        rows.append(
+            {
+                "name": best[kind].id if kind in best else kind,
+                "kind": kind,
+                "fits": kind != "teacher",
+                "bytes": row["bytes"],
+                **figures(row, ""),
+                **(figures(after, "distilled_") if after else {}),
+            }
+        )
+    rows += [{"name": row["kind"], "kind": row["kind"], "fits": False} for row in missing]
+    return rows
+
+
+def figures(row: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """A model's figures under a prefix."""
+    choice = row["tasks"].get("choice", {})
+    errors = row.get("stderr") or {}
+    return {
+        f"{prefix}kl": row["kl"],
+        f"{prefix}kl_se": errors.get("kl"),
+        f"{prefix}nats_per_token": row["nats_per_token"],
+        f"{prefix}choice_accuracy": choice.get("acc"),
+        f"{prefix}choice_se": choice.get("stderr"),
+    }

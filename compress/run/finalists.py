@@ -7,12 +7,11 @@ training can push one that is close to its teacher away, and such a one stays as
 from collections.abc import Sequence
 from dataclasses import replace
 
-from compress.core.files import write_json
 from compress.core.terminal import note
-from compress.measure.kl import Reference, mean_kl
+from compress.measure.kl import Reference
 from compress.run.bench import Row
 from compress.run.session import Session
-from compress.run.students import RESULT, SHORT, distilled, in_formats, is_cut, pruned
+from compress.run.students import SHORT, pruned, trained
 from compress.searches.baselines import main_kind
 from compress.searches.space import Space
 
@@ -30,7 +29,7 @@ def with_finalists(
         pruned(session, row.trial.candidate)
     done = [replace(row, finalist=True) for row in final]
     if session.recipe.short_distill_tokens:
-        done = [trained(session, row, fresh) for row in done]
+        done = [tried(session, row, fresh) for row in done]
     done.sort(key=rank)
     allowed = set(space.formats)
     best = next(row for row in done if row.trial.candidate.architecture.formats <= allowed)
@@ -39,24 +38,21 @@ def with_finalists(
     return [*(replace(row, selected=row is best) for row in done), *others]
 
 
-def trained(session: Session, row: Row, fresh: Reference) -> Row:
+def tried(session: Session, row: Row, fresh: Reference) -> Row:
     """The row with its KL on fresh text, in its formats, and the tokens it was trained on before.
 
     0 tokens where it is better as it was cut, and where nothing is cut: then nothing is trained.
     """
     candidate, tokens = row.trial.candidate, session.recipe.short_distill_tokens
-    kl = mean_kl(in_formats(session, candidate, pruned(session, candidate)), fresh)
-    said = "nothing is cut and nothing to train"
-    reached = replace(row, distilled_kl=kl, distilled_tokens=0)
-    if is_cut(session, candidate):
-        student = distilled(session, candidate, tokens, candidate.id + SHORT)
-        after = mean_kl(in_formats(session, candidate, student), fresh)
-        result = {"before": kl, "after": after, "tokens": tokens}
-        write_json(student.parent / RESULT, result)
+    before, after = trained(session, candidate, tokens, candidate.id + SHORT, fresh)
+    reached = replace(row, distilled_kl=before, distilled_tokens=0)
+    if after is None:
+        said = "nothing is cut and nothing to train"
+    elif after < before:
+        reached = replace(row, distilled_kl=after, distilled_tokens=tokens)
+        said = f"after {tokens} tokens"
+    else:
         said = "as it was cut, which training made worse"
-        if after < kl:
-            reached = replace(row, distilled_kl=after, distilled_tokens=tokens)
-            said = f"after {tokens} tokens"
     note(f"finalist {candidate.id}: KL {reached.distilled_kl:.4f} {said}")
     return reached
 

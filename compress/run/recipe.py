@@ -4,10 +4,10 @@ import os
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, field_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError
 from compress.core.files import write_text
@@ -24,6 +24,29 @@ from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
 
 
+def absolute(path: str) -> str:
+    """A path that means the same in every directory; ``~`` is the home."""
+    return os.path.abspath(os.path.expanduser(path))
+
+
+def located(model: str) -> str:
+    """A model's name as recipes hold it: one of ours or a hub id as it is, a path absolute."""
+    return model if is_named(model) else absolute(model)
+
+
+def drawn(space: str | None) -> str | None:
+    """A space's name as recipes hold it: the path of a file that is there is absolute."""
+    if space is None or space in shipped_spaces() or not os.path.isfile(absolute(space)):
+        return space
+    return absolute(space)
+
+
+# Fields as they are kept: paths mean the same in every directory.
+Model = Annotated[str, AfterValidator(located)]
+Space = Annotated[str | None, AfterValidator(drawn)]
+File = Annotated[str | None, AfterValidator(lambda file: file if file is None else absolute(file))]
+
+
 class Recipe(BaseModel):
     """Everything that decides what a run computes.
 
@@ -34,7 +57,7 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    model: str = Field("embedded", description="Teacher: a directory, a short name or a hub id.")
+    model: Model = Field("embedded", description="Teacher: a directory, a short name or a hub id.")
     revision: str | None = Field(
         None, description="Commit, branch or tag of a hub model; a run keeps its commit."
     )
@@ -51,7 +74,7 @@ class Recipe(BaseModel):
     ssm_format: SsmFormat = Field("fp32", description="Format of the Mamba states.")
     workspace: str = Field("0", description="Bytes a server needs besides model and caches (1GiB).")
     device: str | None = Field(None, description="Device preset, such as a10g or 8xh100.")
-    space: str | None = Field(
+    space: Space = Field(
         None,
         description="Search space: a shipped one or a YAML file; default: formats where they "
         "suffice, else joint.",
@@ -62,20 +85,17 @@ class Recipe(BaseModel):
         "commas; default: all, of a space that is named those that are a part of it.",
     )
     target: Target = Field("compress", description="Loader the student has to work with.")
-    data: str | None = Field(
-        None,
-        description="JSONL file of texts to score, select and train on; default: embedded.",
+    data: File = Field(
+        None, description="JSONL file of texts to score, select and train on; default: embedded."
     )
-    eval_data: str | None = Field(None, description="JSONL file for the final table instead.")
+    eval_data: File = Field(None, description="JSONL file for the final table instead.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
     sequence_length: int = Field(128, ge=2, description="Tokens of a sequence to select on.")
     score_tokens: int = Field(2048, ge=1, description="Tokens for the contribution matrix.")
     score_length: int = Field(64, ge=2, description="Tokens of a sequence to score on.")
     draws: int = Field(8, ge=1, description="Label draws per scored sequence.")
     replay_tokens: int = Field(
-        1024,
-        ge=1,
-        description="Most tokens to replay removals and layers on.",
+        1024, ge=1, description="Most tokens to replay removals and layers on."
     )
     repair_tokens: int = Field(
         4096, ge=2, description="Tokens that output projections are refitted on, if the space may."
@@ -106,23 +126,6 @@ class Recipe(BaseModel):
     distill_length: int = Field(256, ge=2, description="Tokens of a training sequence.")
     distill_batch_tokens: int = Field(1024, ge=1, description="Tokens of an optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of distillation.")
-
-    @field_validator("model")
-    @classmethod
-    def _located(cls, name: str) -> str:
-        return located(name)
-
-    @field_validator("data", "eval_data")
-    @classmethod
-    def _found(cls, file: str | None) -> str | None:
-        return None if file is None else absolute(file)
-
-    @field_validator("space")
-    @classmethod
-    def _drawn(cls, name: str | None) -> str | None:
-        if name is None or name in shipped_spaces() or not os.path.isfile(absolute(name)):
-            return name
-        return absolute(name)
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -167,16 +170,6 @@ class Recipe(BaseModel):
         return check(self.model_dump() | settings, "settings")
 
 
-def absolute(path: str) -> str:
-    """A path that means the same in every directory; ``~`` is the home."""
-    return os.path.abspath(os.path.expanduser(path))
-
-
-def located(model: str) -> str:
-    """A model's name as recipes hold it: one of ours or a hub id as it is, a path absolute."""
-    return model if is_named(model) else absolute(model)
-
-
 def near(model: str) -> str:
     """A recipe's model as it can be typed here: a path below this directory without what is above.
 
@@ -188,8 +181,7 @@ def near(model: str) -> str:
 
 def check(settings: dict[str, Any], source: str) -> Recipe:
     """The recipe of these settings; InputError names the first wrong key or value."""
-    recipe = checked(settings, Recipe, source)
-    return complete(recipe, source)
+    return complete(checked(settings, Recipe, source), source)
 
 
 def complete(recipe: Recipe, source: str) -> Recipe:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from compress.core.files import read_json, write_json
+from compress.core.files import read_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
 from compress.export.student import export_student
@@ -18,7 +18,7 @@ from compress.report.tables import print_candidates, print_results, print_table
 from compress.run import evaluate as evaluating
 from compress.run import score as scoring
 from compress.run import search as searching
-from compress.run import students, table
+from compress.run import students
 from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.guide import selected
 from compress.run.recipe import Recipe, check
@@ -68,21 +68,16 @@ def distill(run: Run, recipe: Recipe, name: str | None = None) -> None:
     session = Session(run, recipe)
     candidate, _ = students.find_candidate(session, name)
     text = session.reference(session.rows("select", 2 * recipe.select_tokens))
-    before = mean_kl(
-        students.in_formats(session, candidate, students.pruned(session, candidate)), text
-    )
-    if not students.is_cut(session, candidate):
+    tokens = recipe.distill_tokens
+    before, after = students.trained(session, candidate, tokens, candidate.id, text)
+    if after is None:
         note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
         return
-    directory = students.distilled(session, candidate, recipe.distill_tokens, candidate.id)
-    after = mean_kl(students.in_formats(session, candidate, directory), text)
-    result = {"before": before, "after": after, "tokens": recipe.distill_tokens}
-    write_json(directory.parent / students.RESULT, result)
     note(
-        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {recipe.distill_tokens} tokens "
+        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {tokens} tokens "
         f"(select text, in its formats); student in {students.latest(session, candidate)}"
     )
-    if after >= before:
+    if not after < before:
         note(
             f"training made {candidate.id} worse, so that student is not of it; a lower "
             f"learning_rate than {recipe.learning_rate:g} or more distill_tokens may help"
@@ -153,7 +148,7 @@ def evaluate(
     alone = len(names) == 1 and is_run(names[0])
     if alone:
         session = Session(find_run(names[0])[0], recipe)
-        found = table.final_table(session, tasks or ("choice",), task_data, limit)
+        found = evaluating.final_table(session, tasks or ("choice",), task_data, limit)
     else:
         found = evaluating.evaluate(names, tasks, recipe, task_data, limit)
     if as_json:
@@ -177,6 +172,5 @@ def quickstart() -> None:
     session = Session(run, recipe)
     search(run, recipe)
     export(run, recipe)
-    found = table.final_table(session)
-    print_last_table(session, found)
+    print_last_table(session, evaluating.final_table(session))
     write_report(run.path)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
-from compress.core.files import read_json
+from compress.core.files import read_json, write_json
 from compress.core.quantities import format_bytes
+from compress.measure.kl import Reference, mean_kl
 from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
@@ -219,6 +220,22 @@ def distilled(session: Session, candidate: Candidate, tokens: int, name: str) ->
         session.run.sign(stage, inputs)
         forget(directory)
     return directory / STUDENT
+
+
+def trained(
+    session: Session, candidate: Candidate, tokens: int, name: str, text: Reference
+) -> tuple[float, float | None]:
+    """KL on a text, in its formats, of a candidate's student as it was cut and as it is trained.
+
+    None where nothing is cut: then nothing is trained. Otherwise ``RESULT`` has both.
+    """
+    before = mean_kl(in_formats(session, candidate, pruned(session, candidate)), text)
+    if not is_cut(session, candidate):
+        return before, None
+    student = distilled(session, candidate, tokens, name)
+    after = mean_kl(in_formats(session, candidate, student), text)
+    write_json(student.parent / RESULT, {"before": before, "after": after, "tokens": tokens})
+    return before, after
 
 
 def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:

@@ -13,9 +13,8 @@ from compress.memory.budget import Budget
 from compress.report.figures import plus_minus
 from compress.report.tables import print_results, print_table
 from compress.run.directory import find_run, is_run
-from compress.run.evaluate import recipe_for, resolved
+from compress.run.evaluate import recipe_for, resolved, table_rows
 from compress.run.recipe import Recipe, located, write_recipe
-from compress.run.table import table_rows
 
 
 @pytest.fixture
