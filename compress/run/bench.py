@@ -1,5 +1,6 @@
 """What the candidates of one search share, and the rows they become."""
 
+import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
@@ -53,26 +54,16 @@ class Row:
         trial, architecture = self.trial, self.trial.candidate.architecture
         spread = float(np.std(trial.values, ddof=1)) if len(trial.values) > 1 else 0.0
         return Student(
-            id=trial.candidate.id,
-            kind=self.kind,
-            budget=self.budget,
-            bytes=trial.bytes,
-            parameters=count_parameters(architecture),
-            active_parameters=count_active(architecture),
-            predicted_kl=trial.predicted,
-            gap=trial.gap,
-            measured_kl=trial.kl,
-            measured_se=spread / len(trial.values) ** 0.5,
-            measured_sequences=len(trial.values),
-            distilled_kl=self.distilled_kl,
-            distilled_tokens=self.distilled_tokens,
-            finalist=self.finalist,
-            selected=self.selected,
+            id=trial.candidate.id, kind=self.kind, budget=self.budget, bytes=trial.bytes,
+            parameters=count_parameters(architecture), active_parameters=count_active(architecture),
+            predicted_kl=trial.predicted, gap=trial.gap, measured_kl=trial.kl,
+            measured_se=spread / len(trial.values) ** 0.5, measured_sequences=len(trial.values),
+            distilled_kl=self.distilled_kl, distilled_tokens=self.distilled_tokens,
+            finalist=self.finalist, selected=self.selected, reselected=self.reselected,
             repaired=tuple(sorted(trial.candidate.repaired)),
-            reselected=self.reselected,
             stock=is_plain(architecture) and architecture.formats == {"bf16"},
             architecture=architecture,
-        )
+        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -104,16 +95,9 @@ class Bench:
         session = self.session
         ratio = partial(repair_ratio, session.checkpoint, self.grams) if space.repair else None
         return Problem(
-            session.architecture,
-            self.scores,
-            space,
-            session.deployment,
-            session.budget.bytes,
-            blind_to_rounding,
-            active=session.recipe.active,
-            ranking=session.recipe.ranking,
-            repair_ratio=ratio,
-        )
+            session.architecture, self.scores, space, session.deployment, session.budget.bytes,
+            blind_to_rounding, session.recipe.active, session.recipe.ranking, ratio,
+        )  # fmt: skip
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
         """The rows of one study, named ``kind`` or ``kind-variant``.
@@ -137,13 +121,10 @@ class Bench:
             }
         )
         settings = StudySettings(
-            name=f"{study}@{measured[:12]}",
-            kind=study,
-            trials=trials,
+            name=f"{study}@{measured[:12]}", kind=study, trials=trials,
             journal=run.path / "study" / "journal.log",
-            tokens_per_sequence=recipe.sequence_length,
-            seed=recipe.seed,
-        )
+            tokens_per_sequence=recipe.sequence_length, seed=recipe.seed,
+        )  # fmt: skip
         with progress(f"search: {study}", trials) as advance:
             reached, formats = counted(advance), problem.space.formats
             found = explore(
@@ -182,12 +163,10 @@ class Bench:
         directory = session.run.path / "study" / "reselected" / inputs[:16]
         if not (directory / VALUES).is_file():
             with progress(f"units of {candidate.id} chosen again, rounds", rounds) as advance:
-                begun: list[Candidate] = []
+                reached, begun = counted(advance), itertools.count()
 
                 def linearize(at: Candidate, text: Reference) -> Tangent:
-                    # A round is over when the next begins.
-                    advance(min(1, len(begun)), "")
-                    begun.append(at)
+                    reached(next(begun), "")  # a round is over when the next begins
                     return self.tangent(at, text, sorted(at.architecture.formats))
 
                 def measured(other: Candidate, text: Reference) -> Iterator[Tensor]:
@@ -200,7 +179,7 @@ class Bench:
                     candidate, torch.tensor(trial.values), self.text, texts,
                     measured, linearize, self.scores,
                 )  # fmt: skip
-                advance(rounds - max(0, len(begun) - 1), "")
+                reached(rounds, "")
             save_candidate(made, directory)
             write_json(directory / VALUES, values.tolist())
         made = replace(load_candidate(directory, candidate.kind), id=candidate.id)

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import asdict, replace
+from itertools import product
 from typing import Any
 
 from compress.core.errors import Infeasible
@@ -20,34 +21,17 @@ from compress.report.rows import (
     write_students,
     write_teacher,
 )
+from compress.run import score as scoring
 from compress.run.bench import Bench, Row
 from compress.run.directory import Run
 from compress.run.finalists import best_of, with_finalists
 from compress.run.recipe import Recipe
-from compress.run.score import (
-    DEFAULT_SPACE,
-    gram_file,
-    gram_inputs,
-    ranked,
-    repair_tokens,
-    score,
-    score_inputs,
-    scored_formats,
-)
 from compress.run.session import Session
 from compress.run.students import keep_students, require_replaceable
 from compress.run.together import alone, helped, joined
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
-from compress.searches.baselines import (
-    FREE,
-    baselines,
-    kind_of,
-    main_kind,
-    randomly,
-    uniform,
-    variants,
-)
+from compress.searches import baselines
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
 from compress.searches.space import Space, load_space
@@ -61,11 +45,11 @@ def comparisons(session: Session, space: Space) -> tuple[dict[str, Space], list[
     """The spaces of all searched kinds by study name, and the kinds to compare with."""
     recipe, offered = session.recipe, space
     if len(space.formats) == 1:
-        formats = ("bf16", *scored_formats(recipe))
+        formats = ("bf16", *scoring.scored_formats(recipe))
         offered = restricted(space.model_copy(update={"formats": formats}), recipe.target)
-    named = variants(space, offered.formats, space.kv_formats)
+    named = baselines.variants(space, offered.formats, space.kv_formats)
     asked = recipe.baselines or (None if recipe.space else "all")
-    return named, baselines(space, named, asked)
+    return named, baselines.baselines(space, named, asked)
 
 
 def chosen_space(session: Session) -> Space | None:
@@ -82,18 +66,17 @@ def chosen_space(session: Session) -> Space | None:
         return None
     formats = restricted(load_space("formats"), recipe.target)
     # Formats make no parameter less.
-    for format in formats.formats if few else ():
-        for kv_format in formats.kv_formats:
-            made = replace(in_format(session.architecture, format), kv_format=kv_format)
-            size = footprint(made, session.deployment).total
-            if size <= budget:
-                note(
-                    f"number formats suffice: {format} weights with a {kv_format} KV cache take "
-                    f"{format_bytes(size)}; searching which blocks need how many bits "
-                    "(--space joint prunes as well)"
-                )
-                return formats
-    return restricted(load_space(DEFAULT_SPACE), recipe.target)
+    for format, kv_format in product(formats.formats, formats.kv_formats) if few else ():
+        made = replace(in_format(session.architecture, format), kv_format=kv_format)
+        size = footprint(made, session.deployment).total
+        if size <= budget:
+            note(
+                f"number formats suffice: {format} weights with a {kv_format} KV cache take "
+                f"{format_bytes(size)}; searching which blocks need how many bits "
+                "(--space joint prunes as well)"
+            )
+            return formats
+    return restricted(load_space(scoring.DEFAULT_SPACE), recipe.target)
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
@@ -102,8 +85,8 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     keys = ("target", "ranking", "trials", "reselect_rounds", "finalists", "short_distill_tokens",
             "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
     return {
-        "score": fingerprint(score_inputs(session)),
-        "repair": fingerprint(gram_inputs(session)) if space.repair else None,
+        "score": fingerprint(scoring.score_inputs(session)),
+        "repair": fingerprint(scoring.gram_inputs(session)) if space.repair else None,
         "space": space.model_dump(mode="json"),
         "baselines": comparisons(session, space)[1],
         "budget": [one.budget.bytes for one in session.at_each_budget()],
@@ -142,9 +125,9 @@ def search(session: Session) -> tuple[Student, ...]:
         require_replaceable(run)
     with joined(run, session.recipe) as first:
         with alone(run):
-            scores = ranked(session, score(session))
+            scores = scoring.ranked(session, scoring.score(session))
             if space.repair:
-                gram_file(session)
+                scoring.gram_file(session)
             if not (over := run.stage_done(STAGE, inputs, candidates)):
                 forget_results(run)
                 write_teacher(teacher_of(session), run.path)
@@ -171,7 +154,7 @@ def require_searchable(session: Session, space: Space) -> None:
     session.rows("score", recipe.score_tokens)
     session.rows("final", recipe.final_tokens)
     if space.repair:
-        session.rows("score", repair_tokens(session))
+        session.rows("score", scoring.repair_tokens(session))
     session.rows("select", 2 * recipe.select_tokens)
 
 
@@ -229,27 +212,23 @@ def forget_results(run: Run) -> None:
 def teacher_of(session: Session) -> Teacher:
     """What is compressed, for which deployment, into how many bytes."""
     made = footprint(session.architecture, session.deployment)
+    # Of a sweep the largest; every candidate says which one it is for.
+    budget = max(one.budget.bytes for one in session.at_each_budget())
     return Teacher(
-        name=session.name,
-        path=str(session.path),
-        files=session.files,
-        note=session.note,
-        architecture=session.architecture,
-        bytes={**asdict(made), "total": made.total},
-        # Of a sweep the largest; every candidate says which one it is for.
-        budget=max(one.budget.bytes for one in session.at_each_budget()),
-        deployment=session.deployment,
-    )
+        name=session.name, path=str(session.path), files=session.files, note=session.note,
+        architecture=session.architecture, bytes={**asdict(made), "total": made.total},
+        budget=budget, deployment=session.deployment,
+    )  # fmt: skip
 
 
 def studied(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, Any]]]:
     """Measured candidates of the space and of searched baselines, and baselines that do not fit."""
-    recipe, main = bench.session.recipe, main_kind(space)
+    recipe, main = bench.session.recipe, baselines.main_kind(space)
     named, kinds = comparisons(bench.session, space)
     missing: list[dict[str, Any]] = []
     rows = bench.explored(bench.problem(space), main, recipe.trials)
     for name, variant in named.items():
-        kind = kind_of(name)
+        kind = baselines.kind_of(name)
         if kind == main or kind not in kinds:
             continue
         problem = bench.problem(variant, blind_to_rounding=kind == "prune_then_quantize")
@@ -266,15 +245,17 @@ def compared(
 ) -> tuple[list[Row], list[dict[str, Any]]]:
     """The rows, units of the best chosen again, with cuts without a search; those that fit not."""
     recipe, (named, kinds) = bench.session.recipe, comparisons(bench.session, space)
-    again = {row.trial.candidate.id for row in best_of(rows, main_kind(space), recipe.finalists)}
+    best = best_of(rows, baselines.main_kind(space), recipe.finalists)
+    again = {row.trial.candidate.id for row in best}
     found = [bench.reselected(row) if row.trial.candidate.id in again else row for row in rows]
     missing: list[dict[str, Any]] = []
     # What people do without a search, they do without repair.
     plain = bench.problem(named["prune"].model_copy(update={"repair": False}))
-    for kind in [kind for kind in kinds if kind in FREE]:
-        cuts = (
-            uniform(plain) if kind == "uniform" else randomly(plain, BASELINE_TRIALS, recipe.seed)
-        )
+    for kind in [kind for kind in kinds if kind in baselines.FREE]:
+        if kind == "uniform":
+            cuts = baselines.uniform(plain)
+        else:
+            cuts = baselines.randomly(plain, BASELINE_TRIALS, recipe.seed)
         if not cuts:
             missing.append({"kind": kind, "fits": False, "reason": f"no {kind} cut fits"})
         found += [bench.measured(candidate, predicted) for candidate, predicted in cuts]

@@ -1,7 +1,7 @@
 """From a candidate to a student: cut, trained, quantized, exported."""
 
 import shutil
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +59,13 @@ def find_candidate(session: Session, name: str | None) -> tuple[Candidate, Stude
 def no_candidates(session: Session, teacher: Teacher | None) -> str:
     """Why a run has no candidates, and what gives it some."""
     run = session.run.path
-    if teacher and session.teacher_is_small and session.recipe.space is None:
-        total = teacher.footprint.total
-        if total <= teacher.budget:
-            return (
-                f"{run} has no candidates: the teacher fits as it is, {format_bytes(total)} within "
-                f"{format_bytes(teacher.budget)}; compress search --space joint makes a smaller "
-                "one all the same"
-            )
+    unasked = session.teacher_is_small and session.recipe.space is None
+    if teacher and unasked and (total := teacher.footprint.total) <= teacher.budget:
+        return (
+            f"{run} has no candidates: the teacher fits as it is, {format_bytes(total)} within "
+            f"{format_bytes(teacher.budget)}; compress search --space joint makes a smaller one "
+            "all the same"
+        )
     return f"{run} has no candidates yet; run compress search first"
 
 
@@ -99,28 +98,23 @@ def require_same_teacher(session: Session, teacher: Teacher) -> None:
         )
 
 
-def keep_students(run: Run, candidates: Iterable[Candidate]) -> None:
+def keep_students(run: Run, candidates: Sequence[Candidate]) -> None:
     """Write the candidates; students that are theirs already stay, those of others go.
 
     A name stands for another candidate after a search with other settings, and the same choice
     for other weights after another teacher.
     """
     inputs = {"score": run.fingerprint(SCORE), "repair": run.fingerprint(REPAIR)}
-    same_teacher = run.stage_done("students", inputs)
-    missing: dict[str, Candidate] = {}
-    kept: set[str] = set()
-    for candidate in candidates:
-        if same_teacher and same_candidate(candidate, run.path / "candidates" / candidate.id):
-            kept.add(candidate.id)
-        else:
-            missing[candidate.id] = candidate
+    same_teacher, home = run.stage_done("students", inputs), run.path / "candidates"
+    kept = {one.id for one in candidates if same_teacher and same_candidate(one, home / one.id)}
     for folder in PER_CANDIDATE:
         for directory in (run.path / folder).glob("*"):
             if directory.name.removesuffix(SHORT) not in kept:
                 shutil.rmtree(directory)
     run.sign("students", inputs)
-    for name, candidate in missing.items():
-        save_candidate(candidate, run.path / "candidates" / name)
+    for candidate in candidates:
+        if candidate.id not in kept:
+            save_candidate(candidate, home / candidate.id)
 
 
 def is_cut(session: Session, candidate: Candidate) -> bool:
@@ -166,16 +160,14 @@ def helped(directory: Path) -> bool:
 
 def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[str, Any]:
     """What decides a student that is trained for so many tokens."""
-    recipe = session.recipe
+    recipe, repaired = session.recipe, sorted(candidate.repaired)
     return {
         "session": session.identity(),
         "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate],
         "length": recipe.distill_length,
         "architecture": to_json(candidate.architecture),
         "keep": {key: index.tolist() for key, index in candidate.keep.items()},
-        "repaired": [sorted(candidate.repaired), recipe.repair_tokens]
-        if candidate.repaired
-        else [],
+        "repaired": [repaired, recipe.repair_tokens] if repaired else [],
     }
 
 
@@ -187,12 +179,9 @@ def train(session: Session, candidate: Candidate, tokens: int, name: str) -> Pat
     run, recipe = session.run, session.recipe
     directory = run.path / "distill" / name
     settings = DistillSettings(
-        tokens=tokens,
-        batch_tokens=recipe.distill_batch_tokens,
-        learning_rate=recipe.learning_rate,
-        seed=recipe.seed,
-        checkpoint_every=25,
-    )
+        tokens=tokens, batch_tokens=recipe.distill_batch_tokens,
+        learning_rate=recipe.learning_rate, seed=recipe.seed, checkpoint_every=25,
+    )  # fmt: skip
     student = load_model(pruned(session, candidate))
     rows = session.training_rows(tokens, recipe.distill_length)
     train_on_teacher(session.model, student, rows, settings, directory)
