@@ -23,7 +23,6 @@ from compress.report.rows import (
 )
 from compress.run import score as scoring
 from compress.run.bench import Bench, Row
-from compress.run.directory import Run
 from compress.run.finalists import best_of, with_finalists
 from compress.run.recipe import Recipe
 from compress.run.session import Session
@@ -115,8 +114,7 @@ def search(session: Session) -> tuple[Student, ...]:
     if space is None:
         require_replaceable(run)
         with joined(run, session.recipe):
-            forget_results(run)
-            write_teacher(teacher_of(session), run.path)
+            begin_again(session)
         return ()
     require_searchable(session, space)
     inputs = search_inputs(session, space)
@@ -129,8 +127,7 @@ def search(session: Session) -> tuple[Student, ...]:
             if space.repair:
                 scoring.gram_file(session)
             if not (over := run.stage_done(STAGE, inputs, candidates)):
-                forget_results(run)
-                write_teacher(teacher_of(session), run.path)
+                begin_again(session)
         if not over:
             text, fresh = selection_text(session)
             note_little_text(session.recipe, text)
@@ -201,24 +198,24 @@ def named_by_budget(session: Session, rows: Sequence[Row]) -> list[Row]:
     return [named(row) for row in rows]
 
 
-def forget_results(run: Run) -> None:
-    """Take back what an earlier search of the run said: its students are about to be replaced."""
+def begin_again(session: Session) -> None:
+    """Take back what an earlier search of the run said, and write what is searched for.
+
+    ``teacher.json`` says what is compressed, for which deployment, into how many bytes.
+    """
+    run, made = session.run, footprint(session.architecture, session.deployment)
     if (run.path / CANDIDATES).is_file():
         note(f"{run.path} was searched with other settings: its candidates are replaced")
     for name in (CANDIDATES, "baselines.json", "table.json", "eval/results.json"):
         (run.path / name).unlink(missing_ok=True)
-
-
-def teacher_of(session: Session) -> Teacher:
-    """What is compressed, for which deployment, into how many bytes."""
-    made = footprint(session.architecture, session.deployment)
     # Of a sweep the largest; every candidate says which one it is for.
     budget = max(one.budget.bytes for one in session.at_each_budget())
-    return Teacher(
+    teacher = Teacher(
         name=session.name, path=str(session.path), files=session.files, note=session.note,
         architecture=session.architecture, bytes={**asdict(made), "total": made.total},
         budget=budget, deployment=session.deployment,
     )  # fmt: skip
+    write_teacher(teacher, run.path)
 
 
 def studied(bench: Bench, space: Space) -> tuple[list[Row], list[dict[str, Any]]]:
