@@ -3,11 +3,12 @@
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from compress.memory.plan import make_plan
+from compress.formats.table import Format, KvFormat
+from compress.memory.plan import Plan, make_plan
 from compress.model.find import resolve_model
 from compress.report.rows import STUDENTS
 from compress.run.directory import require_free, run_at
-from compress.run.recipe import check, checked_files
+from compress.run.recipe import Recipe, check, checked_files
 
 if TYPE_CHECKING:
     from compress.run.session import Session
@@ -21,10 +22,17 @@ def plan(model: str, **settings: Any) -> dict[str, Any]:
         model: a directory, a config.json, a short name or a hub id.
         **settings: recipe keys: budget, context, batch_size, device, ...
     """
-    recipe = check({"model": model} | settings, "plan")
-    path = resolve_model(model, config_only=True)
-    made = make_plan(path, recipe.deployment, budget=recipe.limit, device=recipe.preset)
-    return made.to_json()
+    return planned(model, check({"model": model} | settings, "plan")).to_json()
+
+
+def planned(
+    model: str, recipe: Recipe, format: Format | None = None, kv_format: KvFormat | None = None
+) -> Plan:
+    """The plan of a model under a recipe, or of it in other formats."""
+    return make_plan(
+        resolve_model(model, config_only=True), recipe.deployment, budget=recipe.limit,
+        device=recipe.preset, format=format, kv_format=kv_format,
+    )  # fmt: skip
 
 
 def score(model: str = "embedded", *, run: str, **settings: Any) -> "Scores":

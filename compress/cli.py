@@ -65,19 +65,11 @@ def plan(
 
     Reads config.json only: bytes by block and format, and the largest context.
     """
-    from compress.memory.plan import make_plan
-    from compress.model.find import resolve_model
+    from compress.api import planned
     from compress.report.plan import print_plan
 
     recipe = check({"model": model} | given, "command line")
-    made = make_plan(
-        resolve_model(model, config_only=True),
-        recipe.deployment,
-        budget=recipe.limit,
-        device=recipe.preset,
-        format=format,
-        kv_format=kv_format,
-    )
+    made = planned(model, recipe, format, kv_format)
     if json:
         print(jsonlib.dumps(made.to_json()))
         return

@@ -27,20 +27,16 @@ Command = Callable[..., None]
 
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
 SCORED = (
-    *("revision", "space", "data", "seed", "sequence_length", "score_tokens", "score_length"),
-    *("draws", "replay_tokens"),
-)
+    "revision", "space", "data", "seed", "sequence_length", "score_tokens", "score_length",
+    "draws", "replay_tokens",
+)  # fmt: skip
 TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
 EVALUATED = ("revision", "data", "eval_data", "final_tokens", "sequence_length", "seed")
 SEARCHED = (
-    *SERVED,
-    "active_parameters",
-    *("baselines", "target", "ranking", "trials", "reselect_rounds", "finalists"),
-    *("short_distill_tokens", "select_tokens", "repair_tokens", "eval_data", "final_tokens"),
-    "workers",
-    *SCORED,
-    *TRAINED,
-)
+    *SERVED, "active_parameters", "baselines", "target", "ranking", "trials", "reselect_rounds",
+    "finalists", "short_distill_tokens", "select_tokens", "repair_tokens", "eval_data",
+    "final_tokens", "workers", *SCORED, *TRAINED,
+)  # fmt: skip
 
 
 def settings(*keys: str) -> Callable[[Command], Command]:

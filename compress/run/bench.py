@@ -92,11 +92,11 @@ class Bench:
 
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
-        session = self.session
+        session, recipe = self.session, self.session.recipe
         ratio = partial(repair_ratio, session.checkpoint, self.grams) if space.repair else None
         return Problem(
-            session.architecture, self.scores, space, session.deployment, session.budget.bytes,
-            blind_to_rounding, session.recipe.active, session.recipe.ranking, ratio,
+            session.architecture, self.scores, space, recipe.deployment, session.budget.bytes,
+            blind_to_rounding, recipe.active, recipe.ranking, ratio,
         )  # fmt: skip
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -130,9 +130,7 @@ class Bench:
             found = explore(
                 problem, settings, self.measure,
                 progress=lambda done, best: reached(done, f"best KL {best:.4f}"),
-                linearize=lambda at, number: self.tangent(
-                    at, turn(self.slopes_text, number), formats
-                ),
+                linearize=lambda at, n: self.tangent(at, turn(self.slopes_text, n), formats),
             )  # fmt: skip
             # Others may have measured the last ones.
             reached(len(found), f"best KL {found[0].kl:.4f}")
@@ -194,12 +192,9 @@ class Bench:
 
     def measured(self, candidate: Candidate, predicted: float) -> Row:
         """The row of a candidate outside any study."""
-        values = torch.cat(list(self.measure(candidate))).tolist()
+        values = tuple(torch.cat(list(self.measure(candidate))).tolist())
+        size = total_bytes(candidate, self.session.recipe.deployment)
         trial = Trial(
-            candidate=candidate,
-            bytes=total_bytes(candidate, self.session.deployment),
-            predicted=predicted,
-            values=tuple(values),
-            complete=True,
+            candidate=candidate, bytes=size, predicted=predicted, values=values, complete=True
         )
         return Row(trial=trial, kind=candidate.kind, budget=self.session.budget.bytes)

@@ -67,7 +67,7 @@ def chosen_space(session: Session) -> Space | None:
     # Formats make no parameter less.
     for format, kv_format in product(formats.formats, formats.kv_formats) if few else ():
         made = replace(in_format(session.architecture, format), kv_format=kv_format)
-        size = footprint(made, session.deployment).total
+        size = footprint(made, session.recipe.deployment).total
         if size <= budget:
             note(
                 f"number formats suffice: {format} weights with a {kv_format} KV cache take "
@@ -90,7 +90,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "baselines": comparisons(session, space)[1],
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": recipe.active,
-        "deployment": asdict(session.deployment),
+        "deployment": asdict(session.recipe.deployment),
         "version": 2,
         **{key: getattr(recipe, key) for key in keys},
     }
@@ -145,7 +145,7 @@ def require_searchable(session: Session, space: Space) -> None:
     """Refuse before the long work what can be refused: the budget, and too little text."""
     recipe = session.recipe
     for one in session.at_each_budget():
-        sizes = one.architecture, None, space, one.deployment, one.budget.bytes
+        sizes = one.architecture, None, space, one.recipe.deployment, one.budget.bytes
         require_feasible(Problem(*sizes, active=recipe.active))
     require_ranked(session.architecture, recipe.ranking)
     session.rows("score", recipe.score_tokens)
@@ -203,7 +203,7 @@ def begin_again(session: Session) -> None:
 
     ``teacher.json`` says what is compressed, for which deployment, into how many bytes.
     """
-    run, made = session.run, footprint(session.architecture, session.deployment)
+    run, made = session.run, footprint(session.architecture, session.recipe.deployment)
     if (run.path / CANDIDATES).is_file():
         note(f"{run.path} was searched with other settings: its candidates are replaced")
     for name in (CANDIDATES, "baselines.json", "table.json", "eval/results.json"):
@@ -213,7 +213,7 @@ def begin_again(session: Session) -> None:
     teacher = Teacher(
         name=session.name, path=str(session.path), files=session.files, note=session.note,
         architecture=session.architecture, bytes={**asdict(made), "total": made.total},
-        budget=budget, deployment=session.deployment,
+        budget=budget, deployment=session.recipe.deployment,
     )  # fmt: skip
     write_teacher(teacher, run.path)
 

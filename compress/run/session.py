@@ -12,7 +12,7 @@ from compress.core.errors import InputError
 from compress.core.files import digests
 from compress.measure.kl import Reference, reference
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
-from compress.memory.footprint import Deployment, footprint
+from compress.memory.footprint import footprint
 from compress.model.architecture import Architecture
 from compress.model.build import load
 from compress.model.checkpoint import Checkpoint, open_checkpoint
@@ -81,16 +81,11 @@ class Session:
         """The teacher's."""
         return load_tokenizer(self.path)
 
-    @property
-    def deployment(self) -> Deployment:
-        """How students are served."""
-        return self.recipe.deployment
-
     @cached_property
     def budget(self) -> Budget:
         """The limit that binds."""
-        recipe = self.recipe
-        limit = resolve_budget(self.architecture, self.deployment, recipe.limit, recipe.preset)
+        asked = self.recipe.deployment, self.recipe.limit, self.recipe.preset
+        limit = resolve_budget(self.architecture, *asked)
         if limit is None:
             raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
         return limit
@@ -119,8 +114,8 @@ class Session:
         One of our quantized exports, which eval compares like a teacher, as it is.
         """
         if is_export(self.path, read_config(self.path)):
-            return footprint(self.architecture, self.deployment).total
-        return teacher_bytes(self.architecture, self.deployment)
+            return footprint(self.architecture, self.recipe.deployment).total
+        return teacher_bytes(self.architecture, self.recipe.deployment)
 
     @property
     def note(self) -> str:
