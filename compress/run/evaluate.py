@@ -172,10 +172,7 @@ def final_table(
     if len(selected_of(rows)) != 1:
         find_candidate(session, None)
     missing: list[Mapping[str, Any]] = read_json(session.run.path / "baselines.json")
-    best: dict[str, Student] = {}
-    for row in rows:
-        if row.finalist:
-            best.setdefault(row.kind, row)
+    best = {row.kind: row for row in reversed(rows) if row.finalist}
     subjects = {"teacher": teacher_subject(session)}
     for kind in (kind for kind in KINDS if kind in best):
         candidate, row = find_candidate(session, best[kind].id)
@@ -198,16 +195,9 @@ def table_rows(
     rows = []
     for kind in ("teacher", *(kind for kind in KINDS if kind in best)):
         row, after = models[kind], models.get(f"{kind} distilled")
-        rows.append(
-            {
-                "name": best[kind].id if kind in best else kind,
-                "kind": kind,
-                "fits": kind != "teacher",
-                "bytes": row["bytes"],
-                **figures(row, ""),
-                **(figures(after, "distilled_") if after else {}),
-            }
-        )
+        name = best[kind].id if kind in best else kind
+        what = {"name": name, "kind": kind, "fits": kind != "teacher", "bytes": row["bytes"]}
+        rows.append(what | figures(row, "") | (figures(after, "distilled_") if after else {}))
     rows += [{"name": row["kind"], "kind": row["kind"], "fits": False} for row in missing]
     return rows
 

@@ -137,8 +137,10 @@ class Session:
 
     def packed(self, split: Split, tokens: int | None, length: int) -> Tensor:
         """Rows of so many tokens of a split, or of all of them, [rows, length]."""
-        texts, what, vocab = self.splits[split], self.origin(split), self.architecture.vocab
-        return pack(texts, self.tokenizer, length, tokens, self.recipe.seed, what, vocab)
+        recipe, texts, vocab = self.recipe, self.splits[split], self.architecture.vocab
+        file = (split == "final" and recipe.eval_data) or recipe.data or "the embedded text"
+        what = f"split {split} of {file}"  # as errors call it
+        return pack(texts, self.tokenizer, length, tokens, recipe.seed, what, vocab)
 
     def reference(self, rows: Tensor) -> Reference:
         """The teacher on rows of tokens, which students are compared with."""
@@ -149,12 +151,6 @@ class Session:
         # Far more than a token per 8 characters: then there is no need to tokenize everything.
         plenty = sum(len(text) for text in self.splits["train"]) > 8 * tokens
         return self.packed("train", tokens if plenty else None, length)
-
-    def origin(self, split: Split) -> str:
-        """What errors call the text of a split."""
-        recipe = self.recipe
-        file = (split == "final" and recipe.eval_data) or recipe.data or "the embedded text"
-        return f"split {split} of {file}"
 
     def identity(self) -> dict[str, Any]:
         """What recognizes the same teacher and text: settings, and what is in the files.
