@@ -58,10 +58,10 @@ def search(model: str = "embedded", *, run: str, **settings: Any) -> list[dict[s
 
 def evaluate(models: Sequence[str], tasks: Sequence[str] = (), **settings: Any) -> dict[str, Any]:
     """Models and runs against the first, as ``compress eval --json`` prints it."""
+    from compress.run.evaluate import Asked, recipe_for
     from compress.run.evaluate import evaluate as measure
-    from compress.run.evaluate import recipe_for
 
-    return measure(models, tasks, recipe_for(models, settings))
+    return measure(models, Asked(tasks), recipe_for(models, settings))
 
 
 def session_of(model: str, run: str, settings: dict[str, Any]) -> "Session":

@@ -192,11 +192,11 @@ def evaluate(
     for name in (name for name in models if name not in runs):
         flags.require_known(name)
     from compress.run import stages
-    from compress.run.evaluate import recipe_for
+    from compress.run.evaluate import Asked, recipe_for
 
     names = [task.strip() for task in tasks.split(",") if task.strip()]
-    recipe = recipe_for(models, given)
-    stages.evaluate(flags.compared(models, recipe), names, json, recipe, task_data, limit)
+    recipe, asked = recipe_for(models, given), Asked(names, task_data, limit)
+    stages.evaluate(flags.compared(models, recipe), asked, recipe, json)
     if not json:
         of_run = ("report", shown(find_run(runs[0])[0])) if runs else ()
         note(f"next: {command(*of_run or ('search', models[0], '--budget', '70%'))}")
@@ -234,10 +234,11 @@ def run_recipe(
     )
     flags.require_limit(resolved)
     from compress.run import stages
+    from compress.run.evaluate import Asked
 
     stages.search(chosen, resolved)
     names = stages.finish(chosen, resolved)
-    stages.evaluate([near(resolved.model), *names], [], False, resolved)
+    stages.evaluate([near(resolved.model), *names], Asked(), resolved)
     report(shown(chosen))
 
 

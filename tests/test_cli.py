@@ -14,6 +14,7 @@ from search_files import architecture, student, write_search
 import compress
 from compress.cli import app, main
 from compress.core.errors import Infeasible, VerificationFailed
+from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, write_recipe
 
 COMMANDS = [
@@ -207,12 +208,12 @@ def test_eval_passes_tasks_and_a_candidate_is_compared_with_its_teacher(
     asked = ("--tasks", "choice, piqa", "--task-data", "rows", "--limit", "5", "--seed", "3")
     assert run(monkeypatch, "eval", "embedded", *asked) == 0
     recipe, tasks = Recipe(seed=3), ["choice", "piqa"]
-    assert stages.calls[0][1] == (["embedded"], tasks, False, recipe, Path("rows"), 5)
+    assert stages.calls[0][1] == (["embedded"], Asked(tasks, Path("rows"), 5), recipe, False)
     assert capsys.readouterr().err == "next: compress search embedded --budget 70%\n"
     write_recipe(Recipe(trials=7), Path("runs/a/recipe.yaml"))
     for names, compared in ((["a"], ["a"]), (["a:c2"], ["embedded", "a:c2"])):
         assert run(monkeypatch, "eval", *names) == 0
-        assert stages.calls[-1][1] == (compared, [], False, Recipe(trials=7), None, None)
+        assert stages.calls[-1][1] == (compared, Asked([]), Recipe(trials=7), False)
         assert capsys.readouterr().err == "next: compress report a\n"
 
 

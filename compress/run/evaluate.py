@@ -5,7 +5,7 @@ A run alone is its last table: teacher and the best of every kind, before and af
 
 import itertools
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,15 @@ from compress.searches.space import KINDS
 
 # Characters of held-out text on which two tokenizers have to agree.
 SAME_TOKENS_ON = 20_000
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What is asked besides text: tasks, a directory of their data, documents of each at most."""
+
+    tasks: Sequence[str] = ()
+    data: Path | None = None
+    limit: int | None = None
 
 
 @dataclass(frozen=True)
@@ -73,13 +82,7 @@ def recipe_for(names: Sequence[str], given: Mapping[str, Any]) -> Recipe:
     return kept.changed(**{"revision": None, **given}, model=names[0])
 
 
-def evaluate(
-    names: Sequence[str],
-    tasks: Sequence[str],
-    recipe: Recipe,
-    task_data: Path | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
+def evaluate(names: Sequence[str], asked: Asked, recipe: Recipe) -> dict[str, Any]:
     """Measure models and runs against the recipe's model; the result as ``eval --json`` prints it.
 
     A run stands for its export if there is one, else for its latest student in its formats. The
@@ -89,7 +92,7 @@ def evaluate(
     runs = [named.run for named in found if named.run]
     session = Session(runs[0] if runs else Run(Path("runs") / "eval"), recipe)
     subjects = {named.label: subject_of(session, named) for named in found}
-    results = on_final_text(session, subjects, tasks, task_data, limit)
+    results = on_final_text(session, subjects, asked)
     for run in runs:
         write_json(run.path / "eval" / "results.json", results)
     return results
@@ -137,36 +140,28 @@ def require_same_tokens(teacher: Session, other: Session) -> None:
 
 
 def on_final_text(
-    session: Session,
-    subjects: Mapping[str, Subject],
-    tasks: Sequence[str],
-    task_data: Path | None = None,
-    limit: int | None = None,
+    session: Session, subjects: Mapping[str, Subject], asked: Asked
 ) -> dict[str, Any]:
     """``compare`` on the session's final split; rows of our own tasks come from it too."""
     recipe = session.recipe
     rows_RT = session.rows("final", recipe.final_tokens)
     directory = session.run.path / "eval" / "tasks"
-    own, notes = write_task_rows(directory, session.splits["final"], tasks, recipe.seed)
-    names = [task for task in tasks if task in own or task not in OWN]
-    loaded = Tasks(names, own, task_data) if names else None
+    own, notes = write_task_rows(directory, session.splits["final"], asked.tasks, recipe.seed)
+    names = [task for task in asked.tasks if task in own or task not in OWN]
+    loaded = Tasks(names, own, asked.data) if names else None
     with progress("eval", len(subjects) + 1) as advance:
         found = compare(
-            subjects, session.model, session.tokenizer, rows_RT, loaded, task_limit=limit,
+            subjects, session.model, session.tokenizer, rows_RT, loaded, task_limit=asked.limit,
             progress=lambda what: advance(1, what),
         )  # fmt: skip
     return found | {"notes": [*notes, *found["notes"]]}
 
 
-def final_table(
-    session: Session,
-    tasks: Sequence[str] = ("choice",),
-    task_data: Path | None = None,
-    limit: int | None = None,
-) -> dict[str, Any]:
+def final_table(session: Session, asked: Asked) -> dict[str, Any]:
     """The last table: teacher and the best of every kind at equal bytes, before and after training.
 
-    Written to ``eval/results.json`` and ``table.json``; only this reads the final text.
+    Written to ``eval/results.json`` and ``table.json``; only this reads the final text. The task is
+    our own multiple choice where none is asked for.
     """
     rows = read_students(session.run.path)
     if len(selected_of(rows)) != 1:
@@ -181,7 +176,7 @@ def final_table(
         for name, directory in students.items():
             build = partial(in_formats, session, candidate, directory)
             subjects[name] = Subject(build, row.bytes)
-    found = on_final_text(session, subjects, tasks, task_data, limit)
+    found = on_final_text(session, subjects, replace(asked, tasks=asked.tasks or ("choice",)))
     write_json(session.run.path / "eval" / "results.json", found)
     write_json(session.run.path / "table.json", table_rows(found, best, missing))
     return found

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from compress.core.files import read_json
@@ -20,6 +19,7 @@ from compress.run import score as scoring
 from compress.run import search as searching
 from compress.run import students
 from compress.run.directory import Run, find_run, is_run, run_at, shown
+from compress.run.evaluate import Asked
 from compress.run.guide import selected
 from compress.run.recipe import Recipe, check
 from compress.run.session import Session
@@ -124,14 +124,7 @@ def finish(run: Run, recipe: Recipe) -> list[str]:
     return [shown(run) if name is None else f"{shown(run)}:{name}" for name in names]
 
 
-def evaluate(
-    names: Sequence[str],
-    tasks: Sequence[str],
-    as_json: bool,
-    recipe: Recipe,
-    task_data: Path | None = None,
-    limit: int | None = None,
-) -> None:
+def evaluate(names: Sequence[str], asked: Asked, recipe: Recipe, as_json: bool = False) -> None:
     """Compare models and runs, and print the tables or one JSON object.
 
     A run alone is its last table: the teacher and the best of every kind, before and after
@@ -140,9 +133,9 @@ def evaluate(
     alone = len(names) == 1 and is_run(names[0])
     if alone:
         session = Session(find_run(names[0])[0], recipe)
-        found = evaluating.final_table(session, tasks or ("choice",), task_data, limit)
+        found = evaluating.final_table(session, asked)
     else:
-        found = evaluating.evaluate(names, tasks, recipe, task_data, limit)
+        found = evaluating.evaluate(names, asked, recipe)
     if as_json:
         print(json.dumps(found))
         return
@@ -164,5 +157,5 @@ def quickstart() -> None:
     session = Session(run, recipe)
     search(run, recipe)
     export(run, recipe)
-    print_last_table(session, evaluating.final_table(session))
+    print_last_table(session, evaluating.final_table(session, Asked()))
     write_report(run.path)

@@ -17,7 +17,7 @@ from compress.memory.footprint import Deployment, footprint
 from compress.memory.plan import make_plan
 from compress.model.checkpoint import open_checkpoint
 from compress.run.directory import Run
-from compress.run.evaluate import evaluate
+from compress.run.evaluate import Asked, evaluate
 from compress.run.recipe import check
 from compress.run.session import Session
 
@@ -41,7 +41,7 @@ def test_eval_measures_our_exports_as_load_reads_them(
     architecture = with_formats(open_checkpoint(teacher).architecture, [format, "bf16"])
     export_student(teacher, out, architecture, target, {})
     recipe = check({"model": str(teacher), "data": str(text_file), **EVAL}, "test")
-    found = evaluate([str(teacher), str(out)], [], recipe)["models"][str(out)]
+    found = evaluate([str(teacher), str(out)], Asked(), recipe)["models"][str(out)]
     assert found["bytes"] == footprint(architecture, recipe.deployment).total
     assert found["kl"] > 0
     session = Session(Run(tmp_path / "run"), recipe.changed(model=str(out)))
