@@ -11,11 +11,6 @@ from compress.run.directory import Run, shown
 from compress.run.recipe import read_recipe
 
 
-def selected(run: Run) -> list[Student]:
-    """The students that the run stands for, one per budget; empty before a search."""
-    return selected_of(read_students(run.path))
-
-
 def is_cut(run: Run, student: Student) -> bool:
     """Whether a student lacks anything of its teacher besides bits."""
     teacher = read_teacher(run.path)
@@ -29,7 +24,7 @@ def structure(architecture: Architecture) -> tuple[int, list[Block]]:
 
 def next_step(run: Run) -> str:
     """The command that continues a run: the first of the path whose files are not there."""
-    name, rows = shown(run), selected(run)
+    name, rows = shown(run), selected_of(read_students(run.path))
     if not rows:
         recipe = read_recipe(run.path / "recipe.yaml")
         # Without candidates a search has not run, or found that the teacher fits as it is.
@@ -51,7 +46,7 @@ def next_step(run: Run) -> str:
 
 def possessions(run: Run) -> Iterator[str]:
     """What a finished run leaves to its user, a line each; nothing that is not there."""
-    for row in selected(run):
+    for row in selected_of(read_students(run.path)):
         if (student := run.path / "export" / row.id).is_dir():
             yield f"the student, verified: {student}"
             yield f"  from Python: compress.load({str(student)!r}).generate(...)"

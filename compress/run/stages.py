@@ -12,6 +12,7 @@ from compress.formats.kv import set_kv_format
 from compress.measure.kl import mean_kl
 from compress.model.build import load_model
 from compress.report.page import report as write_report
+from compress.report.rows import read_students, selected_of
 from compress.report.scores import print_scores
 from compress.report.tables import print_candidates, print_results, print_table
 from compress.run import evaluate as evaluating
@@ -20,7 +21,6 @@ from compress.run import search as searching
 from compress.run import students
 from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.evaluate import Asked
-from compress.run.guide import selected
 from compress.run.recipe import Recipe, check
 from compress.run.session import Session
 from compress.student.candidate import repair_note
@@ -116,7 +116,7 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
 
 def finish(run: Run, recipe: Recipe) -> list[str]:
     """Distil and export what was chosen, of a sweep for every budget; how commands name each."""
-    rows = selected(run)
+    rows = selected_of(read_students(run.path))
     names = [row.id for row in rows] if len(rows) > 1 else [None]
     for name in names:
         distill(run, recipe, name)
