@@ -139,10 +139,9 @@ def test_vllm_takes_the_formats_that_its_loader_knows(
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
+@pytest.mark.parametrize("wide", ["hybrid"], indirect=True)
 def test_experts_are_packed_as_one_group(tmp_path: Path, wide: Path, format: Format) -> None:
     architecture = architecture_of(wide, [format])
-    if architecture.family == "llama":
-        pytest.skip("has no experts")
     export_student(wide, tmp_path / "out", architecture, "compress", CARD)
     found, source, row = stored(tmp_path / "out"), stored(wide), FORMATS[format]
     prefix = "backbone.layers.1.mixer.experts"
