@@ -24,11 +24,9 @@ def print_plan(name: str, plan: Plan) -> None:
         [*block_rows(plan), outside_row(architecture), total_row(plan, total)],
         left=3,
     )
-    headings = ["weights in", "KV in", "weights", "KV cache", "states", "total"]
+    headings = ["weights, KV in", "weights", "KV cache", "states", "total"]
     headings += ["fits", "largest context"] if plan.budget else ["smallest card"]
-    table(
-        "bytes by format", headings, [option_row(option, plan) for option in plan.options], left=2
-    )
+    table("bytes by format", headings, [option_row(option, plan) for option in plan.options])
     lines = [f"as it is: {format_bytes(plan.footprint.total)}"]
     if plan.budget:
         verdict = "fits" if plan.fits else "does not fit"
@@ -81,7 +79,7 @@ def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
     """One line of the table of formats."""
     taken = option.footprint
     parts = (taken.weights, taken.kv_cache, taken.ssm_state + taken.conv_state, taken.total)
-    row = (option.format, option.kv_format, *map(format_bytes, parts))
+    row = (f"{option.format}, {option.kv_format}", *map(format_bytes, parts))
     if plan.budget is None:
         cards = sorted(DEVICES.values(), key=lambda device: device.visible_bytes)
         fitting = [device.name for device in cards if taken.total <= device.visible_bytes]
