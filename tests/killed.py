@@ -65,8 +65,8 @@ def dying(arguments: Sequence[str], run: Path, log: Path) -> None:
                 die(kind)
         append(backend, logs)
 
-    Path.replace, Path.rename = named(Path.replace), named(Path.rename)  # type: ignore[method-assign]
-    JournalFileBackend.append_logs = appended  # type: ignore[method-assign]
+    Path.replace, Path.rename = named(Path.replace), named(Path.rename)
+    JournalFileBackend.append_logs = appended
     cli.app(list(arguments), standalone_mode=False)
 
 

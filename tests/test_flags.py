@@ -43,5 +43,5 @@ def test_a_whole_run_has_a_flag_for_every_key() -> None:
 
     from compress.cli import app
 
-    [run] = [c for name, c in get_command(app).commands.items() if name == "run"]  # type: ignore[attr-defined]
+    [run] = [c for name, c in get_command(app).commands.items() if name == "run"]
     assert {parameter.name for parameter in run.params} >= Recipe.model_fields.keys() - {"model"}
