@@ -25,13 +25,22 @@ from compress.run.recipe import (
 
 Command = Callable[..., None]
 
+PLACED = ("compute", "memory")
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
 SCORED = (
     "revision", "space", "data", "seed", "sequence_length", "score_tokens", "score_length",
-    "draws", "replay_tokens",
+    "draws", "replay_tokens", *PLACED,
 )  # fmt: skip
 TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
-EVALUATED = ("revision", "data", "eval_data", "final_tokens", "sequence_length", "seed")
+EVALUATED = (
+    "revision",
+    "data",
+    "eval_data",
+    "final_tokens",
+    "sequence_length",
+    "seed",
+    *PLACED,
+)
 SEARCHED = (
     *SERVED, "active_parameters", "baselines", "target", "ranking", "trials", "reselect_rounds",
     "finalists", "short_distill_tokens", "select_tokens", "repair_tokens", "eval_data",

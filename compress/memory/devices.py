@@ -3,9 +3,13 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import KV_FORMATS, KvFormat
+
+# Where the work on a model is done, which is not where its student is served.
+Compute = Literal["auto", "cpu", "cuda"]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,7 @@ import torch
 from huggingface_hub.errors import StrictDataclassError
 from torch import Tensor, nn
 from transformers import AutoConfig, GenerationConfig, PreTrainedConfig, PreTrainedModel
+from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
@@ -26,6 +27,7 @@ from compress.model.checkpoint import GENERATION, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family, fixed_keys
+from compress.model.fill import fill, place_of, require_filled
 
 
 class NoAttention(nn.Module):
@@ -110,34 +112,39 @@ def build_model(
     """The torch model, in eval mode, holding ``tensors`` (names on disk) in ``dtype``.
 
     ``config`` is what ``student_config`` gives, or any config of the family with its sizes.
+    InputError where the tensors are not those of the architecture.
     """
-    # One progress bar per stage is ours to draw; that torch runs without kernels is no news here.
+    model = skeleton(config, architecture)
+    known = {parameter.name: parameter for parameter in parameters(architecture)}
+    found = ((known[name], tensor) for name, tensor in tensors)
+    fill(model, architecture, found, torch.device("cpu"), dtype)
+    model.tie_weights()
+    require_filled(model)
+    return model
+
+
+def skeleton(config: Mapping[str, Any], architecture: Architecture) -> PreTrainedModel:
+    """The torch model without weights: parameters are on ``meta``, frozen, in eval mode.
+
+    What is no weight (rotary frequencies) is on the CPU.
+    """
+    # That torch runs without a model's kernels is no news here.
     silence: Any = transformers_logging
-    silence.disable_progress_bar()
     silence.set_verbosity_error()
     family = family_of(architecture.family)
     module, model_name, _ = family.modules
     stock: type[PreTrainedModel] = getattr(importlib.import_module(module), model_name)
-
-    def construct(self: PreTrainedModel, built: Any) -> None:
-        stock.__init__(self, built)
-        set_layers(self, architecture)
-
-    members = {"__init__": construct, "__module__": stock.__module__}
-    student: Any = type(model_name, (stock,), members)
     built = built_config(config.get("base_config", config), architecture)
     built.architectures = [model_name]
     # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
     built._experts_implementation = "eager"
-    model, report = student.from_pretrained(
-        None, config=built, state_dict=dict(tensors), dtype=dtype, output_loading_info=True
-    )
-    faults = [*report["missing_keys"], *report["unexpected_keys"], *report["mismatched_keys"]]
-    if faults:
-        more = f"{faults[0]} and {len(faults) - 1} more"
-        raise InputError(f"the checkpoint does not fill the model: {more}")
-    # Callers look at the class: it is the stock one with other layers inside.
-    model.__class__ = stock
+    with torch.device("meta"), no_init_weights():
+        model: Any = stock(built)
+        set_layers(model, architecture)
+    for part in model.modules():
+        if part._non_persistent_buffers_set:
+            part.to_empty(device="cpu", recurse=False)
+            model._init_weights(part)
     model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)
     return model
@@ -191,15 +198,9 @@ def disk_tensors(
 ) -> Iterator[tuple[str, Tensor]]:
     """The tensors of a built model under their names on disk, fused experts one by one."""
     state = model.state_dict()
-    own = family_of(architecture.family).embedding.partition(".")[0] + "."
     for parameter in parameters(architecture):
-        name = parameter.name
-        inside = "model." + name.removeprefix(own) if name.startswith(own) else name
-        if parameter.expert is None:
-            yield name, state[inside]
-        else:
-            stacked = inside.replace(f"experts.{parameter.expert}.", "experts.")
-            yield name, state[stacked.removesuffix(".weight")][parameter.expert]
+        name, expert = place_of(parameter, architecture)
+        yield parameter.name, state[name] if expert is None else state[name][expert]
 
 
 def weight_formats(architecture: Architecture) -> dict[str, Format]:

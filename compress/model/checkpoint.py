@@ -38,12 +38,16 @@ class Checkpoint:
     architecture: Architecture
     tensors: Mapping[str, Stored] = field(repr=False)
     finite: set[str] = field(default_factory=set, repr=False)
+    readers: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor, as stored; InputError if it holds a NaN or an infinity."""
+        """The tensor, as stored and mapped; InputError if it holds a NaN or an infinity."""
         stored = self.tensors[name]
-        with safe_open(stored.file, framework="pt") as reader:
-            tensor: Tensor = reader.get_tensor(stored.name)
+        if stored.file not in self.readers:
+            # Kept open: a header is parsed once, and pages of the file are no memory of ours.
+            opened: Any = safe_open(stored.file, framework="pt")
+            self.readers[stored.file] = opened
+        tensor: Tensor = self.readers[stored.file].get_tensor(stored.name)
         if name not in self.finite:
             if not bool(torch.isfinite(tensor).all()):
                 raise InputError(f"tensor {name} in {self.path} holds NaN or infinite values")

@@ -14,7 +14,7 @@ from compress.core.files import write_text
 from compress.core.quantities import parse_budget, parse_bytes, parse_count, parse_tokens
 from compress.core.settings import checked, read_settings
 from compress.export.targets import Target
-from compress.memory.devices import Device, find_device
+from compress.memory.devices import Compute, Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
 from compress.model.config import read_config
 from compress.model.find import commit_of, is_named, resolve_model
@@ -90,6 +90,12 @@ class Recipe(BaseModel):
     )
     eval_data: File = Field(None, description="JSONL file for the final table instead.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
+    compute: Compute = Field("auto", description="Where the work is done; auto is a GPU if any.")
+    memory: str | None = Field(
+        None,
+        description="What the work may take there (20GiB); models that need more are read "
+        "layer by layer. Default: all that is free.",
+    )
     sequence_length: int = Field(128, ge=2, description="Tokens of a sequence to select on.")
     score_tokens: int = Field(2048, ge=1, description="Tokens for the contribution matrix.")
     score_length: int = Field(64, ge=2, description="Tokens of a sequence to score on.")
@@ -145,6 +151,11 @@ class Recipe(BaseModel):
         return self.limits[0] if self.limits else None
 
     @cached_property
+    def memory_bytes(self) -> int | None:
+        """What the work may take, if it is bounded."""
+        return None if self.memory is None else parse_bytes(self.memory, "memory")
+
+    @cached_property
     def preset(self) -> Device | None:
         """The device, if one is named."""
         return None if self.device is None else find_device(self.device)
@@ -187,7 +198,7 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
 def complete(recipe: Recipe, source: str) -> Recipe:
     """The recipe itself; InputError where one of its quantities is wrong."""
     # Quantities are kept as written, but a wrong one is refused here, not in a later stage.
-    _ = recipe.deployment, recipe.active, recipe.preset
+    _ = recipe.deployment, recipe.active, recipe.preset, recipe.memory_bytes
     if recipe.budget is not None and not recipe.limits:
         parse_budget(recipe.budget)
     for budget, limit in zip(recipe.budgets, recipe.limits, strict=True):

@@ -22,13 +22,18 @@ from compress.model.find import is_named, note_of, resolve_model
 from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
+from compress.sweep.placement import Placement, placement
+from compress.sweep.stack import Stack, stack_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import Split, split_documents
 from compress.text.tokenizer import load_tokenizer
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
-SHARED = ("path", "files", "checkpoint", "architecture", "model", "tokenizer", "splits")
+SHARED = (
+    *("path", "files", "checkpoint", "architecture", "model", "placement", "stack"),
+    *("tokenizer", "splits"),
+)
 # Of a teacher's files besides its weights, those that decide what it computes of a text.
 TEACHER = ("config.json", "tokenizer.json")
 # Digests of the files that a run was made from.
@@ -75,6 +80,16 @@ class Session:
     def model(self) -> Any:
         """The teacher in fp32; one of our quantized exports dequantized, with its KV cache."""
         return load(self.path)
+
+    @cached_property
+    def placement(self) -> Placement:
+        """Where the work is done."""
+        return placement(self.recipe.compute, self.recipe.memory_bytes)
+
+    @cached_property
+    def stack(self) -> Stack:
+        """The teacher as its layers, on the placement."""
+        return stack_of(self.checkpoint, self.placement)
 
     @cached_property
     def tokenizer(self) -> Any:

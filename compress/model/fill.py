@@ -1,0 +1,83 @@
+"""From tensors on disk to the modules of a torch model, one parameter at a time."""
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.core.errors import InputError
+from compress.model.architecture import Architecture
+from compress.model.families import family_of
+from compress.model.layout import Parameter
+
+
+def place_of(parameter: Parameter, architecture: Architecture) -> tuple[str, int | None]:
+    """The name of a checkpoint's tensor in the torch model, and its row of the fused experts."""
+    own = family_of(architecture.family).embedding.partition(".")[0] + "."
+    name, expert = parameter.name, parameter.expert
+    inside = "model." + name.removeprefix(own) if name.startswith(own) else name
+    if expert is None:
+        return inside, None
+    return inside.replace(f"experts.{expert}.", "experts.").removesuffix(".weight"), expert
+
+
+def fill(
+    model: Any,
+    architecture: Architecture,
+    tensors: Iterable[tuple[Parameter, Tensor]],
+    device: torch.device,
+    dtype: torch.dtype,
+) -> None:
+    """Put tensors into a model whose parameters may be on ``meta``, frozen.
+
+    They are cast to ``dtype`` (fp32 where the family's table says so) and moved; one that is so
+    already is used as it is, not copied. Fused experts have to come whole.
+    """
+    stacks: dict[str, Tensor] = {}
+    for parameter, tensor in tensors:
+        own = torch.float32 if parameter.slot.float32 else dtype
+        name, expert = place_of(parameter, architecture)
+        if expert is None:
+            put(model, name, tensor.to(device, own))
+            continue
+        if name not in stacks:
+            shape = inside(model, name)[2].shape
+            stacks[name] = torch.empty(shape, device=device, dtype=own)
+        stacks[name][expert] = tensor
+    for name, stack in stacks.items():
+        put(model, name, stack)
+
+
+def inside(model: Any, name: str) -> tuple[nn.Module, str, Tensor]:
+    """The module that has a parameter or buffer, its name there, and what it is now."""
+    path, _, leaf = name.rpartition(".")
+    module: nn.Module = model.get_submodule(path)
+    return module, leaf, getattr(module, leaf)
+
+
+def put(model: Any, name: str, tensor: Tensor) -> None:
+    """Make a tensor a model's parameter or buffer; InputError where its shape is another one."""
+    module, leaf, before = inside(model, name)
+    if before.shape != tensor.shape:
+        raise InputError(
+            f"{name} has the shape {list(tensor.shape)}, the model needs {list(before.shape)}"
+        )
+    if leaf in module._parameters:
+        module._parameters[leaf] = nn.Parameter(tensor, requires_grad=False)
+    else:
+        module._buffers[leaf] = tensor
+
+
+def empty(model: Any, architecture: Architecture, parameters: Iterable[Parameter]) -> None:
+    """Take parameters out of a model again: they go back to ``meta``."""
+    for name in {place_of(parameter, architecture)[0] for parameter in parameters}:
+        put(model, name, inside(model, name)[2].detach().to("meta"))
+
+
+def require_filled(model: nn.Module) -> None:
+    """InputError where a parameter or buffer is still on ``meta``."""
+    state = (*model.named_parameters(), *model.named_buffers())
+    if missing := [name for name, tensor in state if tensor.is_meta]:
+        more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
+        raise InputError(f"the checkpoint does not fill the model: {missing[0]}{more} is missing")

@@ -1,0 +1,66 @@
+"""Where the work is done: device, number type, and the bytes of weights that may stay there."""
+
+import os
+from dataclasses import dataclass
+
+import torch
+
+from compress.core.errors import InputError
+from compress.core.quantities import format_bytes
+from compress.memory.devices import Compute
+
+CPU = torch.device("cpu")
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where a model is worked on, and in what.
+
+    ``memory`` is what the work may take there, in bytes; None: as much as it wants. The default is
+    the reference that defines what is right; everything else agrees with it within stated bounds.
+    """
+
+    device: torch.device = CPU
+    dtype: torch.dtype = torch.float32
+    memory: int | None = None
+
+    @property
+    def resident_bytes(self) -> int | None:
+        """Bytes of weights that may stay; half of the memory is for what is made of them."""
+        return None if self.memory is None else self.memory // 2
+
+
+REFERENCE = Placement()
+
+
+def placement(compute: Compute, memory: int | None) -> Placement:
+    """The placement that a recipe asks for.
+
+    ``auto`` is a CUDA device where there is one. ``memory`` None is what the machine has free now.
+    A CPU works in fp32, a GPU in BF16. InputError on a device that is not there, and on more
+    memory than there is.
+    """
+    cuda = torch.cuda.is_available()
+    if compute == "cuda" and not cuda:
+        raise InputError("compute cuda: this torch sees no CUDA device; cpu or auto would work")
+    if compute == "cpu" or not cuda:
+        device, dtype, free = torch.device("cpu"), torch.float32, free_memory()
+    else:
+        device, dtype = torch.device("cuda"), torch.bfloat16
+        free = torch.cuda.mem_get_info(device)[0]
+    if memory is not None and memory > free:
+        raise InputError(
+            f"memory {format_bytes(memory)} is more than the {format_bytes(free)} that "
+            f"{device.type} has free"
+        )
+    return Placement(device, dtype, free if memory is None else memory)
+
+
+def free_memory() -> int:
+    """Bytes of this machine's memory that are available, as the kernel counts them."""
+    try:
+        with open("/proc/meminfo", encoding="ascii") as file:
+            fields = dict(line.split(":", 1) for line in file)
+        return int(fields["MemAvailable"].split()[0]) * 1024
+    except (OSError, KeyError):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -1,0 +1,205 @@
+"""A model as its layers: each brought to where the arithmetic is, used, and let go.
+
+Layers run as transformers' own forward calls them: what it hands to each (masks, positions, rotary
+embeddings) is recorded once for a shape of the input, with layers that do nothing.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import embedding
+
+from compress.model.architecture import Architecture
+from compress.model.build import skeleton
+from compress.model.checkpoint import Checkpoint
+from compress.model.families import family_of, parameters
+from compress.model.fill import empty, fill
+from compress.model.layout import Parameter
+from compress.model.modules import Head, final_norm, head_of
+from compress.sweep.placement import REFERENCE, Placement
+
+# B sequences, T tokens, D hidden.
+Call = Mapping[str, Any]
+Read = Callable[[Parameter], Tensor]
+
+
+class Recorded(Exception):
+    """Raised past the last layer, when all that a forward hands to its layers is known."""
+
+
+class Stack:
+    """A model on a placement, its weights brought in when a layer is visited.
+
+    ``model`` is transformers' own; outside ``layer`` its parameters may be on ``meta``. What fits
+    into the placement stays once it is there: embedding, final norm and head first, then layers
+    from the first on; the others are read again at every visit. ``read`` gives the tensor of a
+    parameter of ``architecture``.
+    """
+
+    def __init__(
+        self,
+        config: Mapping[str, Any],
+        architecture: Architecture,
+        read: Read,
+        placement: Placement = REFERENCE,
+    ) -> None:
+        self.architecture, self.read, self.placement = architecture, read, placement
+        self.model: Any = skeleton(config, architecture)
+        for module in self.model.modules():
+            for name in module._non_persistent_buffers_set:
+                module._buffers[name] = getattr(module, name).to(placement.device)
+        self.parts: dict[int | None, list[Parameter]] = {None: []}
+        for parameter in parameters(architecture):
+            block = parameter.block
+            layer = None if block is None else architecture.blocks[block].layer
+            self.parts.setdefault(layer, []).append(parameter)
+        self.stays = set(staying(self.parts, placement))
+        self.there: set[int | None] = set()
+        self.calls: dict[tuple[int, ...], list[Call]] = {}
+
+    @property
+    def layers(self) -> int:
+        """Number of layers."""
+        return len(self.parts) - 1
+
+    @contextmanager
+    def part(self, number: int | None) -> Iterator[None]:
+        """A layer's weights, or with None those of embedding, final norm and head, in place."""
+        if number not in self.there:
+            self.bring(number, [(each, self.read(each)) for each in self.parts[number]])
+        try:
+            yield
+        finally:
+            if number not in self.stays:
+                self.there.discard(number)
+                empty(self.model, self.architecture, self.parts[number])
+
+    def bring(self, number: int | None, tensors: Iterable[tuple[Parameter, Tensor]]) -> None:
+        """Fill a part."""
+        place = self.placement
+        fill(self.model, self.architecture, tensors, place.device, place.dtype)
+        if number is None and self.architecture.tied:
+            self.model.tie_weights()
+        self.there.add(number)
+
+    @contextmanager
+    def layer(self, number: int) -> Iterator[nn.Module]:
+        """A layer with its weights in place."""
+        with self.part(number):
+            yield self.model.model.layers[number]
+
+    @contextmanager
+    def head(self) -> Iterator[Head]:
+        """The output head with its weight in place."""
+        with self.part(None):
+            yield head_of(self.model)
+
+    def visits(self, numbers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
+        """These layers in turn, in place one at a time; the next one is read meanwhile."""
+        coming: Future[list[tuple[Parameter, Tensor]]] | None = None
+        with ThreadPoolExecutor(1) as reader:
+            for at, number in enumerate(numbers):
+                if coming is not None:
+                    self.bring(number, coming.result())
+                coming = None
+                following = numbers[at + 1] if at + 1 < len(numbers) else None
+                if following is not None and following not in self.there:
+                    coming = reader.submit(self.staged, following)
+                with self.layer(number) as layer:
+                    yield number, layer
+
+    def staged(self, number: int) -> list[tuple[Parameter, Tensor]]:
+        """A layer's tensors on their way to the device: there it only waits for the copy."""
+        on_cuda = self.placement.device.type == "cuda"
+        tensors = ((each, self.read(each)) for each in self.parts[number])
+        return [(each, t.pin_memory() if on_cuda else t) for each, t in tensors]
+
+    def embed(self, ids_BT: Tensor) -> Tensor:
+        """What enters the first layer, [B, T, D]; only the rows that are asked for are read."""
+        name = family_of(self.architecture.family).embedding
+        [parameter] = [each for each in self.parts[None] if each.name == name]
+        table = self.read(parameter)
+        ids, places = torch.unique(ids_BT.to(table.device), return_inverse=True)
+        place = self.placement
+        rows = table[ids].to(place.device, place.dtype)
+        return embedding(places.to(place.device), rows)
+
+    def run(self, number: int, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
+        """A layer's output [B, T, D] as the model's own forward calls it, without a cache."""
+        output = layer(hidden_BTD, **self.called(hidden_BTD)[number])
+        found: Tensor = output[0] if isinstance(output, tuple) else output
+        return found
+
+    def called(self, hidden_BTD: Tensor) -> list[Call]:
+        """What the model's forward hands to every layer besides hidden states of this shape."""
+        key = (*hidden_BTD.shape[:2], hash(self.model.config._attn_implementation))
+        if key not in self.calls:
+            self.calls[key] = recorded(self.model, hidden_BTD)
+        return self.calls[key]
+
+    def normed(self, hidden_BTD: Tensor) -> Tensor:
+        """The final norm, which is in place inside ``head()``."""
+        found: Tensor = final_norm(self.model)(hidden_BTD)
+        return found
+
+
+def staying(parts: Mapping[int | None, Sequence[Parameter]], place: Placement) -> Iterator[Any]:
+    """The parts whose weights stay where they are once they are there, first come first served."""
+    left = place.resident_bytes
+    for number, tensors in parts.items():
+        size = part_bytes(tensors, place.dtype)
+        if left is not None and size > left:
+            return
+        left = None if left is None else left - size
+        yield number
+
+
+def part_bytes(tensors: Iterable[Parameter], dtype: torch.dtype) -> int:
+    """Bytes of parameters in a dtype; what has to be fp32 is."""
+    return sum(each.count * (4 if each.slot.float32 else dtype.itemsize) for each in tensors)
+
+
+def recorded(model: Any, hidden_BTD: Tensor) -> list[Call]:
+    """What a model's forward hands to each of its layers, besides the hidden states."""
+    calls: list[Call] = []
+    last = len(model.model.layers)
+
+    def record(hidden_states: Tensor, **call: Any) -> Tensor:
+        calls.append(call)
+        if len(calls) == last:
+            raise Recorded
+        return hidden_states
+
+    with ExitStack() as stack:
+        for layer in model.model.layers:
+            layer.forward = record
+            stack.callback(delattr, layer, "forward")
+        try:
+            model.model(inputs_embeds=hidden_BTD.detach(), use_cache=False)
+        except Recorded:
+            return calls
+    raise AssertionError("a forward that does not call its layers")
+
+
+def stack_of(checkpoint: Checkpoint, placement: Placement = REFERENCE) -> Stack:
+    """The stack of a checkpoint on disk."""
+
+    def read(parameter: Parameter) -> Tensor:
+        return checkpoint[parameter.name]
+
+    return Stack(checkpoint.config, checkpoint.architecture, read, placement)
+
+
+@torch.no_grad()
+def final_states(stack: Stack, batches: Sequence[Tensor]) -> list[Tensor]:
+    """Hidden states [B, T, D] after the final norm of batches of token ids [B, T]."""
+    hidden = [stack.embed(ids) for ids in batches]
+    for number, layer in stack.visits(range(stack.layers)):
+        for batch, states in enumerate(hidden):
+            hidden[batch] = stack.run(number, layer, states)
+    with stack.head():
+        return [stack.normed(states) for states in hidden]
