@@ -1,147 +1,178 @@
-"""How the inner knapsack and the cost of scoring grow with a model's depth.
+"""A large model on a small machine: memory and time of score, search and export, by depth.
 
-``python -m benchmarks.scale``; random models of equal width are built in memory and written to a
-temporary directory, so that nothing but depth differs. Contributions cost a forward pass and one
-backward pass per label draw, whatever the depth, each linear in it. Replays run what comes after
-every block: per token they are quadratic, and the deeper a model is, the fewer rows they may take.
-"All scores" is what the product computes: contributions, replays, activations and the KV format.
+``python -m benchmarks.scale --sizes 0.2,0.6,1.7 --memory 1GiB``; random BF16 hybrids (Mamba-2, MoE,
+FFN, attention) of one width and so many billion parameters are written to a temporary directory,
+3.4 GB for the largest, and go through the commands as a user types them: score (256 tokens, 2
+draws), a joint search of 4 trials with repair, export. Memory is the peak of the process's
+anonymous memory: pages of the mapped checkpoint are the file's. Flat in depth is what it must be.
 """
 
-import math
+import os
+import subprocess
+import sys
 import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from torch import Tensor
 
-from benchmarks.common import Clock, Cost, arguments, metered, report
-from compress.model.build import load_model
-from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters, read_architecture
-from compress.run.recipe import check
-from compress.run.score import scores_of
-from compress.scores.contributions import contributions
-from compress.searches.knapsack import Knapsack, Limit, Solution, solve
+from benchmarks.common import Clock, arguments, report
+from compress.core.files import read_json
+from compress.core.terminal import note
+from compress.model.checkpoint import write_checkpoint
+from compress.model.families import count_parameters, parameters, read_architecture
+from compress.model.find import resolve_model
+from compress.model.layout import Parameter
 
-BLOCKS, OPTIONS = 200, 80
-PARTS = ("contributions", "all scores")
-DEPTHS = (8, 16, 32, 64)
-VOCAB, LENGTH = 512, 64
-LLAMA: dict[str, Any] = {
-    "model_type": "llama",
-    "architectures": ["LlamaForCausalLM"],
-    "vocab_size": VOCAB,
-    "hidden_size": 64,
-    "intermediate_size": 192,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 16,
-    "rms_norm_eps": 1e-5,
-    "tie_word_embeddings": True,
-    "max_position_embeddings": 512,
+GROUP = ["linear_attention", "moe", "linear_attention", "mlp", "full_attention"]
+HYBRID: dict[str, Any] = {
+    "model_type": "nemotron_h",
+    "architectures": ["NemotronHForCausalLM"],
+    "vocab_size": 16384,
+    "hidden_size": 1536,
+    "intermediate_size": 6144,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 6,
+    "head_dim": 64,
+    "mamba_num_heads": 48,
+    "mamba_head_dim": 64,
+    "n_groups": 8,
+    "ssm_state_size": 64,
+    "conv_kernel": 4,
+    "chunk_size": 64,
+    "n_routed_experts": 8,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 768,
+    "moe_shared_expert_intermediate_size": 1536,
+    "layer_norm_epsilon": 1e-5,
+    "tie_word_embeddings": False,
+    "max_position_embeddings": 4096,
     "bos_token_id": 0,
     "eos_token_id": 0,
+    "pad_token_id": 0,
     "dtype": "bfloat16",
 }
+SEARCH = (
+    *("--budget", "45%", "--space", "joint", "--trials", "4", "--baselines", "none"),
+    *("--select-tokens", "128", "--sequence-length", "64", "--repair-tokens", "256"),
+    *("--reselect-rounds", "0", "--finalists", "1", "--short-distill-tokens", "0"),
+)
+SCORE = (
+    *("--score-tokens", "256", "--score-length", "64", "--draws", "2", "--replay-tokens", "64"),
+    *("--space", "joint", "--sequence-length", "64"),
+)
+LOOK_SECONDS = 0.05
 
 
-def knapsack(seed: int, share: float, *, limited: bool) -> Knapsack:
-    """A problem of the size of a large model: costs fall with bytes, convexly, with noise."""
-    draw = np.random.default_rng(seed)
-    kept = np.sort(draw.random((BLOCKS, OPTIONS)))[:, ::-1]
-    worth = np.exp(draw.normal(0, 1.5, (BLOCKS, 1)))
-    costs = worth * (1 - kept) ** 2 * np.exp(draw.normal(0, 0.2, kept.shape))
-    amounts = np.round(kept * 1e8 * draw.uniform(0.5, 2.0, (BLOCKS, 1)))
-    active = np.round(amounts * draw.uniform(0.2, 0.6, kept.shape))
-
-    def bound(values: Any) -> int:
-        low, high = values.min(1).sum(), values.max(1).sum()
-        return int(low + share * (high - low))
-
-    limits = [Limit(list(active), bound(active))] if limited else []
-    return Knapsack(list(costs), list(amounts), bound(amounts), limits=limits)
+def drawn(parameter: Parameter, generator: torch.Generator, depth: int) -> Tensor:
+    """Random values of a parameter that keep activations finite through the depth."""
+    if parameter.slot.normalizes:
+        return torch.ones(parameter.shape)
+    if parameter.name.endswith("A_log"):
+        return torch.rand(parameter.shape, generator=generator).mul(3).add(1).log()
+    if len(parameter.shape) == 1:
+        return torch.zeros(parameter.shape)
+    values = torch.randn(parameter.shape, generator=generator)
+    if "embed" in parameter.name:
+        return values
+    fan_in = parameter.count / parameter.shape[0]
+    return values.mul(fan_in**-0.5 / depth**0.25)
 
 
-def solved(seed: int, share: float, *, limited: bool) -> dict[str, Any]:
-    """Seconds and gap of one problem."""
-    problem, clock = knapsack(seed, share, limited=limited), Clock()
-    solution = solve(problem)
-    seconds = clock.seconds
-    assert isinstance(solution, Solution)
-    return {
-        "part": "knapsack",
-        "what": f"{BLOCKS} x {OPTIONS}, {'bytes and active' if limited else 'bytes'}, {share:.0%}",
-        "seconds": seconds,
-        "gap": solution.gap,
-    }
+def written(directory: Path, billions: float) -> int:
+    """Write the hybrid nearest to a size; its parameters."""
+    sizes = [
+        count_parameters(read_architecture(HYBRID | {"layers_block_type": GROUP * groups}))
+        for groups in (1, 2)
+    ]
+    groups = max(1, round((billions * 1e9 - sizes[0]) / (sizes[1] - sizes[0])) + 1)
+    config = HYBRID | {
+        "layers_block_type": GROUP * groups, "num_hidden_layers": len(GROUP) * groups,
+    }  # fmt: skip
+    made, generator = read_architecture(config), torch.Generator().manual_seed(0)
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        for each in parameters(made):
+            dtype = torch.float32 if each.slot.float32 else torch.bfloat16
+            yield each.name, drawn(each, generator, made.layers).to(dtype)
+
+    write_checkpoint(directory, tensors(), config, resolve_model("embedded"))
+    return count_parameters(made)
 
 
-def scored(depth: int, tokens: int, draws: int) -> list[dict[str, Any]]:
-    """Seconds and token-forwards of the contributions and of all scores of a depth."""
-    config = LLAMA | {"num_hidden_layers": depth}
-    generator = torch.Generator().manual_seed(depth)
-    made = read_architecture(config)
-    weights = (
-        (p.name, torch.randn(p.shape, generator=generator).mul(0.05).bfloat16())
-        for p in parameters(made)
-    )
-    text = torch.randint(0, VOCAB, (tokens // LENGTH, LENGTH), generator=generator)
-    recipe, rows = check({"draws": draws}, "settings"), []
+def watched(command: list[str], cwd: Path) -> dict[str, float]:
+    """Run a command to its end: seconds, CPU seconds and peak anonymous GiB of the process."""
+    clock, peak = Clock(), 0
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)}
+    with (cwd / "log").open("w") as log:
+        process = subprocess.Popen(command, cwd=cwd, stderr=log, stdout=log, env=environment)
+        while True:
+            pid, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if pid:
+                break
+            peak = max(peak, anonymous(process.pid))
+            time.sleep(LOOK_SECONDS)
+    if status:
+        raise SystemExit(f"{' '.join(command)} failed:\n{(cwd / 'log').read_text()[-2000:]}")
+    cpu = usage.ru_utime + usage.ru_stime
+    return {"seconds": clock.seconds, "cpu_seconds": cpu, "peak_gib": peak / 2**30}
+
+
+def anonymous(pid: int) -> int:
+    """Bytes of anonymous memory that a process has now; 0 when it is gone."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return 0
+    return next((int(x.split()[1]) * 1024 for x in lines if x.startswith("RssAnon")), 0)
+
+
+def measured(billions: float, memory: str) -> list[dict[str, Any]]:
+    """A row per stage of a model of so many billion parameters."""
     with tempfile.TemporaryDirectory() as folder:
-        write_checkpoint(Path(folder) / "model", weights, config, None)
-        model = load_model(Path(folder) / "model")
-        checkpoint = open_checkpoint(Path(folder) / "model")
-        for part in PARTS:
-            cost, clock = Cost(), Clock()
-            with metered(model, cost):
-                if part == "contributions":
-                    contributions(model, checkpoint.architecture, text, draws, ["fp8", "nvfp4"])
-                else:
-                    scores_of(checkpoint, model, text, recipe, Path(folder) / "parts")
-            rows.append(
-                {
-                    "part": part,
-                    "what": f"{depth} layers",
-                    "depth": depth,
-                    "seconds": clock.seconds,
-                    "token_forwards": cost.token_forwards,
-                    # A token through a model of this depth is that many layers' work.
-                    "token_layers": cost.token_forwards * depth,
-                }
+        home = Path(folder)
+        count = written(home / "model", billions)
+        compress = [sys.executable, "-m", "compress.cli"]
+        bound = ("--memory", memory, "--compute", "cpu")
+        stages = {
+            "score": ["score", "model", "--run", "big", *SCORE, *bound],
+            "search": ["search", "model", "--run", "big", *SEARCH, *SCORE, *bound],
+            "export": ["export", "big", *bound],
+        }
+        rows = []
+        for stage, words in stages.items():
+            found = watched([*compress, *words], home)
+            rows.append({"parameters": count / 1e9, "stage": stage, **found})
+            note(
+                f"{count / 1e9:.2f}B {stage}: {found['seconds']:.0f} s, {found['peak_gib']:.2f} GiB"
             )
+        best = read_json(home / "runs" / "big" / "candidates.json")[0]
+        rows[1]["kl"] = best["measured_kl"]
     return rows
 
 
-def exponent(rows: list[dict[str, Any]], key: str) -> float:
-    """The slope of a figure against depth, both in logarithms, by least squares."""
-    depths = [math.log(row["depth"]) for row in rows]
-    return float(np.polyfit(depths, [math.log(row[key]) for row in rows], 1)[0])
-
-
 def main() -> None:
-    """Time knapsacks of a large model's size, then scoring of ever deeper models."""
+    """Memory and time by size."""
     settings = arguments(
         __doc__ or "",
         "embedded",
-        tokens={"type": int, "default": 2048, "help": "scored (default: %(default)s)"},
-        draws={"type": int, "default": 4, "help": "label draws (default: %(default)s)"},
+        sizes={"default": "0.2,0.6,1.7", "help": "billions of parameters (default: %(default)s)"},
+        memory={"default": "1GiB", "help": "what the work may take (default: %(default)s)"},
     )
-    rows = [
-        solved(settings.seed, share, limited=limited)
-        for limited in (False, True)
-        for share in (0.3, 0.5, 0.7)
-    ]
-    # The first pass pays for what torch sets up once.
-    scored(2, settings.tokens, 1)
-    for depth in DEPTHS:
-        rows += scored(depth, settings.tokens, settings.draws)
-    facts = {
-        f"exponent of {part}, {key}": exponent([row for row in rows if row["part"] == part], key)
-        for part in PARTS
-        for key in ("seconds", "token_layers")
-    }
-    report("scale", settings, facts, ("part", "what", "seconds", "token_forwards", "gap"), rows)
+    rows = []
+    for size in settings.sizes.split(","):
+        rows += measured(float(size), settings.memory)
+    facts = {"largest anonymous GiB": max(row["peak_gib"] for row in rows)}
+    report(
+        "scale",
+        settings,
+        facts,
+        ("parameters", "stage", "seconds", "cpu_seconds", "peak_gib", "kl"),
+        rows,
+    )
 
 
 if __name__ == "__main__":
