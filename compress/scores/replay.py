@@ -18,7 +18,7 @@ from compress.measure.losses import kl_from_hidden
 from compress.model.architecture import Architecture, block_name
 from compress.model.modules import final_hidden, head_of, mixer_of
 from compress.scores.contributions import Progress
-from compress.student.masks import masked
+from compress.student.masks import masked_model
 
 # What an option keeps of its block by axis; None when the block goes.
 Keep = Mapping[str, Tensor] | None
@@ -141,7 +141,7 @@ def decided(model: Any, architecture: Architecture, number: int, keep: Keep) -> 
             stack.callback(mixer_of(model, block).register_forward_hook(nothing).remove)
         else:
             own = {f"{block_name(block)}/{axis}": index for axis, index in keep.items()}
-            stack.enter_context(masked(model, architecture, own))
+            stack.enter_context(masked_model(model, architecture, own))
         yield
 
 

@@ -28,7 +28,7 @@ from compress.model.modules import (
     slots_of,
     weights_of,
 )
-from compress.student.masks import masked, unit_mask
+from compress.student.masks import masked_model, unit_mask
 from compress.student.units import Units, array_of, projections, unit_key, units_of
 
 # What is kept of those besides contributions: sums over tokens of the squares of activations and of
@@ -88,7 +88,9 @@ class Taps:
             embedding = self.model.get_input_embeddings()
             after(embedding, lambda module, args, output: output.requires_grad_(True))
             after(final_norm(self.model), self.tap_norm(len(blocks)))
-            self.unmasked = stack.enter_context(masked(self.model, self.architecture, self.keep))
+            self.unmasked = stack.enter_context(
+                masked_model(self.model, self.architecture, self.keep)
+            )
             for number, block in enumerate(blocks):
                 layer = layer_of(self.model, block)
                 after(norm_of(self.model, block), self.tap_norm(number))

@@ -1,11 +1,13 @@
 """The gated teacher: a student's structure as masks on its teacher, equal to the cut on every axis.
 
 Dead units are computed and then multiplied by zero, so that a gradient still says what bringing
-them back would change. Experts that are gone are never routed to; theirs has no gradient.
+them back would change. Experts that are gone are never routed to; theirs has no gradient. Masks are
+put on a layer for its visit, and on the final norm.
 """
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -15,6 +17,8 @@ from compress.model.architecture import Architecture, Block
 from compress.model.modules import final_norm, layer_of, mixer_of, norm_of
 from compress.student.candidate import block_keep
 from compress.student.units import Units, projections
+from compress.sweep.placement import REFERENCE, Placement
+from compress.sweep.stack import Stack
 
 BIAS = "e_score_correction_bias"
 
@@ -59,16 +63,18 @@ def unit_mask(
 
 
 class Unmasked:
-    """What masked modules were given before the mask, from their last forward."""
+    """Masks on modules, and what those were given before the mask in their last forward."""
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement) -> None:
+        self.placement = placement
         self.inputs: dict[nn.Module, Tensor] = {}
 
-    def mask(self, module: Any, values: Tensor, count: float = 1.0) -> Any:
-        """Multiply a module's first input by ``values`` [features]; the handle takes it off.
+    def mask(self, module: Any, mask: Tensor, count: float = 1.0) -> Any:
+        """Multiply a module's first input by ``mask`` [features]; the handle takes it off.
 
         All of it is multiplied by ``count`` before.
         """
+        values = mask.to(self.placement.device, self.placement.dtype)
 
         def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
             given = args[0] if count == 1 else args[0] * count
@@ -79,18 +85,20 @@ class Unmasked:
 
 
 @contextmanager
-def masked(
-    model: Any, architecture: Architecture, keep: Mapping[str, Tensor]
-) -> Iterator[Unmasked]:
-    """The teacher as the student of ``keep``, all but the widths of routed experts.
+def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unmasked]:
+    """A layer as in the student of ``keep``, all but the widths of routed experts.
 
-    Those are inside a fused module, whose forward ``taps.Taps`` replaces anyway.
+    Those are inside a fused module, whose forward ``taps.Taps`` replaces anyway. Inside the
+    layer's visit: the experts' bias is one of its buffers.
     """
-    unmasked, norms = Unmasked(), [final_norm(model)]
-    with ExitStack() as stack:
-        for number, block in enumerate(architecture.blocks):
-            norms.append(norm_of(model, block))
+    model, architecture, unmasked = stack.model, stack.architecture, Unmasked(stack.placement)
+    with ExitStack() as hooks:
+        for number, block in numbered(architecture, layer):
             whole, own = is_alive(keep, number), block_keep(keep, block)
+            if "hidden" in keep:
+                # Only norms read the residual stream; surgery folds their changed width.
+                norm = norm_of(model, block)
+                hooks.callback(unmasked.mask(norm, hidden_mask(architecture, keep)).remove)
             if whole and own.keys() <= {"hidden"}:
                 continue
             for projection in projections(architecture, block):
@@ -105,19 +113,51 @@ def masked(
                 count = float(len(mask) / mask.sum()) ** 0.5 if averaged else 1.0
                 values = mask.repeat_interleave(projection.features)
                 module = layer_of(model, block).get_submodule(path)
-                stack.callback(unmasked.mask(module, values, count).remove)
+                hooks.callback(unmasked.mask(module, values, count).remove)
             if whole and "expert" in own:
-                bias = getattr(mixer_of(model, block).gate, BIAS)
-                stack.callback(bias.copy_, bias.clone())
-                bias[dropped(own["expert"], len(bias))] = -torch.inf
-        if "hidden" in keep:
-            kept = torch.zeros(architecture.hidden).index_fill_(0, keep["hidden"], 1)
-            # Only norms read the residual stream; surgery folds their changed width.
-            for norm in norms:
-                stack.callback(unmasked.mask(norm, kept).remove)
+                gate = mixer_of(model, block).gate
+                bias: Tensor = getattr(gate, BIAS)
+                gone = dropped(own["expert"], len(bias)).to(bias.device)
+                hooks.callback(setattr, gate, BIAS, bias)
+                setattr(gate, BIAS, bias.index_fill(0, gone, -torch.inf))
         yield unmasked
+
+
+@contextmanager
+def masked_final(stack: Stack, keep: Mapping[str, Tensor]) -> Iterator[Unmasked]:
+    """The final norm as in the student of ``keep``."""
+    unmasked = Unmasked(stack.placement)
+    with ExitStack() as hooks:
+        if "hidden" in keep:
+            mask = hidden_mask(stack.architecture, keep)
+            hooks.callback(unmasked.mask(final_norm(stack.model), mask).remove)
+        yield unmasked
+
+
+def hidden_mask(architecture: Architecture, keep: Mapping[str, Tensor]) -> Tensor:
+    """Mask over the hidden channels, of a student that keeps some."""
+    return torch.zeros(architecture.hidden).index_fill_(0, keep["hidden"], 1)
+
+
+def numbered(architecture: Architecture, layer: int) -> list[tuple[int, Block]]:
+    """The blocks of a layer with their numbers."""
+    blocks = enumerate(architecture.blocks)
+    return [(number, block) for number, block in blocks if block.layer == layer]
 
 
 def dropped(kept: Tensor, size: int) -> Tensor:
     """Indices that are not kept."""
     return torch.ones(size, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
+
+
+@contextmanager
+def masked_model(
+    model: Any, architecture: Architecture, keep: Mapping[str, Tensor]
+) -> Iterator[Unmasked]:
+    """A whole model as the student of ``keep``, for what does not visit it layer by layer yet."""
+    stack: Any = SimpleNamespace(model=model, architecture=architecture, placement=REFERENCE)
+    with ExitStack() as parts:
+        unmasked = parts.enter_context(masked_final(stack, keep))
+        for layer in range(architecture.layers):
+            parts.enter_context(masked(stack, layer, keep)).inputs = unmasked.inputs
+        yield unmasked
