@@ -9,12 +9,12 @@ import pytest
 import torch
 from cuts import candidate
 from quantized import with_formats
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from compress.export.student import export_student
 from compress.formats.table import Format
 from compress.model.checkpoint import open_checkpoint
-from compress.model.tensor_files import save_tensors
+from compress.model.tensor_files import DTYPES, save_tensors, tensor_writer
 from compress.student.surgery import prune
 
 ONES = {"a": torch.ones(3)}
@@ -66,17 +66,40 @@ def test_every_file_of_a_student_and_its_export_has_them(
         assert {mode(file) for file in files} == {plain_mode(directory)}
 
 
-def test_a_failed_write_leaves_what_was_there(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def fail(_: object, file: Path, *rest: object) -> None:
-        file.write_text("half")
-        raise OSError("the disk is full")
-
+def test_a_failed_write_leaves_what_was_there(tmp_path: Path) -> None:
     file = tmp_path / "x.safetensors"
     save_tensors(ONES, file)
-    monkeypatch.setattr("compress.model.tensor_files.save_file", fail)
-    with pytest.raises(OSError, match="full"):
-        save_tensors({"a": torch.zeros(3)}, file)
+    specs = {"a": torch.zeros(3), "b": torch.zeros(2)}
+
+    def write_a(tensor: torch.Tensor) -> None:
+        with tensor_writer(file, specs) as write:
+            write("a", tensor)
+
+    for wrong in (torch.zeros(3), torch.zeros(4), torch.zeros(3).bfloat16()):
+        with pytest.raises(ValueError, match=r"lacks b|a is"):
+            write_a(wrong)
     assert [path.name for path in tmp_path.iterdir()] == ["x.safetensors"]
     assert torch.equal(load_file(file)["a"], ONES["a"])
+
+
+def test_tensors_are_written_in_any_order(tmp_path: Path) -> None:
+    dtypes = [dtype for dtype in DTYPES if dtype is not torch.bool]
+    tensors = {f"{n}": torch.arange(3).to(dtype) for n, dtype in enumerate(dtypes)}
+    tensors |= {"one": torch.tensor(2.0), "none": torch.empty(0, 4), "bool": torch.tensor([True])}
+    tensors["turned"] = torch.arange(6.0).view(2, 3).T
+    specs = {name: tensor.to("meta") for name, tensor in tensors.items()}
+    with tensor_writer(tmp_path / "x", specs, {"format": "pt"}) as write:
+        for name in reversed(tensors):
+            write(name, tensors[name])
+    found = load_file(tmp_path / "x")
+    assert found.keys() == tensors.keys()
+    for name, tensor in tensors.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name].float(), tensor.float())
+
+
+def test_files_are_those_of_the_library(tmp_path: Path) -> None:
+    tensors = {"a": torch.ones(3).bfloat16(), "b": torch.ones(2, 2), "c": torch.arange(5)}
+    save_tensors(tensors, tmp_path / "own", {"format": "pt"})
+    save_file(tensors, tmp_path / "library", {"format": "pt"})
+    assert (tmp_path / "own").read_bytes() == (tmp_path / "library").read_bytes()
