@@ -89,7 +89,7 @@ def write_tiny(
         (p.name, drawn(p, generator).to(torch.float32 if p.slot.float32 else dtype))
         for p in parameters(read_architecture(config))
     )
-    write_checkpoint(directory, tensors, config, None)
+    write_checkpoint(directory, tensors, config, None, dtype=dtype)
     characters = {chr(code): code - 30 for code in range(32, 127)}
     vocabulary = {"<|end|>": 0, "<unk>": 1, **characters, "\n": 97}
     tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))

@@ -1,50 +1,57 @@
 """What linear layers read: the magnitudes that input scales are taken from."""
 
-from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.overrides import TorchFunctionMode
+from torch import Tensor
 
 from compress.model.architecture import Architecture
-from compress.model.modules import weights_of
+from compress.model.layout import Slot
+from compress.model.modules import fused_experts, layer_of, routed, slots_of
+from compress.sweep.stack import Stack
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 64
 Group = tuple[int, str]  # a block's number and one of its fused groups
 
 
-class Watch(TorchFunctionMode):
-    """While it is on, notes the largest input magnitude of every fused group's products.
+@torch.no_grad()
+def input_ranges(stack: Stack, rows: Tensor) -> dict[Group, Tensor]:
+    """The largest magnitude that the layers of every fused group read over token rows [B, T].
 
-    ``groups`` has the group of a weight by where its data are: experts are parts of one tensor.
+    fp32 [], where the stack is. Routed experts read what all of them are routed to.
     """
+    found: dict[Group, Tensor] = {}
 
-    def __init__(self, groups: Mapping[int, Group]) -> None:
-        super().__init__()
-        self.groups, self.amax = groups, dict[Group, Tensor]()
+    def note(number: int, slot: Slot, x: Tensor) -> None:
+        if x.numel():
+            amax, group = x.abs().amax().float(), (number, str(slot.fused))
+            found[group] = torch.maximum(amax, found.get(group, amax))
 
-    def __torch_function__(
-        self, func: Any, types: Any, args: Any = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """The call as it is."""
-        if func is nn.functional.linear and (group := self.groups.get(args[1].data_ptr())):
-            amax = args[0].abs().amax()
-            self.amax[group] = torch.maximum(amax, self.amax.get(group, amax))
-        return func(*args, **(kwargs or {}))
+    def linear(number: int, slot: Slot, module: Any, args: tuple[Tensor, ...]) -> None:
+        note(number, slot, args[0])
 
+    def experts(number: int, slots: list[Slot], module: Any, args: tuple[Tensor, ...]) -> None:
+        first, second = slots
+        note(number, first, args[0])
+        for _, inner, _ in routed(module, *args):
+            note(number, second, inner)
 
-def input_ranges(model: Any, architecture: Architecture, rows: Tensor) -> dict[Group, Tensor]:
-    """The largest magnitude that the layers of every fused group read over token rows, fp32 []."""
-    groups = {
-        weight.data_ptr(): (number, str(slot.fused))
-        for number, block in enumerate(architecture.blocks)
-        for weight, slot in weights_of(model, architecture, block).values()
-    }
-    watch = Watch(groups)
-    with torch.no_grad(), watch:
-        model(input_ids=rows, use_cache=False)
-    return watch.amax
+    with ExitStack() as hooks:
+        for number, block in enumerate(stack.architecture.blocks):
+            for name, slot in slots_of(stack.architecture, block, experts=False).items():
+                module = layer_of(stack.model, block).get_submodule(name)
+                tap = partial(linear, number, slot)
+                hooks.callback(module.register_forward_pre_hook(tap).remove)
+            if fused := fused_experts(stack.model, stack.architecture, block):
+                slots = list(slots_of(stack.architecture, block, experts=True).values())
+                tap = partial(experts, number, slots)
+                hooks.callback(fused.register_forward_pre_hook(tap).remove)
+        hidden = stack.embed(rows)
+        for layer, module in stack.visits(range(stack.layers)):
+            hidden = stack.run(layer, module, hidden)
+    return found
 
 
 def token_rows(architecture: Architecture, seed: int = 0) -> Tensor:

@@ -1,6 +1,6 @@
 """Exports: a Hugging Face directory that was read back and computes what it should.
 
-BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout, packed by us a block at
+BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout, packed by us a tensor at
 a time under the family's names; what is not quantized is in BF16 as it was. ``target`` decides who
 may read the result:
 
@@ -12,6 +12,7 @@ may read the result:
   loaders refuse it.
 """
 
+import itertools
 import json
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
@@ -20,7 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError, VerificationFailed
 from compress.core.files import atomic_directory, write_text
@@ -28,14 +29,19 @@ from compress.export.card import model_card
 from compress.export.inputs import Group, input_ranges, token_rows
 from compress.export.modelopt import quantization_json
 from compress.export.targets import LOADERS, Loader, Target
-from compress.formats.packed import pack_block
+from compress.formats.packed import pack_block, stored_specs
+from compress.formats.table import Format
 from compress.memory.budget import in_format
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, to_json
-from compress.model.build import build_model, is_plain, load_model, student_config
-from compress.model.checkpoint import Checkpoint, in_bf16, open_checkpoint, write_files
+from compress.model.build import is_plain, student_config, weight_formats
+from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
+from compress.model.families import count_parameters, parameters
+from compress.model.layout import Parameter
 from compress.model.weights import INDEX, SINGLE
-from compress.student.surgery import by_block, quantized
+from compress.student.rounded import rounded
+from compress.sweep.placement import REFERENCE, Placement
+from compress.sweep.stack import Read, Stack, final_states, stack_at
 
 QUANT_CONFIG = "hf_quant_config.json"
 # Written and read models run the same arithmetic; a wrong scale or a lost tensor is far above this.
@@ -49,12 +55,14 @@ def export_student(
     target: Target,
     card: Mapping[str, Any],
     calibration: Tensor | None = None,
+    placement: Placement = REFERENCE,
 ) -> dict[str, Any]:
     """Write the BF16 student at ``student`` to ``out`` in the formats of ``architecture``.
 
     ``card`` is what the model card tells: command, budget, measurements. ``calibration`` are the
     token rows that input scales are taken from. Returns what was verified. ``out`` appears whole
-    and verified, or not at all.
+    and verified, or not at all. A layer at a time is held, in fp32 on the placement's device; a
+    plain BF16 student is read by stock transformers where that fits into the placement's memory.
 
     Raises:
         InputError: the target cannot express this student, or the checkpoint is not its own.
@@ -66,12 +74,30 @@ def export_student(
         raise InputError(f"the checkpoint at {student} does not have the architecture to export")
     rows = token_rows(architecture, seed=1)
     calibration = token_rows(architecture) if calibration is None else calibration
+
+    def stored(parameter: Parameter) -> Tensor:
+        wide = parameter.slot.float32
+        dtype = torch.float32 if wide else torch.bfloat16
+        return checkpoint[parameter.name].to(placement.device, dtype)
+
+    def stack(read: Read) -> Stack:
+        return Stack(checkpoint.config, architecture, read, once(placement))
+
     with atomic_directory(out) as directory:
-        expected = write_student(checkpoint, architecture, directory, target, rows, calibration)
+        inputs: Mapping[Group, Tensor] = {}
+        if architecture.formats != {"bf16"}:
+            inputs = input_ranges(stack(stored), calibration)
+        write_student(checkpoint, stored, architecture, directory, target, inputs)
+        meant = logits(stack(rounded(stored, architecture)), rows)
         facts = {"target": target, "formats": sorted(architecture.formats)}
-        facts |= verify(directory, architecture, expected, rows)
+        facts |= verify(directory, architecture, meant, rows, placement)
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
     return {"path": str(out), **facts}
+
+
+def once(placement: Placement) -> Placement:
+    """The placement of a sweep that visits every layer once, so that none has to stay; in fp32."""
+    return replace(placement, dtype=torch.float32, memory=0)
 
 
 def check_target(architecture: Architecture, target: Target) -> None:
@@ -103,84 +129,91 @@ def without_formats(architecture: Architecture) -> Architecture:
     return replace(in_format(architecture, "bf16"), kv_format="bf16")
 
 
-def logits(model: PreTrainedModel, rows: Tensor) -> Tensor:
-    """Logits of token rows, fp32."""
-    with torch.no_grad():
-        found: Tensor = model(input_ids=rows, use_cache=False).logits.float()
-    return found
+@torch.no_grad()
+def logits(stack: Stack, rows: Tensor) -> Tensor:
+    """Logits of token rows, fp32, where the stack is."""
+    [hidden_BTD] = final_states(stack, [rows])
+    with stack.head() as head:
+        return head.logits(hidden_BTD)
 
 
 def write_student(
     checkpoint: Checkpoint,
+    stored: Read,
     architecture: Architecture,
     directory: Path,
     target: Target,
-    rows: Tensor,
-    calibration: Tensor,
-) -> Tensor:
-    """Write a student in its formats; returns the logits that reading it back has to give."""
-
-    def stored() -> Iterator[tuple[str, Tensor]]:
-        return in_bf16(checkpoint.items(), checkpoint.architecture)
-
+    inputs: Mapping[Group, Tensor],
+) -> None:
+    """Write what ``stored`` gives in its formats, with the input scales of ``inputs``."""
     nested = student_config(checkpoint.config, architecture)
     base = nested.get("base_config", nested) | {"dtype": "bfloat16"}
     own = {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
     config = base if is_plain(architecture) else own
-    inputs: Mapping[Group, Tensor] = {}
     details: Mapping[str, Any] = {}
     if architecture.formats != {"bf16"}:
-        plain = build_model(checkpoint.config, architecture, stored())
-        inputs = input_ranges(plain, architecture, calibration)
-        del plain
         quantization, details = quantization_json(architecture)
         served = {**base, "quantization_config": quantization}
         config = served if target == "vllm" else {**own, "quantization": quantization}
-    made = quantized(stored(), architecture)
-    expected = logits(build_model(checkpoint.config, architecture, made), rows)
-    tensors = packed(stored(), architecture, inputs)
-    write_files(directory, tensors, config, checkpoint.path, to_json(architecture))
+    formats, specs = weight_formats(architecture), plain_specs(architecture)
+    for name, format in formats.items():
+        specs |= stored_specs(name, specs[name].shape, format)
+    tensors = packed(stored, architecture, inputs)
+    write_files(directory, tensors, specs, config, checkpoint.path, to_json(architecture))
     if details:
         write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
     if "quantization_config" in config:  # hidden from stock loaders
         (directory / INDEX).unlink(missing_ok=True)
         if (whole := directory / SINGLE).is_file():
             whole.rename(directory / "model-00001-of-00001.safetensors")
-    return expected
 
 
 def packed(
-    tensors: Iterable[tuple[str, Tensor]],
-    architecture: Architecture,
-    inputs: Mapping[Group, Tensor],
+    stored: Read, architecture: Architecture, inputs: Mapping[Group, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors in their formats; ``inputs`` is what ``input_ranges`` gives."""
-    for number, found, fused in by_block(tensors, architecture):
-        format = "bf16" if number is None else architecture.blocks[number].format
-        own = {group: amax for (block, group), amax in inputs.items() if block == number}
-        yield from pack_block(found, fused, format, own)
+    """A student's tensors in their formats; ``inputs`` is what ``input_ranges`` gives."""
+    for number, group in itertools.groupby(parameters(architecture), lambda each: each.block):
+        known = {each.name: each for each in group}
+
+        def read(name: str, known: Mapping[str, Parameter] = known) -> Tensor:
+            return stored(known[name])
+
+        format: Format = "bf16" if number is None else architecture.blocks[number].format
+        own = {fused: amax for (block, fused), amax in inputs.items() if block == number}
+        fused = {name: each.slot.fused for name, each in known.items()}
+        yield from pack_block(read, fused, format, own)
 
 
 def verify(
-    directory: Path, architecture: Architecture, expected: Tensor, rows: Tensor
+    directory: Path, architecture: Architecture, meant: Tensor, rows: Tensor, placement: Placement
 ) -> dict[str, Any]:
-    """Read an export back and compare its bytes with the plan and its logits with ``expected``."""
+    """Read an export back and compare its bytes with the plan and its logits with ``meant``."""
     planned = footprint(architecture, Deployment(context=0)).weights
     if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
         raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
+    room = placement.memory
     stock = architecture.formats == {"bf16"} and is_plain(architecture)
-    read: Any = AutoModelForCausalLM.from_pretrained
-    options = {"dtype": torch.float32, "trust_remote_code": False}
-    model = read(directory, **options) if stock else load_model(directory)
-    difference = float((logits(model, rows) - expected).abs().max() / expected.abs().max())
+    if stock and (room is None or 4 * count_parameters(architecture) < room):
+        reader, read = "transformers AutoModelForCausalLM", stock_logits(directory, rows, placement)
+    else:
+        reader, read = "compress.load", logits(stack_at(directory, once(placement)), rows)
+    difference = float((read - meant).abs().max() / meant.abs().max())
     # Written so that NaN fails.
     if not difference <= TOLERANCE:
         raise VerificationFailed(
             f"logits of the export differ by {difference:.2e} of their range, "
             f"more than {TOLERANCE:.0e}"
         )
-    reader = "transformers AutoModelForCausalLM" if stock else "compress.load"
     return {"bytes": found, "logit_difference": difference, "reader": reader}
+
+
+@torch.no_grad()
+def stock_logits(directory: Path, rows: Tensor, placement: Placement) -> Tensor:
+    """Logits of token rows of the model that transformers reads, fp32."""
+    read: Any = AutoModelForCausalLM.from_pretrained
+    model = read(directory, dtype=torch.float32, trust_remote_code=False).to(placement.device)
+    found: Tensor = model(input_ids=rows.to(placement.device), use_cache=False).logits.float()
+    return found
 
 
 def tensor_bytes(files: Iterable[Path]) -> int:

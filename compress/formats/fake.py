@@ -9,13 +9,13 @@ from torch import Tensor
 from compress.formats.table import FORMATS, Format
 
 
-def group_amax(weights: Sequence[Tensor]) -> Tensor:
+def group_amax(weights: Iterable[Tensor]) -> Tensor:
     """The largest magnitude of a fused group, fp32."""
     extremes = [torch.aminmax(weight) for weight in weights if prod(weight.shape)]
     return torch.stack([torch.maximum(-e.min, e.max).float() for e in extremes]).amax()
 
 
-def shared(weights: Sequence[Tensor], format: Format) -> tuple[Tensor, ...]:
+def shared(weights: Iterable[Tensor], format: Format) -> tuple[Tensor, ...]:
     """What the weights of a fused group round by together: their largest magnitude, or nothing."""
     return (group_amax(weights),) if FORMATS[format].shared else ()
 

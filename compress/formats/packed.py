@@ -13,15 +13,17 @@ The names and the first two rows are ModelOpt's layout. ``input_scale`` F32 [] i
 quantize activations; reading back does not need it. Everything else is stored as it is.
 """
 
-from collections.abc import Iterator, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from math import prod
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from compress.core.errors import InputError
+from compress.formats.blocks import CHUNK
 from compress.formats.fake import fused_groups, shared
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
 
@@ -32,66 +34,98 @@ def stored_names(name: str, format: Format) -> list[str]:
     return [name, *(stem + suffix for suffix in FORMATS[format].suffixes)]
 
 
+def stored_specs(name: str, shape: Sequence[int], format: Format) -> dict[str, Tensor]:
+    """Type and shape of the tensors that hold a weight, on ``meta``; InputError as ``require``."""
+    row, (*outer, width) = FORMATS[format], shape
+    row.require(shape)
+
+    def spec(dtype: str, last: int | None) -> Tensor:
+        whole = () if last is None else (*outer, last)
+        return torch.empty(whole, dtype=getattr(torch, dtype), device="meta")
+
+    codes = width * row.bits // 8 // getattr(torch, row.codes).itemsize
+    scales = (spec(s.dtype, width // row.group if s.per_group else None) for s in row.scales)
+    return dict(zip(stored_names(name, format), (spec(row.codes, codes), *scales), strict=True))
+
+
 def pack_block(
-    tensors: Mapping[str, Tensor],
+    read: Callable[[str], Tensor],
     fused: Mapping[str, str | None],
     format: Format,
     inputs: Mapping[str, Tensor],
 ) -> Iterator[tuple[str, Tensor]]:
-    """A block's tensors as they are stored, those of fused groups in ``format``.
+    """A block's tensors as they are stored, those of fused groups in ``format``, one at a time.
 
-    ``fused`` has the fused group of every name, None where it stays; ``inputs`` the largest
+    ``fused`` has the fused group of every name, None where it stays; ``read`` gives the tensor of a
+    name, and is asked twice for those of a group that rounds together. ``inputs`` has the largest
     magnitude that the layers of a group read, for formats with an input scale.
     """
     row = FORMATS[format]
     common: dict[str, tuple[Tensor, ...]] = {}
-    for names in fused_groups(tensors, fused):
-        common |= dict.fromkeys(names, shared([tensors[name] for name in names], format))
-    for name, tensor in tensors.items():
-        group = fused[name]
+    for names in fused_groups(fused, fused) if format != "bf16" else ():
+        common |= dict.fromkeys(names, shared(map(read, names), format))
+    for name, group in fused.items():
         if group is None or format == "bf16":
-            yield name, tensor
+            yield name, read(name)
             continue
-        row.require(tensor.shape)
-        stored = row.numerics.pack(tensor, *common[name])
+        stored = packed(read(name), format, *common[name])
         if INPUT_SCALE in row.suffixes:
-            stored = (*stored, row.numerics.tensor_scale(inputs[group]))
+            stored = (*stored, row.numerics.tensor_scale(inputs[group]).cpu())
         yield from zip(stored_names(name, format), stored, strict=True)
 
 
-def dequantized_tensors(
-    directory: Path, formats: Mapping[str, Format]
-) -> Iterator[tuple[str, Tensor]]:
-    """Every parameter of an export under its plain name, quantized ones as FP32 values.
+def packed(weight: Tensor, format: Format, *common: Tensor) -> tuple[Tensor, ...]:
+    """The stored form of a weight [out, in], some rows at a time: codes, then scales.
 
-    ``formats`` has the format of every weight that is quantized. InputError on no safetensors
-    file, a corrupt one, or a quantized weight without its scale.
+    ``common`` is what its fused group rounds by together. InputError as ``require``.
     """
-    with ExitStack() as stack:
-        files = open_files(directory, stack)
-
-        def read(name: str, owner: str) -> Tensor:
-            if name not in files:
-                raise InputError(f"{directory} has no tensor {name}, which {owner} needs")
-            tensor: Tensor = files[name].get_tensor(name)
-            return tensor
-
-        beside = {each for name in formats for each in stored_names(name, formats[name])[1:]}
-        for name in files:
-            if (format := formats.get(name, "bf16")) != "bf16":
-                names = [n for n in stored_names(name, format) if not n.endswith(INPUT_SCALE)]
-                yield name, FORMATS[format].numerics.unpack(*(read(n, name) for n in names))
-            elif name not in beside:
-                yield name, read(name, name)
+    row = FORMATS[format]
+    row.require(weight.shape)
+    rows = max(1, CHUNK // max(1, prod(weight.shape[1:])))
+    parts = zip(
+        *(row.numerics.pack(part, *common) for part in torch.split(weight, rows)), strict=True
+    )
+    return tuple(torch.cat(part) if part[0].dim() else part[0] for part in parts)
 
 
-def open_files(directory: Path, stack: ExitStack) -> dict[str, Any]:
-    """The open safetensors file of every tensor of a directory; ``stack`` closes them."""
+class Packed:
+    """The parameters of an export under their plain names, each read when it is asked for.
+
+    ``formats`` has the format of every weight that is quantized; those come as fp32 values.
+    InputError on no safetensors file, a corrupt one, or a quantized weight without its scale.
+    """
+
+    def __init__(self, directory: Path, formats: Mapping[str, Format]) -> None:
+        self.directory, self.formats, self.files = directory, formats, open_files(directory)
+
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        """Every parameter that is there, by name."""
+        beside = {n for name in self.formats for n in stored_names(name, self.formats[name])[1:]}
+        return ((name, self[name]) for name in self.files if name not in beside)
+
+    def __getitem__(self, name: str) -> Tensor:
+        """A parameter, dequantized."""
+        if (format := self.formats.get(name, "bf16")) == "bf16":
+            return self.read(name, name)
+        names = [n for n in stored_names(name, format) if not n.endswith(INPUT_SCALE)]
+        found: Tensor = FORMATS[format].numerics.unpack(*(self.read(n, name) for n in names))
+        return found
+
+    def read(self, name: str, owner: str) -> Tensor:
+        """A tensor as stored."""
+        if name not in self.files:
+            raise InputError(f"{self.directory} has no tensor {name}, which {owner} needs")
+        tensor: Tensor = self.files[name].get_tensor(name)
+        return tensor
+
+
+def open_files(directory: Path) -> dict[str, Any]:
+    """The open safetensors file of every tensor of a directory."""
     found: dict[str, Any] = {}
     # By pattern, not by index: exports for servers carry none (see export/student.py).
     for path in sorted(directory.glob("*.safetensors")):
         try:
-            file = stack.enter_context(safe_open(path, framework="pt"))
+            file: Any = safe_open(path, framework="pt")
         except SafetensorError as error:
             raise InputError(f"{path} is corrupt: {error}") from error
         found |= dict.fromkeys(file.keys(), file)

@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
 from compress.formats.kv import set_kv_format
-from compress.formats.packed import dequantized_tensors
+from compress.formats.packed import Packed
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import GENERATION, open_checkpoint
@@ -222,7 +222,7 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     if is_export(path, config):
         architecture = architecture_of(path, config)
         formats = weight_formats(architecture)
-        return build_model(config, architecture, dequantized_tensors(path, formats), dtype)
+        return build_model(config, architecture, Packed(path, formats).items(), dtype)
     checkpoint = open_checkpoint(path)
     return build_model(checkpoint.config, checkpoint.architecture, checkpoint.items(), dtype)
 

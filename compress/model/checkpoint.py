@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, from_json
 from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, is_export, read_config
-from compress.model.families import parameters
-from compress.model.tensor_files import save_tensors
+from compress.model.families import parameters, read_architecture
+from compress.model.tensor_files import Write, tensor_writer
 from compress.model.weights import INDEX, SINGLE, Stored, checked_weights
 
 SHARD_BYTES = 4 * 2**30
@@ -49,7 +50,9 @@ class Checkpoint:
             self.readers[stored.file] = opened
         tensor: Tensor = self.readers[stored.file].get_tensor(stored.name)
         if name not in self.finite:
-            if not bool(torch.isfinite(tensor).all()):
+            # Extremes pass NaN on, and take no memory.
+            extremes = torch.aminmax(tensor) if tensor.numel() else ()
+            if not all(map(torch.isfinite, extremes)):
                 raise InputError(f"tensor {name} in {self.path} holds NaN or infinite values")
             self.finite.add(name)
         return tensor
@@ -93,60 +96,81 @@ def write_checkpoint(
     source: Path | None,
     architecture_json: str | None = None,
     finish: Callable[[Path], None] = lambda partial: None,
+    dtype: torch.dtype = torch.bfloat16,
 ) -> None:
     """Write a checkpoint beside ``directory`` and rename it into place when it is whole.
 
-    ``source`` gives tokenizer and generation config; ``architecture_json`` is written where given;
-    ``finish`` may add files to the directory before it is renamed. An existing directory is
-    replaced, and left alone when anything fails. At most one shard is held in memory.
+    ``tensors`` are all of the architecture's, in ``dtype`` but what the tables keep in fp32; one is
+    held at a time. ``source`` gives tokenizer and generation config; ``architecture_json`` is
+    written where given; ``finish`` may add files to the directory before it is renamed. An existing
+    directory is replaced, and left alone when anything fails.
     """
+    read = from_json(architecture_json) if architecture_json else read_architecture(config)
     with atomic_directory(directory) as partial:
-        write_files(partial, tensors, config, source, architecture_json)
+        write_files(partial, tensors, plain_specs(read, dtype), config, source, architecture_json)
         finish(partial)
+
+
+def plain_specs(
+    architecture: Architecture, dtype: torch.dtype = torch.bfloat16
+) -> dict[str, Tensor]:
+    """Type and shape of every tensor of a checkpoint that is not quantized, on ``meta``."""
+    return {
+        each.name: torch.empty(
+            each.shape, dtype=torch.float32 if each.slot.float32 else dtype, device="meta"
+        )
+        for each in parameters(architecture)
+    }
 
 
 def write_files(
     partial: Path,
     tensors: Iterable[tuple[str, Tensor]],
+    specs: Mapping[str, Tensor],
     config: Mapping[str, Any],
     source: Path | None,
     architecture_json: str | None,
 ) -> None:
-    """Shards, index, config, architecture, and what ``source`` has besides weights."""
-    shards: list[list[str]] = []
-    total = 0
-    for shard in in_shards(tensors):
-        save_tensors(shard, partial / f"shard-{len(shards)}", metadata={"format": "pt"})
-        shards.append(list(shard))
-        total += sum(tensor.nbytes for tensor in shard.values())
+    """Shards, index, config, architecture, and what ``source`` has besides weights.
+
+    ``specs`` are type and shape of all ``tensors``, on ``meta``.
+    """
+    shards = list(in_shards(specs))
+    files = [f"model-{n + 1:05}-of-{len(shards):05}.safetensors" for n in range(len(shards))]
     if len(shards) == 1:
-        (partial / "shard-0").rename(partial / SINGLE)
-    else:
+        files = [SINGLE]
+    with ExitStack() as stack:
+        writers: dict[str, Write] = {}
+        for file, shard in zip(files, shards, strict=True):
+            write = stack.enter_context(tensor_writer(partial / file, shard, {"format": "pt"}))
+            writers |= dict.fromkeys(shard, write)
+        for name, tensor in tensors:
+            writers[name](name, tensor)
+    if len(shards) > 1:
         weight_map: dict[str, str] = {}
-        for number, names in enumerate(shards):
-            file = f"model-{number + 1:05}-of-{len(shards):05}.safetensors"
-            (partial / f"shard-{number}").rename(partial / file)
-            weight_map |= dict.fromkeys(names, file)
+        for file, shard in zip(files, shards, strict=True):
+            weight_map |= dict.fromkeys(shard, file)
+        total = sum(spec.nbytes for spec in specs.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(partial / INDEX, json.dumps(index, indent=1))
     write_text(partial / CONFIG, json.dumps(dict(config), indent=2))
     if architecture_json is not None:
         write_text(partial / ARCHITECTURE, architecture_json)
     if source:
-        for companion in (found for pattern in COMPANIONS for found in source.glob(pattern)):
+        for companion in (each for pattern in COMPANIONS for each in source.glob(pattern)):
             copy = partial / companion.relative_to(source)
             copy.parent.mkdir(exist_ok=True)
             shutil.copyfile(companion, copy)
 
 
-def in_shards(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[dict[str, Tensor]]:
-    """Group a stream of tensors into shards of at most ``SHARD_BYTES`` (or one tensor)."""
+def in_shards(specs: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+    """Group tensors into shards of at most ``SHARD_BYTES`` (or one tensor)."""
     shard: dict[str, Tensor] = {}
     held = 0
-    for name, tensor in tensors:
-        if shard and held + tensor.nbytes > SHARD_BYTES:
+    for name, spec in specs.items():
+        if shard and held + spec.nbytes > SHARD_BYTES:
             yield shard
             shard, held = {}, 0
-        shard[name] = tensor.contiguous()
-        held += tensor.nbytes
+        shard[name] = spec
+        held += spec.nbytes
     yield shard

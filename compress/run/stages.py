@@ -107,7 +107,9 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
     if candidate.repaired:
         card["repair"] = repair_note(len(candidate.repaired), len(architecture.blocks))
     calibration = session.rows("score", recipe.score_tokens)[:8]
-    facts = export_student(directory, out, architecture, recipe.target, card, calibration)
+    facts = export_student(
+        directory, out, architecture, recipe.target, card, calibration, session.placement
+    )
     note(
         f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
         f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"

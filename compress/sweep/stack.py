@@ -7,15 +7,18 @@ embeddings) is recorded once for a shape of the input, with layers that do nothi
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from compress.formats.packed import Packed
 from compress.model.architecture import Architecture
-from compress.model.build import skeleton
-from compress.model.checkpoint import Checkpoint
+from compress.model.build import skeleton, weight_formats
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters
 from compress.model.fill import empty, fill
 from compress.model.layout import Parameter
@@ -116,7 +119,7 @@ class Stack:
         """A layer's tensors on their way to the device: there it only waits for the copy."""
         on_cuda = self.placement.device.type == "cuda"
         tensors = ((each, self.read(each)) for each in self.parts[number])
-        return [(each, t.pin_memory() if on_cuda else t) for each, t in tensors]
+        return [(each, t.pin_memory() if on_cuda and t.is_cpu else t) for each, t in tensors]
 
     def embed(self, ids_BT: Tensor) -> Tensor:
         """What enters the first layer, [B, T, D]; only the rows that are asked for are read."""
@@ -192,6 +195,16 @@ def stack_of(checkpoint: Checkpoint, placement: Placement = REFERENCE) -> Stack:
         return checkpoint[parameter.name]
 
     return Stack(checkpoint.config, checkpoint.architecture, read, placement)
+
+
+def stack_at(path: Path, placement: Placement = REFERENCE) -> Stack:
+    """The stack of a directory that ``load_model`` reads; quantized exports come dequantized."""
+    config = read_config(path)
+    if not is_export(path, config):
+        return stack_of(open_checkpoint(path), placement)
+    architecture = architecture_of(path, config)
+    packed = Packed(path, weight_formats(architecture))
+    return Stack(config, architecture, lambda parameter: packed[parameter.name], placement)
 
 
 @torch.no_grad()

@@ -20,7 +20,7 @@ from compress.export.inputs import token_rows
 from compress.export.student import export_student
 from compress.export.targets import Target, restricted
 from compress.formats.fake import shared
-from compress.formats.packed import dequantized_tensors, stored_names
+from compress.formats.packed import Packed, stored_names
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, from_json
@@ -268,13 +268,13 @@ def test_damaged_exports_are_refused_by_name(tiny_llama: Path, tmp_path: Path) -
     del tensors[lost]
     save_file(tensors, out / "model.safetensors")
     with pytest.raises(InputError, match=lost):
-        dict(dequantized_tensors(out, formats))
+        dict(Packed(out, formats).items())
     (out / "model.safetensors").write_bytes(b"no tensors here")
     with pytest.raises(InputError, match="corrupt"):
-        dict(dequantized_tensors(out, formats))
+        dict(Packed(out, formats).items())
     (out / "model.safetensors").unlink()
     with pytest.raises(InputError, match="no safetensors"):
-        dict(dequantized_tensors(out, formats))
+        dict(Packed(out, formats).items())
 
 
 @pytest.mark.parametrize("formats", [["bf16"], ["nvfp4", "fp8"]])

@@ -13,7 +13,7 @@ from compress.core.errors import InputError
 from compress.formats import fp8, nvfp4
 from compress.formats.blocks import round_e2m1_
 from compress.formats.fake import fake_quantize, fake_quantize_block, group_amax, shared
-from compress.formats.packed import dequantized_tensors, pack_block, stored_names
+from compress.formats.packed import Packed, pack_block, stored_names
 from compress.formats.table import FORMATS, Format
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
@@ -173,7 +173,7 @@ def test_unpacking_what_was_packed_is_fake_quantization(
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_stored_tensors_have_the_bytes_and_types_of_their_row(format: Format) -> None:
     weight, row = sample(1.0), FORMATS[format]
-    stored = dict(pack_block({"q.weight": weight}, {"q.weight": "q"}, format, {"q": weight.max()}))
+    stored = dict(pack_block(lambda _: weight, {"q.weight": "q"}, format, {"q": weight.max()}))
     assert list(stored) == stored_names("q.weight", format)
     assert sum(tensor.nbytes for tensor in stored.values()) == row.bytes(weight.shape)
     codes, *scales = stored.values()
@@ -189,11 +189,11 @@ def test_what_was_stored_is_read_back(format: Format, tmp_path: Path) -> None:
     tensors = {"norm.weight": torch.ones(128), "q.weight": sample(1.0), "k.weight": sample(9.0)}
     fused = {"norm.weight": None, "q.weight": "qkv", "k.weight": "qkv"}
     save_file(
-        dict(pack_block(tensors, fused, format, {"qkv": torch.ones(())})),
+        dict(pack_block(tensors.__getitem__, fused, format, {"qkv": torch.ones(())})),
         tmp_path / "model.safetensors",
     )
     formats: dict[str, Format] = {"q.weight": format, "k.weight": format}
-    found = dict(dequantized_tensors(tmp_path, formats))
+    found = dict(Packed(tmp_path, formats).items())
     expected = fake_quantize_block(tensors, fused, format)
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
@@ -291,7 +291,7 @@ def test_shapes_that_a_format_cannot_take_are_refused_in_one_line(format: Format
     with pytest.raises(InputError, match=line):
         row.bytes(weight.shape)
     with pytest.raises(InputError, match=line):
-        dict(pack_block({"w": weight}, {"w": "w"}, format, {}))
+        dict(pack_block(lambda _: weight, {"w": "w"}, format, {}))
 
 
 @pytest.mark.parametrize("format", QUANTIZED)

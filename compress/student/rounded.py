@@ -1,0 +1,40 @@
+"""A student's weights in their formats, each rounded when it is asked for."""
+
+from collections.abc import Callable
+from functools import cache
+
+from torch import Tensor
+
+from compress.formats.fake import shared
+from compress.formats.table import FORMATS
+from compress.model.architecture import Architecture
+from compress.model.families import parameters
+from compress.model.layout import Parameter
+
+
+def rounded(
+    read: Callable[[Parameter], Tensor], architecture: Architecture
+) -> Callable[[Parameter], Tensor]:
+    """What gives a parameter after its block's format and back, fp32 where that is not BF16.
+
+    ``read`` gives parameters in BF16. Scales are those of the export: of a fused group the largest
+    magnitude is taken once.
+    """
+    groups: dict[tuple[int | None, str | None], list[Parameter]] = {}
+    for each in parameters(architecture):
+        groups.setdefault((each.block, each.slot.fused), []).append(each)
+
+    @cache
+    def common(block: int, group: str) -> tuple[Tensor, ...]:
+        return shared(map(read, groups[block, group]), architecture.blocks[block].format)
+
+    def give(parameter: Parameter) -> Tensor:
+        block, group = parameter.block, parameter.slot.fused
+        if block is None or group is None or architecture.blocks[block].format == "bf16":
+            return read(parameter)
+        row = FORMATS[architecture.blocks[block].format]
+        row.require(parameter.shape)
+        found: Tensor = row.numerics.fake(read(parameter).float(), *common(block, group))
+        return found
+
+    return give
