@@ -31,7 +31,7 @@ SCORED = (
     "revision", "space", "data", "seed", "sequence_length", "score_tokens", "score_length",
     "draws", "replay_tokens", *PLACED,
 )  # fmt: skip
-TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate")
+TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate", "optimizer")
 EVALUATED = (
     "revision",
     "data",

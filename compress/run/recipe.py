@@ -22,6 +22,7 @@ from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
+from compress.train.recipes import OptimizerName
 
 
 def absolute(path: str) -> str:
@@ -128,10 +129,20 @@ class Recipe(BaseModel):
     )
     finalists: int = Field(3, ge=1, description="Candidates to distil shortly before choosing one.")
     short_distill_tokens: int = Field(16384, ge=0, description="Training tokens of a finalist.")
-    distill_tokens: int = Field(262144, ge=1, description="Training tokens of the chosen student.")
+    distill_tokens: int = Field(
+        262144,
+        ge=1,
+        description="Training tokens of the chosen student; meanwhile its teacher's states take "
+        "2 bytes x hidden size for each on disk.",
+    )
     distill_length: int = Field(256, ge=2, description="Tokens of a training sequence.")
     distill_batch_tokens: int = Field(1024, ge=1, description="Tokens of an optimizer step.")
     learning_rate: float = Field(3e-4, gt=0, description="Peak learning rate of distillation.")
+    optimizer: OptimizerName = Field(
+        "adamw",
+        description="What trains students: AdamW in fp32, with moments in 8 bits (needs torchao), "
+        "or with fp32 weights and moments on the CPU beside a GPU (offload).",
+    )
 
     @property
     def budgets(self) -> tuple[str, ...]:

@@ -26,7 +26,7 @@ from compress.run.bench import Bench, Row
 from compress.run.finalists import best_of, with_finalists
 from compress.run.recipe import Recipe
 from compress.run.session import Session
-from compress.run.students import keep_students, require_replaceable
+from compress.run.students import forget_states, keep_students, require_replaceable
 from compress.run.together import alone, helped, joined
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
@@ -34,6 +34,7 @@ from compress.searches import baselines
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
 from compress.searches.space import Space, load_space
+from compress.train.optimizers import require as require_optimizer
 
 STAGE = "search"
 # A searched baseline gets this share of the trials, and at least so many.
@@ -82,7 +83,8 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     """What decides the candidates."""
     recipe = session.recipe
     keys = ("target", "ranking", "trials", "reselect_rounds", "finalists", "short_distill_tokens",
-            "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate")  # fmt: skip
+            "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate",
+            "optimizer")  # fmt: skip
     return {
         "score": fingerprint(scoring.score_inputs(session)),
         "repair": fingerprint(scoring.gram_inputs(session)) if space.repair else None,
@@ -148,6 +150,7 @@ def require_searchable(session: Session, space: Space) -> None:
         sizes = one.architecture, None, space, one.recipe.deployment, one.budget.bytes
         require_feasible(Problem(*sizes, active=recipe.active))
     require_ranked(session.architecture, recipe.ranking)
+    require_optimizer(recipe.optimizer, session.placement)
     session.rows("score", recipe.score_tokens)
     session.rows("final", recipe.final_tokens)
     if space.repair:
@@ -183,6 +186,7 @@ def conclude(
     keep_students(run, [row.trial.candidate for _, rows in found for row in rows])
     write_json(run.path / "baselines.json", unfit)
     final = [row for one, rows in found for row in with_finalists(one, space, rows, fresh)]
+    forget_states(run)
     write_students([row.student() for row in final], run.path)
 
 

@@ -24,6 +24,7 @@ from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, check
 from compress.run.session import Session
 from compress.student.candidate import repair_note
+from compress.train.optimizers import require as require_optimizer
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
 QUICKSTART: dict[str, Any] = dict(
@@ -57,7 +58,14 @@ def prune(run: Run, recipe: Recipe, name: str | None = None) -> None:
 
 def distill(run: Run, recipe: Recipe, name: str | None = None) -> None:
     """Train the candidate for the whole distance and say what it bought."""
+    distill_one(run, recipe, name)
+    students.forget_states(run)
+
+
+def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
+    """Train a candidate; its teacher's states stay for the next one."""
     session = Session(run, recipe)
+    require_optimizer(recipe.optimizer, session.placement)
     candidate, _ = students.find_candidate(session, name)
     text = session.reference(session.rows("select", 2 * recipe.select_tokens))
     tokens = recipe.distill_tokens
@@ -121,8 +129,9 @@ def finish(run: Run, recipe: Recipe) -> list[str]:
     rows = selected_of(read_students(run.path))
     names = [row.id for row in rows] if len(rows) > 1 else [None]
     for name in names:
-        distill(run, recipe, name)
+        distill_one(run, recipe, name)
         export(run, recipe, name)
+    students.forget_states(run)
     return [shown(run) if name is None else f"{shown(run)}:{name}" for name in names]
 
 

@@ -5,9 +5,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from torch import Tensor
+
 from compress.core.errors import InputError
-from compress.core.files import read_json, write_json
+from compress.core.files import fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
+from compress.core.terminal import progress
 from compress.measure.kl import Reference, mean_kl
 from compress.model.architecture import to_json
 from compress.model.build import disk_tensors, load_model, student_config
@@ -20,14 +23,19 @@ from compress.run.session import Session
 from compress.student.assemble import student_model
 from compress.student.candidate import Candidate
 from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
+from compress.sweep.states import StoredStates, stored_states
 from compress.train.distill import DistillSettings
+from compress.train.distill import Teacher as Lesson
 from compress.train.distill import distill as train_on_teacher
-from compress.train.loop import forget
+from compress.train.loop import digest, forget
+from compress.train.optimizers import weights_dtype
 
 # Directories of a run with one directory per candidate.
 PER_CANDIDATE = ("candidates", "distill", "export")
 SHORT = ".short"
 STUDENT = "student"
+# The teacher's final hidden states of training texts, while anything is trained on them.
+STATES = "states"
 # Of a training: KL before and after it on the same text, and its tokens.
 RESULT = "result.json"
 
@@ -163,7 +171,7 @@ def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[st
     recipe, repaired = session.recipe, sorted(candidate.repaired)
     return {
         "session": session.identity(),
-        "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate],
+        "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate, recipe.optimizer],
         "length": recipe.distill_length,
         "architecture": to_json(candidate.architecture),
         "keep": {key: index.tolist() for key, index in candidate.keep.items()},
@@ -176,15 +184,20 @@ def train(session: Session, candidate: Candidate, tokens: int, name: str) -> Pat
 
     ``name`` is the training's directory in the run, whose checkpoint it goes on from and leaves.
     """
-    run, recipe = session.run, session.recipe
+    run, recipe, placement = session.run, session.recipe, session.placement
     directory = run.path / "distill" / name
     settings = DistillSettings(
         tokens=tokens, batch_tokens=recipe.distill_batch_tokens,
-        learning_rate=recipe.learning_rate, seed=recipe.seed, checkpoint_every=25,
+        learning_rate=recipe.learning_rate, seed=recipe.seed, optimizer=recipe.optimizer,
     )  # fmt: skip
-    student = load_model(pruned(session, candidate))
     rows = session.training_rows(tokens, recipe.distill_length)
-    train_on_teacher(session.model, student, rows, settings, directory)
+    states = teacher_states(session, rows)
+    # From here on the student is alone in memory.
+    session.stack.release()
+    student = load_model(pruned(session, candidate), weights_dtype(recipe.optimizer, placement))
+    with session.stack.head() as head:
+        lesson = Lesson(states, head)
+        train_on_teacher(lesson, student, rows, settings, placement, directory)
     architecture = candidate.architecture
     write_checkpoint(
         directory / STUDENT,
@@ -194,6 +207,23 @@ def train(session: Session, candidate: Candidate, tokens: int, name: str) -> Pat
         to_json(architecture),
     )
     return directory / STUDENT
+
+
+def teacher_states(session: Session, rows: Tensor) -> StoredStates:
+    """The teacher's final hidden states of training rows, kept in the run until ``forget_states``.
+
+    Students of one search that are trained on the same rows share them.
+    """
+    place = session.placement
+    known = {"teacher": session.files, "rows": digest(rows), "arithmetic": str(place.dtype)}
+    file = session.run.path / STATES / f"{fingerprint(known)[:16]}.safetensors"
+    with progress("distill: the teacher's states", len(rows)) as advance:
+        return stored_states(session.stack, rows, file, lambda count: advance(count, ""))
+
+
+def forget_states(run: Run) -> None:
+    """Delete what ``teacher_states`` keeps in a run: 2 bytes x hidden for every training token."""
+    shutil.rmtree(run.path / STATES, ignore_errors=True)
 
 
 def distilled(session: Session, candidate: Candidate, tokens: int, name: str) -> Path:

@@ -89,6 +89,12 @@ class Stack:
             self.model.tie_weights()
         self.there.add(number)
 
+    def release(self) -> None:
+        """Let every layer's weights go, those too that would stay; a visit brings them again."""
+        for number in [number for number in self.there if number is not None]:
+            self.there.discard(number)
+            empty(self.model, self.architecture, self.parts[number])
+
     @contextmanager
     def layer(self, number: int) -> Iterator[nn.Module]:
         """A layer with its weights in place."""

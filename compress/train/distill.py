@@ -1,11 +1,14 @@
 """Distillation: the student learns the teacher's whole distribution, forward KL and nothing else.
 
-Teacher and student run in one process; logits exist for one chunk of tokens at a time.
+Of the teacher only its final hidden states of the text and its head are there: the KL is exact (to
+the rounding of the states), and logits exist for one chunk of tokens at a time. Where the work is
+in BF16, products are (autocast); weights are fp32, or BF16 with an optimizer that knows how.
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,11 +16,19 @@ from transformers import PreTrainedModel
 
 from compress.core.errors import InputError
 from compress.measure.losses import kl_from_hidden
-from compress.model.modules import final_hidden, head_of
+from compress.model.modules import Head, final_hidden, head_of
+from compress.sweep.placement import REFERENCE, Placement
+from compress.sweep.states import StoredStates
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
+from compress.train.recipes import OptimizerName
 
 # Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
 MICRO_TOKENS = 1024
+# Numbers kept for the backward pass for each that a matrix product reads or gives: what is between
+# products (norms, activations, attention) keeps about as many.
+KEPT = 2
+# Share of the memory that they may take; more, and every layer is computed again instead.
+ACTIVATION_SHARE = 0.25
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,43 +41,61 @@ class DistillSettings:
     warmup_share: float = 0.1
     weight_decay: float = 0.0
     seed: int = 0
-    checkpoint_every: int = 100
+    optimizer: OptimizerName = "adamw"
+    checkpoint_seconds: float = 100.0
+
+
+@dataclass(frozen=True)
+class Teacher:
+    """What a student learns from: final hidden states [N, T, D] of rows of text, and their head."""
+
+    states: Tensor | StoredStates
+    head: Head
 
 
 def distill(
-    teacher: PreTrainedModel,
+    teacher: Teacher,
     student: PreTrainedModel,
     rows: Tensor,
     settings: DistillSettings,
+    placement: Placement = REFERENCE,
     directory: Path | None = None,
     progress: Progress | None = None,
 ) -> list[CurvePoint]:
     """Train ``student`` in place towards ``teacher`` on ``rows`` [N, T]; the curve, a point a step.
 
     The loss is the mean over all positions of KL(teacher || student), in nats per token. The
-    student is trained in fp32 (cast here if it is not). Afterwards it is in eval mode and frozen.
-    With a directory, checkpoints and the curve are kept there and an interrupted distillation of
-    the same settings and rows continues bit for bit. InputError on ``rows`` or settings that give
-    no step, vocabularies that differ, or a loss that is not finite.
+    student goes to the placement and keeps the type of its weights. Afterwards it is in eval mode
+    and frozen. Where activations would take too much of the placement's memory, layers are computed
+    again in the backward pass, which changes nothing else. With a directory, checkpoints and the
+    curve are kept there and an interrupted distillation of the same settings and rows continues,
+    on a CPU bit for bit. InputError on ``rows`` or settings that give no step, vocabularies that
+    differ, or a loss that is not finite.
     """
     batch, steps = schedule(rows, settings)
-    if teacher.config.vocab_size != student.config.vocab_size:
+    if len(teacher.head.weight) != student.config.vocab_size:
         raise InputError(
-            f"the teacher's vocabulary is {teacher.config.vocab_size}, "
+            f"the teacher's vocabulary is {len(teacher.head.weight)}, "
             f"the student's {student.config.vocab_size}; distillation needs the same"
         )
-    teacher.train(False)
     module: torch.nn.Module = student
-    module.to(torch.float32)
+    module.to(placement.device)
     student.requires_grad_(True)
     student.train(True)
+    micro = max(MICRO_TOKENS // rows.shape[1], 1)
+    again = placement.memory is not None and (
+        activation_bytes(student, micro * rows.shape[1], placement)
+        > ACTIVATION_SHARE * placement.memory
+    )
+    recompute(student, again)
     warmup = round(settings.warmup_share * steps)
+    numbers = torch.arange(len(rows))[:, None]
 
     def loss_of(step: int) -> Iterator[Tensor]:
-        whole = batch_at(rows, step, batch, settings.seed)
-        for part in torch.split(whole, max(MICRO_TOKENS // rows.shape[1], 1)):
-            share = part.shape[0] / whole.shape[0]
-            yield kl(teacher, student, part) * share
+        whole = batch_at(numbers, step, batch, settings.seed).flatten()
+        for part in torch.split(whole, micro):
+            share = len(part) / len(whole)
+            yield kl(teacher, student, part, rows[part], placement) * share
 
     curve = train(
         student,
@@ -79,13 +108,15 @@ def distill(
             decay=steps - warmup,
             weight_decay=settings.weight_decay,
             seed=settings.seed,
-            checkpoint_every=settings.checkpoint_every,
+            optimizer=settings.optimizer,
+            checkpoint_seconds=settings.checkpoint_seconds,
             data=digest(rows),
         ),
         what="distill",
         directory=directory,
         progress=progress,
     )
+    recompute(student, False)
     student.train(False)
     student.requires_grad_(False)
     return curve
@@ -101,11 +132,30 @@ def schedule(rows: Tensor, settings: DistillSettings) -> tuple[int, int]:
     return batch, -(-settings.tokens // (batch * rows.shape[1]))
 
 
-def kl(teacher: PreTrainedModel, student: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Mean KL(teacher || student) over all positions of a batch, nats per token."""
-    ids_BT = ids_BT.to(student.device)
-    with torch.no_grad():
-        teacher_BTD = final_hidden(teacher, ids_BT)
-    student_BTD = final_hidden(student, ids_BT)
-    student_ND, teacher_ND = student_BTD.flatten(0, 1), teacher_BTD.flatten(0, 1)
-    return kl_from_hidden(student_ND, head_of(student), teacher_ND, head_of(teacher)).mean()
+def kl(
+    teacher: Teacher, student: PreTrainedModel, index: Tensor, ids_BT: Tensor, placement: Placement
+) -> Tensor:
+    """Mean KL(teacher || student) over all positions of these rows, nats per token."""
+    device, dtype = placement.device, placement.dtype
+    teacher_ND = teacher.states[index].to(device, dtype).flatten(0, 1)
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        student_ND = final_hidden(student, ids_BT.to(device)).flatten(0, 1)
+        return kl_from_hidden(student_ND, head_of(student), teacher_ND, teacher.head).mean()
+
+
+def activation_bytes(student: Any, tokens: int, placement: Placement) -> int:
+    """About what a forward pass over so many tokens keeps for the backward pass."""
+    matrices = (weight for weight in student.model.layers.parameters() if weight.ndim > 1)
+    numbers = sum(sum(weight.shape[-2:]) for weight in matrices)
+    return KEPT * numbers * tokens * placement.dtype.itemsize
+
+
+def recompute(student: Any, again: bool) -> None:
+    """Have a student's layers computed again in backward passes, or no longer."""
+    if again:
+        # No dropout draws anything; layers take what needs a gradient as an argument.
+        how = {"use_reentrant": False, "preserve_rng_state": False}
+        student.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
+    elif student.is_activation_checkpointing:
+        student.activation_checkpointing_disable()
+        student.disable_input_require_grads()

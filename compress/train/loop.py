@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import math
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -23,11 +24,11 @@ from compress.core import terminal
 from compress.core.errors import InputError
 from compress.core.files import fingerprint, read_json, write_json, write_text
 from compress.model.tensor_files import save_tensors
+from compress.train.optimizers import Optimizer, optimizer_of, restore, set_rate, state_of
+from compress.train.recipes import OptimizerName
 
 STATE = "training.json"
 CURVE = "curve.jsonl"
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-BETAS = (0.9, 0.95)
 CLIP = 1.0
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -35,7 +36,11 @@ Progress = Callable[[int, int, dict[str, float]], None]
 
 @dataclass(frozen=True, kw_only=True)
 class TrainSettings:
-    """How one training runs; ``data`` is a digest of what it runs on, to recognize a checkpoint."""
+    """How one training runs; ``data`` is a digest of what it runs on, to recognize a checkpoint.
+
+    A checkpoint is written every ``checkpoint_every`` steps, but not before ``checkpoint_seconds``
+    have passed since the last, and so many times what writing that one took.
+    """
 
     steps: int
     batch_tokens: int
@@ -44,7 +49,9 @@ class TrainSettings:
     decay: int
     weight_decay: float
     seed: int
-    checkpoint_every: int
+    checkpoint_every: int = 1
+    checkpoint_seconds: float = 0.0
+    optimizer: OptimizerName = "adamw"
     data: str = ""
 
 
@@ -74,33 +81,40 @@ def train(
 ) -> list[CurvePoint]:
     """Train what requires a gradient in ``model``, in place; the curve, a point per step.
 
-    With a directory there is a checkpoint every ``checkpoint_every`` steps and at the end, and an
-    unfinished training of the same start and settings continues; any other is started over.
+    With a directory there are checkpoints, the last one at the end, and an unfinished training of
+    the same start and settings continues bit for bit; any other is started over.
     ``loss_of`` gives a step's loss, or parts that add up to it, for batches larger than memory.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change buffers of the
     model, which checkpoints keep, and nothing else. InputError names the step where the loss is not
     finite.
     """
-    optimizer = optimizer_of(model, settings)
+    rates = settings.learning_rate, settings.weight_decay
+    optimizer = optimizer_of(model, settings.optimizer, *rates)
     # Taken before a checkpoint is loaded: the same start, settings and text are the same training.
     identity = identity_of(model, settings) if directory else ""
     losses = resume(directory, model, optimizer, identity) if directory else []
     left = settings.steps - len(losses)
+    written, cost = time.monotonic(), 0.0
     with nullcontext(progress) if progress else shown(what, left) as report:
         for step in range(len(losses), settings.steps):
             losses.append(update(model, optimizer, loss_of(step), step, settings))
             done = step + 1
             figures = after_step(done) if after_step else None
-            if directory and (done % settings.checkpoint_every == 0 or done == settings.steps):
+            pause = settings.checkpoint_seconds * max(1.0, cost)
+            due = done % settings.checkpoint_every == 0 and time.monotonic() - written >= pause
+            if directory and (due or done == settings.steps):
+                begun = time.monotonic()
                 save(directory, model, optimizer, curve_of(losses, settings), identity)
+                written = time.monotonic()
+                cost = written - begun
             rate = rate_at(step, settings)
             report(done, settings.steps, {"loss": losses[-1], "lr": rate, **(figures or {})})
     return curve_of(losses, settings)
 
 
 def update(
-    model: nn.Module, optimizer: torch.optim.AdamW, loss: Loss, step: int, settings: TrainSettings
+    model: nn.Module, optimizer: Optimizer, loss: Loss, step: int, settings: TrainSettings
 ) -> float:
     """One step down the gradient; the loss, which must be finite.
 
@@ -115,9 +129,11 @@ def update(
                 f"learning_rate (now {settings.learning_rate:g}) usually helps"
             )
         torch.autograd.backward(part)
-    for group in optimizer.param_groups:
-        group["lr"] = rate_at(step, settings)
+    set_rate(optimizer, rate_at(step, settings))
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+    if settings.optimizer == "adamw8bit":
+        # Its rounding draws random numbers.
+        torch.manual_seed(settings.seed * 1_000_003 + step)
     optimizer.step()
     optimizer.zero_grad()
     return value
@@ -137,16 +153,6 @@ def rate_at(step: int, settings: TrainSettings) -> float:
     up = (step + 1) / max(settings.warmup, 1)
     down = (settings.steps - step) / max(settings.decay, 1)
     return settings.learning_rate * min(up, 1.0, down)
-
-
-def optimizer_of(model: nn.Module, settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW that decays matrices only: norms, biases and the Mamba scalars are left alone."""
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in trained if p.ndim > 1], "weight_decay": settings.weight_decay},
-        {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=settings.learning_rate, betas=BETAS)
 
 
 def batch_at(rows: Tensor, step: int, batch: int, seed: int, shift: bool = False) -> Tensor:
@@ -170,7 +176,7 @@ def batch_at(rows: Tensor, step: int, batch: int, seed: int, shift: bool = False
 def save(
     directory: Path,
     model: nn.Module,
-    optimizer: torch.optim.AdamW,
+    optimizer: Optimizer,
     curve: list[CurvePoint],
     identity: str,
 ) -> None:
@@ -178,8 +184,8 @@ def save(
     directory.mkdir(parents=True, exist_ok=True)
     tensors = {f"model.{name}": tensor for name, tensor in kept(model).items()}
     for name, parameter in model.named_parameters():
-        if state := optimizer.state.get(parameter):
-            tensors |= {f"{key}.{name}": state[key] for key in MOMENTS}
+        for key, tensor in state_of(optimizer, parameter).items():
+            tensors[f"{name}/{key}"] = tensor
     file = f"training-{len(curve):07}.safetensors"
     save_tensors(tensors, directory / file)
     points = map(dataclasses.asdict, curve)
@@ -191,9 +197,7 @@ def save(
             old.unlink()
 
 
-def resume(
-    directory: Path, model: nn.Module, optimizer: torch.optim.AdamW, identity: str
-) -> list[float]:
+def resume(directory: Path, model: nn.Module, optimizer: Optimizer, identity: str) -> list[float]:
     """Load the directory's checkpoint into model and optimizer; the losses so far, else none."""
     if not (directory / STATE).is_file():
         return []
@@ -206,10 +210,9 @@ def resume(
         raise InputError(f"the checkpoint in {directory} is broken ({error}); delete it") from error
     model.load_state_dict({name: tensors[f"model.{name}"] for name in kept(model)}, strict=False)
     for name, parameter in model.named_parameters():
-        if f"step.{name}" in tensors:
-            state_of = {key: tensors[f"{key}.{name}"].to(parameter.device) for key in MOMENTS}
-            # AdamW keeps its step count on the CPU and the moments beside the parameter.
-            optimizer.state[parameter] = state_of | {"step": tensors[f"step.{name}"]}
+        prefix = f"{name}/"
+        own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+        restore(optimizer, parameter, own)
     losses: list[float] = state["losses"]
     return losses
 
@@ -233,9 +236,14 @@ def forget(directory: Path) -> None:
 
 
 def identity_of(model: nn.Module, settings: TrainSettings) -> str:
-    """What recognizes the same training again: its settings and the weights it starts from."""
+    """What recognizes the same training again: its settings and the weights it starts from.
+
+    When checkpoints are written changes nothing of it.
+    """
+    asked = dataclasses.asdict(settings)
+    asked = {key: value for key, value in asked.items() if not key.startswith("checkpoint")}
     weights = {name: digest(tensor) for name, tensor in kept(model).items()}
-    return fingerprint({"settings": dataclasses.asdict(settings), "weights": weights})
+    return fingerprint({"settings": asked, "weights": weights})
 
 
 def digest(tensor: Tensor) -> str:

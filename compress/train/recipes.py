@@ -1,9 +1,12 @@
-"""The recipe of a teacher: what ``compress pretrain`` reads."""
+"""The recipe of a teacher: what ``compress pretrain`` reads; and the names of optimizers."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+
+# AdamW in fp32, with its moments in 8 bits, or with weights and moments kept on the CPU.
+OptimizerName = Literal["adamw", "adamw8bit", "offload"]
 
 
 class TokenizerRecipe(BaseModel):
