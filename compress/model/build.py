@@ -5,7 +5,6 @@ config; a removed half of a llama layer is a module that returns zero.
 """
 
 import copy
-import importlib
 import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -28,6 +27,7 @@ from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family, fixed_keys
 from compress.model.fill import fill, place_of, require_filled
+from compress.model.kernels import modeling
 
 
 class NoAttention(nn.Module):
@@ -132,8 +132,8 @@ def skeleton(config: Mapping[str, Any], architecture: Architecture) -> PreTraine
     silence: Any = transformers_logging
     silence.set_verbosity_error()
     family = family_of(architecture.family)
-    module, model_name, _ = family.modules
-    stock: type[PreTrainedModel] = getattr(importlib.import_module(module), model_name)
+    model_name = family.modules[1]
+    stock: type[PreTrainedModel] = getattr(modeling(architecture.family), model_name)
     built = built_config(config.get("base_config", config), architecture)
     built.architectures = [model_name]
     # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
@@ -172,7 +172,7 @@ def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTr
 def set_layers(model: Any, architecture: Architecture) -> None:
     """Replace the layers that differ from the model's config, and drop what was removed."""
     family = family_of(architecture.family)
-    layer_class = getattr(importlib.import_module(family.modules[0]), family.modules[2])
+    layer_class = getattr(modeling(architecture.family), family.modules[2])
     kinds, attention = kinds_of(family), 0
     for number, blocks in layers_of(architecture).items():
         settings = {key: value for block in blocks for key, value in fixed_keys(block).items()}

@@ -21,6 +21,7 @@ from compress.measure.losses import nll_from_hidden
 from compress.model.build import load_model
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
 from compress.model.families import read_architecture
+from compress.model.kernels import modeling
 from compress.model.modules import final_hidden, head_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
@@ -152,6 +153,7 @@ def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> P
     if not cuda:
         # Looping over the experts is faster on a CPU than the grouped matrix product.
         config._experts_implementation = "eager"
+    modeling(architecture.family)  # whose kernels choose by device from here on
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config, dtype=torch.float32)
     for module in model.modules():

@@ -29,7 +29,8 @@ class Family:
     ``normal`` is a config under the family's own names, ``reads`` the keys that its model code
     reads and their kinds: the others are ignored; ``refused`` are switches that no table expresses.
     ``write`` gives the keys that the whole architecture fixes. ``modules`` is where transformers
-    keeps the family: module path, model class, layer class.
+    keeps the family: module path, model class, layer class. ``kernels`` are the functions there
+    that packages for a GPU replace, where they can be imported.
     """
 
     model_type: str
@@ -46,6 +47,7 @@ class Family:
     modules: tuple[str, str, str]
     final_norm: str
     sites: Mapping[str, Site]
+    kernels: tuple[str, ...] = ()
     # Tensors on disk that transformers leaves out, by the beginning of their names.
     unread: tuple[str, ...] = ()
 

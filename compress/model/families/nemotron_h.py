@@ -195,6 +195,13 @@ NEMOTRON_H = Family(
     ),
     final_norm="norm_f",
     sites=dict.fromkeys(("attention", "ffn", "mamba", "moe"), Site(mixer="mixer", norm="norm")),
+    kernels=(
+        "causal_conv1d_fn",
+        "causal_conv1d_update",
+        "mamba2_split_conv1d_scan_combined",
+        "mamba2_selective_state_update",
+        "mamba2_chunk_scan",
+    ),
     # Layers that predict further tokens.
     unread=("mtp.",),
 )
