@@ -18,6 +18,7 @@ from compress.core.terminal import note, table
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.find import note_of, resolve_model
+from compress.sweep.stack import Stack, stack_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import split_documents
@@ -50,6 +51,7 @@ class Subject:
     path: Path
     checkpoint: Checkpoint
     model: Any
+    stack: Stack = field(repr=False)
     texts: Mapping[str, list[str]] = field(repr=False)
 
     def rows(self, split: str, tokens: int, length: int = 128, seed: int | None = None) -> Tensor:
@@ -78,7 +80,8 @@ def subject(settings: argparse.Namespace) -> Subject:
     texts: dict[str, list[str]] = dict(split_documents(read_documents(settings.data)).items())
     if settings.eval_data:
         texts["final"] = read_documents(settings.eval_data)
-    return Subject(settings, path, open_checkpoint(path), load_model(path), texts)
+    checkpoint = open_checkpoint(path)
+    return Subject(settings, path, checkpoint, load_model(path), stack_of(checkpoint), texts)
 
 
 @contextmanager

@@ -36,8 +36,9 @@ from compress.run.recipe import Recipe, check
 from compress.run.score import scores_of
 from compress.scores.costs import Scores, choose, importance, option_cost, removed
 from compress.scores.costs import load_scores as load
-from compress.scores.replay import Keep, Text, option_kl
+from compress.scores.replay import Keep, Variant, replayed, variant
 from compress.student.units import AXES
+from compress.sweep.stack import Stack
 
 WIDTHS = 16  # FFN widths in sixteenths of the whole
 COLUMNS = (
@@ -112,7 +113,7 @@ def main() -> None:
     }
     file = settings.out / "fidelity-exact.json"
     exact = {
-        name: exact_costs(found.model, architecture, rows, scores, wanted, file, name)
+        name: exact_costs(found.stack, rows, scores, wanted, file, name)
         for name, rows in texts.items()
     }
     rows = [row(name, scores, architecture, exact) for name in wanted]
@@ -140,8 +141,8 @@ def scored(settings: Namespace, found: Subject, recipe: Recipe) -> tuple[Scores,
         parts, spent = settings.out / f"{stem}-parts", settings.out / f"{stem}-spent.json"
         cost.add(read_json(spent) if spent.is_file() else 0.0)
         try:
-            with metered(found.model, cost):
-                scores = scores_of(found.checkpoint, found.model, rows, recipe, parts)
+            with metered(found.model, cost), metered(found.stack.model, cost):
+                scores = scores_of(found.model, found.stack, rows, recipe, parts)
         finally:
             # A continued scoring counts what the interruption threw away as well.
             write_json(spent, cost.token_forwards)
@@ -179,39 +180,39 @@ def decided(scores: Scores, architecture: Architecture) -> int:
 
 
 def exact_costs(
-    model: Any,
-    architecture: Architecture,
-    rows: Tensor,
-    scores: Scores,
-    wanted: list[str],
-    file: Path,
-    name: str,
+    stack: Stack, rows: Tensor, scores: Scores, wanted: list[str], file: Path, name: str
 ) -> dict[str, dict[str, float]]:
     """Exact KL by stratum and block on one text; what the file knows is not run again."""
     known: dict[str, float] = read_json(file) if file.is_file() else {}
-    text = Text(model, torch.split(rows, 8))
-    # Before any block is rounded: it keeps what the teacher computes when first asked.
-    for chunk in range(len(text.chunks)):
-        text.chunk(chunk)
     found: dict[str, dict[str, float]] = {stratum: {} for stratum in wanted}
-    for number, block in enumerate(architecture.blocks):
+    for number, block in enumerate(stack.architecture.blocks):
         mine = {s: STRATA[s] for s in wanted if STRATA[s].kind == block.kind}
         keeps = {s: stratum.keep(scores, block) for s, stratum in mine.items()}
         keys = {s: identity(name, rows, block, s, keep) for s, keep in keeps.items()}
-        missing = [s for s in mine if keys[s] not in known]
-        by_format: dict[Format, dict[str, Keep]] = {}
-        for stratum in missing:
-            by_format.setdefault(mine[stratum].format, {})[stratum] = keeps[stratum]
-        for format, options in by_format.items():
-            with torch.no_grad(), rounded(model, architecture, block, format):
-                for stratum, keep in options.items():
-                    kl = option_kl(text, architecture, number, keep)
-                    known[keys[stratum]] = float(kl.mean())
-        if missing:
+        variants = {
+            key: changed(stack, number, keeps[stratum], mine[stratum].format)
+            for stratum, key in keys.items()
+            if key not in known
+        }
+        if variants:
+            exact = replayed(stack, rows, variants)
+            known |= {key: float(kl.mean()) for key, kl in exact.items()}
             write_json(file, known)
         for stratum, key in keys.items():
             found[stratum][block_name(block)] = known[key]
     return found
+
+
+def changed(stack: Stack, number: int, keep: Keep, format: Format) -> Variant:
+    """The teacher with one block cut and in a format."""
+    cut = variant(stack, number, keep)
+
+    @contextmanager
+    def change() -> Iterator[None]:
+        with rounded(stack.model, stack.architecture, number, format), cut.change():
+            yield
+
+    return cut if format == "bf16" else Variant(cut.layer, change)
 
 
 def identity(text: str, rows: Tensor, block: Block, stratum: str, keep: Keep) -> str:
@@ -222,9 +223,9 @@ def identity(text: str, rows: Tensor, block: Block, stratum: str, keep: Keep) ->
 
 
 @contextmanager
-def rounded(model: Any, architecture: Architecture, block: Block, format: Format) -> Iterator[None]:
-    """The model with one block's weights as they come out of a format."""
-    weights = weights_of(model, architecture, block)
+def rounded(model: Any, architecture: Architecture, number: int, format: Format) -> Iterator[None]:
+    """The model with one block's weights as they come out of a format, inside its layer's visit."""
+    weights = weights_of(model, architecture, architecture.blocks[number])
     plain = {name: weight.clone() for name, (weight, _) in weights.items()}
     fused = {name: slot.fused for name, (_, slot) in weights.items()}
     # A format is of the BF16 weights on disk, whose values these fp32 ones have.
@@ -248,14 +249,14 @@ def row(
     variants = [scores, replace(scores, removals={})]
     blocks = [block for block in architecture.blocks if block.kind == stratum.kind]
     predicted: list[list[float]] = []
-    for variant in variants:
+    for each in variants:
         costs = []
         for block in blocks:
             keep = stratum.keep(scores, block)
             costs.append(
-                removed(variant, block)
+                removed(each, block)
                 if keep is None
-                else option_cost(variant, block, keep, stratum.format)
+                else option_cost(each, block, keep, stratum.format)
             )
         predicted.append(costs)
     same, fresh = ([exact[t][name][block_name(b)] for b in blocks] for t in ("same", "fresh"))

@@ -50,7 +50,7 @@ def scored(what: Subject) -> Scores:
     settings, architecture = what.settings, what.checkpoint.architecture
     rows = what.rows("score", settings.score_tokens)
     found = contributions(what.model, architecture, rows, settings.draws, [], settings.seed)
-    rankings = activation_scores(what.model, architecture, rows)
+    rankings = activation_scores(what.stack, rows)
     return Scores(found, {}, {}, rows.shape[1], rankings)
 
 

@@ -16,13 +16,15 @@ from torch import Tensor
 
 from benchmarks.common import Cost
 from compress.measure.kl import Reference, measure
-from compress.scores.replay import Keep, Text, option_kl
+from compress.scores import replay
+from compress.scores.replay import Keep, variant
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import Knapsack, diverse, value
 from compress.searches.problem import Choice, Globals, Problem, taken
 from compress.searches.space import Option
 from compress.student.candidate import Candidate, block_keep
 from compress.student.grams import Grams
+from compress.sweep.stack import Stack
 
 # EvoPress (Sieberling et al. 2024, algorithm 1): offspring of a generation, and how many of them
 # survive on how many sequences; the last rung is all of the selection text.
@@ -43,6 +45,7 @@ class Trials:
 
     problem: Problem
     model: Any
+    stack: Stack
     text: Reference
     limit: float
     more: Callable[[], Reference]
@@ -274,9 +277,14 @@ def replayed(
     affordable = int(share * trials.left / (forwards * length))
     tokens = trials.text.tokens[: max(1, affordable)]
     trials.cost.add(forwards * tokens.numel())
-    text = Text(trials.model, torch.split(tokens, 4))
+    variants = {
+        f"{number} {key}": variant(trials.stack, number, keep)
+        for number, keeps in options.items()
+        for key, keep in keeps.items()
+    }
+    found = replay.replayed(trials.stack, tokens, variants)
     return {
-        number: {key: option_kl(text, teacher, number, keep) for key, keep in keeps.items()}
+        number: {key: found[f"{number} {key}"] for key in keeps}
         for number, keeps in options.items()
     }
 

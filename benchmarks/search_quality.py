@@ -99,10 +99,10 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
     """Scores, what they cost in token-forwards, and the Gram matrices of repair."""
     settings, architecture, cost = found.settings, found.checkpoint.architecture, Cost()
     rows = found.rows("score", settings.score_tokens, settings.score_length)
-    with metered(found.model, cost):
+    with metered(found.model, cost), metered(found.stack.model, cost):
         made = contributions(found.model, architecture, rows, settings.draws, [], settings.seed)
         replayed = rows[: settings.replay_tokens // settings.score_length]
-        exact = removal_costs(found.model, architecture, replayed) if len(replayed) else {}
+        exact = removal_costs(found.stack, replayed) if len(replayed) else {}
     text = found.rows("score", settings.repair_tokens, settings.length, settings.seed + 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "grams.safetensors"
@@ -111,7 +111,7 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
             for start, half in enumerate(HALVES)
         }
         save_grams(halves, file)
-        rankings = activation_scores(found.model, architecture, rows)
+        rankings = activation_scores(found.stack, rows)
         yield (
             Scores(made, exact, {}, settings.score_length, rankings),
             cost.token_forwards,
@@ -144,7 +144,7 @@ def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None)
     text = text_of(found, "select", settings.select_tokens)
     more = partial(text_of, found, "train", 2 * settings.select_tokens)
     fresh = partial(fresh_text, found, settings.select_tokens)
-    trials = Trials(problem, found.model, text, settings.cost, more, fresh, grams)
+    trials = Trials(problem, found.model, found.stack, text, settings.cost, more, fresh, grams)
     trials.cost.add(settings.repair_tokens if grams else 0)
     return trials
 

@@ -202,7 +202,7 @@ def scored(what: Subject, rows: Tensor) -> Scores:
     """Contributions of the rows, and exact removals of blocks on the first of them."""
     settings, architecture = what.settings, what.checkpoint.architecture
     found = contributions(what.model, architecture, rows, settings.draws, [], settings.seed)
-    exact = removal_costs(what.model, architecture, rows[: settings.replay_rows])
+    exact = removal_costs(what.stack, rows[: settings.replay_rows])
     return Scores(found, exact, {}, rows.shape[1])
 
 

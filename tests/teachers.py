@@ -6,13 +6,14 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from compress.export.targets import Target, restricted
 from compress.measure.kl import Reference, measure, reference
 from compress.memory.budget import teacher_bytes
 from compress.memory.footprint import Deployment
 from compress.model.architecture import to_json
-from compress.model.build import load_model
+from compress.model.build import disk_tensors, load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
@@ -22,6 +23,7 @@ from compress.searches.proposals import candidate_of, seeds
 from compress.searches.space import load_space
 from compress.searches.study import StudySettings, Trial
 from compress.student.candidate import Candidate
+from compress.sweep.stack import Stack, stack_of
 
 LENGTH = 16
 DEPLOYMENT = Deployment(context=64)
@@ -38,7 +40,7 @@ class Teacher:
         model = load_model(path)
         formats = ["fp8", "nvfp4"]
         found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
-        exact = removal_costs(model, self.architecture, TOKENS[:4])
+        exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])
         self.scores = Scores(found, exact, {"fp8": 1e-3}, LENGTH)
         self.text: Reference = reference(self.checkpoint, model, TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
@@ -52,6 +54,12 @@ class Teacher:
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:
         return measure(candidate, self.text)
+
+
+def stack_with(checkpoint: Checkpoint, model: PreTrainedModel) -> Stack:
+    """The stack of a checkpoint with the weights of a model, which a test has changed."""
+    tensors = dict(disk_tensors(model, checkpoint.architecture))
+    return Stack(checkpoint.config, checkpoint.architecture, lambda each: tensors[each.name])
 
 
 def invented(candidate: Candidate) -> Iterator[Tensor]:

@@ -11,26 +11,24 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.files import fingerprint
 from compress.core.terminal import progress
-from compress.formats.kv import set_kv_format
-from compress.formats.table import FORMATS, KV_FORMATS, Format
-from compress.measure.kl import reference, sequence_kl
+from compress.formats.table import FORMATS, Format
 from compress.model.architecture import Architecture
-from compress.model.checkpoint import Checkpoint
 from compress.model.tensor_files import save_tensors
 from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
 from compress.scores.contributions import Progress, contributions
 from compress.scores.costs import Scores, load_scores
+from compress.scores.kv import kv_costs
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
 from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
+from compress.sweep.stack import Stack
 
 Advance = Callable[[int, str], None]
 
@@ -75,7 +73,7 @@ def score(session: Session) -> Scores:
     rows = session.rows("score", recipe.score_tokens, recipe.score_length)
     # Its own directory for these inputs: parts of another scoring are never mixed in.
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
-    scores = scores_of(session.checkpoint, session.model, rows, recipe, parts)
+    scores = scores_of(session.model, session.stack, rows, recipe, parts)
     scores.save(file)
     run.sign(STAGE, inputs)
     # Those of an interrupted scoring under other settings go too.
@@ -94,20 +92,18 @@ def ranked(session: Session, scores: Scores) -> Scores:
     file = run.path / "scores" / "rankings.safetensors"
     if not run.stage_done(RANKING, inputs, file):
         rows = session.rows("score", *asked)
-        save_tensors(activation_scores(session.model, session.architecture, rows), file)
+        save_tensors(activation_scores(session.stack, rows), file)
         run.sign(RANKING, inputs)
     return replace(scores, rankings=load_file(file))
 
 
-def scores_of(
-    checkpoint: Checkpoint, model: Any, rows: Tensor, recipe: Recipe, directory: Path
-) -> Scores:
+def scores_of(model: Any, stack: Stack, rows: Tensor, recipe: Recipe, directory: Path) -> Scores:
     """The scores of a teacher on rows of tokens [sequences, T].
 
     ``recipe`` says how many draws and what is replayed; ``directory`` keeps finished parts, so that
     a killed scoring continues there.
     """
-    architecture = checkpoint.architecture
+    architecture = stack.architecture
     formats = scored_formats(recipe)
     with progress("score: contributions", len(rows)) as advance:
         found = contributions(
@@ -117,16 +113,9 @@ def scores_of(
     replayed = rows[: replay_rows(architecture, rows, recipe.replay_tokens)]
     blocks = len(architecture.blocks)
     with progress("score: exact costs of removals", blocks) as advance:
-        known = directory / "removals.json"
-        step = stepwise(advance, blocks)
-        removals = removal_costs(model, architecture, replayed, STOP, step, known)
-    text = reference(checkpoint, model, replayed)
-    kv: dict[str, float] = {}
-    for kv_format in KV_FORMATS[1:]:
-        set_kv_format(model, kv_format)
-        kv[kv_format] = float(torch.cat(list(sequence_kl(model, text))).mean())
-    set_kv_format(model, KV_FORMATS[0])
-    return Scores(found, removals, kv, rows.shape[1])
+        known, step = directory / "replays.json", stepwise(advance, blocks)
+        removals = removal_costs(stack, replayed, STOP, step, known)
+    return Scores(found, removals, kv_costs(stack, replayed), rows.shape[1])
 
 
 def replay_rows(architecture: Architecture, rows: Tensor, tokens: int) -> int:

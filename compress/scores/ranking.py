@@ -19,12 +19,11 @@ from compress.model.layout import parse
 from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, routed, slots_of
 from compress.student.candidate import Ranking
 from compress.student.units import AXES, Projection, array_of, projections, unit_key
+from compress.sweep.stack import Stack, final_states
 
 
-def activation_scores(
-    model: Any, architecture: Architecture, tokens: Tensor, batch: int = 8
-) -> dict[str, Tensor]:
-    """What one forward pass over [sequences, T] tokens says of every unit, fp32.
+def activation_scores(stack: Stack, tokens: Tensor, batch: int = 8) -> dict[str, Tensor]:
+    """What one sweep over [sequences, T] tokens says of every unit, fp32.
 
     Keys and shapes, ``<block>`` being the block's name:
 
@@ -39,10 +38,9 @@ def activation_scores(
 
     Sums are in fp64: neither the batch size nor the order of sequences matters.
     """
-    found = Forward(architecture, tokens.shape[1])
-    with torch.no_grad(), found.attached(model):
-        for rows in torch.split(tokens, batch):
-            model.model(input_ids=rows, use_cache=False)
+    found = Forward(stack.architecture, tokens.shape[1])
+    with found.attached(stack.model):
+        final_states(stack, torch.split(tokens, batch))
     return found.scores()
 
 
@@ -61,7 +59,7 @@ class Forward:
         found["hidden"] = torch.stack(norms).sum(0)
         for key, (total, count) in self.routed.items():
             found[key] = total / count.clamp(min=1)
-        return {key: value.float() for key, value in found.items()}
+        return {key: value.float().cpu() for key, value in found.items()}
 
     @contextmanager
     def attached(self, model: Any) -> Iterator[None]:
@@ -84,12 +82,19 @@ class Forward:
 
     def add(self, key: str, means: Tensor) -> None:
         """Add sequences' means [b, *units]."""
-        square = means.double().square().sum(0)
-        self.squares[key] = self.squares[key] + square if key in self.squares else square
+        self.add_squares(key, means.double().square().sum(0))
+
+    def add_squares(self, key: str, squares: Tensor) -> None:
+        """Add means of sequences that are squared and summed, [*units] in fp64."""
+        self.squares[key] = self.squares[key] + squares if key in self.squares else squares
 
     def tap_norm(self, number: int) -> Callable[..., None]:
         """Hook of a residual norm."""
-        return lambda module, args, output: self.add(f"hidden@{number}", output.abs().mean(1))
+
+        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
+            self.add(f"hidden@{number}", output.abs().mean(1, dtype=torch.float32))
+
+        return hook
 
     def tap_units(self, block: Block, projection: Projection) -> tuple[str, Callable[..., None]]:
         """The module where the units of an output projection are seen, and its hook.
@@ -104,7 +109,7 @@ class Forward:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = output[..., prod(shape) : 2 * prod(shape)] if gated else args[0]
-            value = value.reshape(*value.shape[:2], *shape, projection.features)
+            value = value.float().reshape(*value.shape[:2], *shape, projection.features)
             size = value[..., 0].abs() if units.scalar else l2(value, -1)
             self.add(unit_key(block, units), size.mean(1))
 
@@ -118,18 +123,21 @@ class Forward:
         def hook(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
             x = args[0]
             sequences = len(x) // self.length
-            neurons, saliency = x.new_zeros(sequences, *shape), x.new_zeros(sequences, shape[0])
-            count = torch.zeros(shape[0], dtype=torch.float64)
+            squares = x.new_zeros(shape, dtype=torch.float64)
+            saliency = x.new_zeros(sequences, shape[0], dtype=torch.float32)
+            count = x.new_zeros(shape[0], dtype=torch.float64)
             for expert, (token, inner, weight) in enumerate(routed(module, *args)):
                 row = token // self.length
-                norm = l2(inner @ module.down_proj[expert].T, -1)
-                neurons[:, expert].index_add_(0, row, inner.abs())
+                norm = l2((inner @ module.down_proj[expert].T).float(), -1)
+                neurons = saliency.new_zeros(sequences, shape[1])
+                neurons.index_add_(0, row, inner.float().abs())
+                squares[expert] = (neurons / self.length).double().square().sum(0)
                 saliency[:, expert].index_add_(0, row, norm * weight[:, 0])
                 count[expert] = len(token)
-            self.add(unit_key(block, units), neurons / self.length)
+            self.add_squares(unit_key(block, units), squares)
             self.add(f"{name}/expert", saliency / self.length)
-            total, before = self.routed.get(f"{name}/router", (torch.zeros(()), torch.zeros(())))
-            self.routed[f"{name}/router"] = total + saliency.double().sum(0), before + count
+            total, before = self.routed.get(f"{name}/router", (0.0, 0.0))
+            self.routed[f"{name}/router"] = saliency.double().sum(0) + total, count + before
 
         return hook
 

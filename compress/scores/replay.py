@@ -1,12 +1,14 @@
-"""Exact costs of a block's options from cached hidden states: run only what comes after them.
+"""Exact costs of single decisions: the teacher and all that differ from it in a block, in sweeps.
 
-Sequences are added until an option's mean is known well enough.
+A variant is the teacher up to its block's layer, where it begins, and is carried through the rest.
+Sequences are added until a variant's mean is known well enough.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +16,17 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.files import read_json, write_json
-from compress.measure.losses import kl_from_hidden
-from compress.model.architecture import Architecture, block_name
-from compress.model.modules import final_hidden, head_of, mixer_of
+from compress.measure.losses import kl_of_many
+from compress.model.architecture import block_name
+from compress.model.modules import mixer_of
 from compress.scores.contributions import Progress
-from compress.student.masks import masked_model
+from compress.student.masks import masked
+from compress.sweep.stack import Stack
 
 # What an option keeps of its block by axis; None when the block goes.
 Keep = Mapping[str, Tensor] | None
+# Sequences of a sweep; after each one a variant may be known well enough.
+CHUNK = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,88 +52,29 @@ class Stop:
 NEVER = Stop(least=2**31)
 
 
-@dataclass
-class Text:
-    """What the teacher computes on chunks of sequences, each when it is first asked for.
+@dataclass(frozen=True)
+class Variant:
+    """A teacher with one ``layer`` changed, as it is while ``change()`` is open in its visit."""
 
-    The input of every layer is held in memory: tokens x hidden x layers numbers.
-    """
-
-    model: Any
-    chunks: tuple[Tensor, ...]
-    found: dict[int, tuple[list[Tensor], Tensor]] = field(default_factory=dict)
-
-    def chunk(self, number: int) -> tuple[list[Tensor], Tensor]:
-        """Hidden states [sequences, T, D] entering each layer, and the final normed ones."""
-        if number not in self.found:
-            with entering(self.model.model.layers) as caught:
-                final = final_hidden(self.model, self.chunks[number])
-            self.found[number] = caught, final
-        return self.found[number]
+    layer: int
+    change: Callable[[], AbstractContextManager[object]]
 
 
-@contextmanager
-def entering(layers: Iterable[Any]) -> Iterator[list[Tensor]]:
-    """Inputs of the layers in the order in which they run while the context is open."""
-    caught: list[Tensor] = []
-    with ExitStack() as stack:
-        for layer in layers:
-            handle = layer.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-            stack.callback(handle.remove)
-        yield caught
-
-
-@torch.no_grad()
-def removal_costs(
-    model: Any,
-    architecture: Architecture,
-    tokens: Tensor,
-    stop: Stop = NEVER,
-    progress: Progress = lambda done, total: None,
-    known: Path | None = None,
-) -> dict[str, float]:
-    """Exact KL of removing each block alone by its name, nats per token.
-
-    ``model`` is the teacher in fp32, in eval mode. A removal that ``stop`` never settles is run on
-    all ``tokens`` [sequences, T]. ``progress`` is called with blocks done and in total; ``known``
-    is a JSON file of every finished block, so that a killed replay continues there.
-    """
-    text, names = Text(model, torch.split(tokens, 4)), list(map(block_name, architecture.blocks))
-    found: dict[str, float] = read_json(known) if known is not None and known.is_file() else {}
-    for number, name in enumerate(names):
-        if name not in found:
-            found[name] = float(option_kl(text, architecture, number, None, stop).mean())
-            if known is not None:
-                write_json(known, found)
-        progress(number + 1, len(names))
-    return found
-
-
-@torch.no_grad()
-def option_kl(
-    text: Text, architecture: Architecture, number: int, keep: Keep, stop: Stop = NEVER
-) -> Tensor:
-    """KL(teacher || student) [sequences run] of one option of a block, nats per token.
+def variant(stack: Stack, number: int, keep: Keep) -> Variant:
+    """The teacher with one block's option as a mask, or without the block.
 
     Widths of routed experts are no masks (``masks.masked``) and cannot be replayed.
     """
-    model, first = text.model, architecture.blocks[number].layer
-    head, found = head_of(model), torch.zeros(0)
-    for chunk in range(len(text.chunks)):
-        inputs, final = text.chunk(chunk)
-        with decided(model, architecture, number, keep):
-            student = run_layers(model, range(first, len(inputs)), inputs[first])
-        kl = kl_from_hidden(student.flatten(0, 1), head, final.flatten(0, 1), head)
-        found = torch.cat([found, kl.view(final.shape[:2]).mean(1)])
-        if stop.reached(found):
-            break
-    return found
+    block = stack.architecture.blocks[number]
+    if keep is None:
+        return Variant(block.layer, partial(without, mixer_of(stack.model, block)))
+    own = {f"{block_name(block)}/{axis}": index for axis, index in keep.items()}
+    return Variant(block.layer, partial(masked, stack, block.layer, own))
 
 
 @contextmanager
-def decided(model: Any, architecture: Architecture, number: int, keep: Keep) -> Iterator[None]:
-    """The teacher with one block's option as a mask, or without the block."""
-    block = architecture.blocks[number]
+def without(mixer: nn.Module) -> Iterator[None]:
+    """A mixer that adds nothing to the residual stream."""
 
     def nothing(module: nn.Module, args: Any, output: Any) -> Any:
         # Attention also returns its weights, which nobody reads.
@@ -136,21 +82,99 @@ def decided(model: Any, architecture: Architecture, number: int, keep: Keep) -> 
             return torch.zeros_like(output[0]), *output[1:]
         return torch.zeros_like(output)
 
-    with ExitStack() as stack:
-        if keep is None:
-            stack.callback(mixer_of(model, block).register_forward_hook(nothing).remove)
-        else:
-            own = {f"{block_name(block)}/{axis}": index for axis, index in keep.items()}
-            stack.enter_context(masked_model(model, architecture, own))
-        yield
-
-
-def run_layers(model: Any, numbers: Iterable[int], hidden: Tensor) -> Tensor:
-    """Final normed hidden state of the model with only some layers, from the first one's input."""
-    layers = model.model.layers
-    model.model.layers = nn.ModuleList([layers[number] for number in numbers])
+    handle = mixer.register_forward_hook(nothing)
     try:
-        output: Tensor = model.model(inputs_embeds=hidden, use_cache=False).last_hidden_state
+        yield
     finally:
-        model.model.layers = layers
-    return output
+        handle.remove()
+
+
+def removal_costs(
+    stack: Stack,
+    tokens: Tensor,
+    stop: Stop = NEVER,
+    progress: Progress = lambda done, total: None,
+    known: Path | None = None,
+) -> dict[str, float]:
+    """Exact KL of removing each block of the teacher alone by its name, nats per token.
+
+    Arguments are those of ``replayed``.
+    """
+    blocks = stack.architecture.blocks
+    variants = {block_name(b): variant(stack, number, None) for number, b in enumerate(blocks)}
+    found = replayed(stack, tokens, variants, stop, progress, known)
+    return {name: float(kl.mean()) for name, kl in found.items()}
+
+
+@torch.no_grad()
+def replayed(
+    stack: Stack,
+    tokens: Tensor,
+    variants: Mapping[str, Variant],
+    stop: Stop = NEVER,
+    progress: Progress = lambda done, total: None,
+    known: Path | None = None,
+) -> dict[str, Tensor]:
+    """KL(teacher || variant) [sequences run] of variants by name, fp32, nats per token.
+
+    One that ``stop`` never settles is run on all ``tokens`` [sequences, T]. ``progress`` is called
+    with the work done and in total; ``known`` is a JSON file of what every sweep found, so that a
+    killed replay continues there.
+    """
+    before = read_json(known) if known is not None and known.is_file() else {}
+    found = {name: torch.tensor(before.get(name, [])) for name in variants}
+    total = len(variants) * len(tokens)
+
+    def settled(name: str) -> bool:
+        return len(found[name]) == len(tokens) or stop.reached(found[name])
+
+    def passed(extra: int = 0) -> None:
+        done = sum(len(tokens) if settled(name) else len(kl) for name, kl in found.items())
+        progress(done * stack.layers + extra, total * stack.layers)
+
+    passed()
+    for number, rows in enumerate(torch.split(tokens, CHUNK)):
+        left = [n for n, kl in found.items() if len(kl) == number * CHUNK and not settled(n)]
+        most = in_flight(stack, rows)
+        for start in range(0, len(left), most):
+            chosen = {name: variants[name] for name in left[start : start + most]}
+            for name, kl in sweep(stack, rows, chosen, passed).items():
+                found[name] = torch.cat([found[name], kl])
+            if known is not None:
+                write_json(known, {name: kl.tolist() for name, kl in found.items()})
+            passed()
+    return found
+
+
+def in_flight(stack: Stack, ids_BT: Tensor) -> int:
+    """How many variants one sweep carries: their hidden states are a quarter of the memory."""
+    place = stack.placement
+    if place.memory is None:
+        return 2**31
+    one = ids_BT.numel() * stack.architecture.hidden * place.dtype.itemsize
+    return max(1, place.memory // 4 // one)
+
+
+def sweep(
+    stack: Stack,
+    ids_BT: Tensor,
+    variants: Mapping[str, Variant],
+    passed: Callable[[int], None] = lambda work: None,
+) -> dict[str, Tensor]:
+    """KL [B] of variants on a batch; ``passed`` is told layers times sequences of variants."""
+    teacher, students = stack.embed(ids_BT), dict[str, Tensor]()
+    for number, layer in stack.visits(range(stack.layers)):
+        entering, teacher = teacher, stack.run(number, layer, teacher)
+        for name, hidden in students.items():
+            students[name] = stack.run(number, layer, hidden)
+        for name, each in variants.items():
+            if each.layer == number:
+                with each.change():
+                    students[name] = stack.run(number, layer, entering)
+        passed((number + 1) * len(variants) * len(ids_BT))
+    with stack.head() as head:
+        for name, hidden in students.items():
+            students[name] = stack.normed(hidden).flatten(0, 1)
+        kls = kl_of_many(list(students.values()), stack.normed(teacher).flatten(0, 1), head)
+    means = (kl.view(ids_BT.shape).mean(1).cpu() for kl in kls)
+    return dict(zip(students, means, strict=True))

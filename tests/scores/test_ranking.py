@@ -25,6 +25,9 @@ from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.space import Option, load_space
 from compress.student.candidate import Ranking
+from compress.sweep.placement import Placement
+from compress.sweep.stack import Stack, final_states, stack_of
+from teachers import stack_with
 
 LENGTH = 16
 TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(3))
@@ -65,16 +68,17 @@ def kill(model: Any) -> None:
 
 
 @pytest.fixture(scope="module")
-def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Architecture, Scores]:
+def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stack, Architecture, Scores]:
     # All experts are routed to: one that never is would be dead too.
     config = TINY["hybrid"] | {"num_experts_per_tok": 6}
     path = write_tiny(tmp_path_factory.mktemp("rank") / "m", config, dtype=torch.float32)
-    model, architecture = load_model(path), open_checkpoint(path).architecture
+    checkpoint, model = open_checkpoint(path), load_model(path)
     kill(model)
+    architecture, stack = checkpoint.architecture, stack_with(checkpoint, model)
     found = contributions(model, architecture, TOKENS, 4, [])
-    exact = removal_costs(model, architecture, TOKENS)
-    rankings = activation_scores(model, architecture, TOKENS)
-    return model, architecture, Scores(found, exact, {}, LENGTH, rankings)
+    exact = removal_costs(stack, TOKENS)
+    rankings = activation_scores(stack, TOKENS)
+    return stack, architecture, Scores(found, exact, {}, LENGTH, rankings)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -109,20 +113,30 @@ def test_a_dead_layer_costs_nothing(scored: Any) -> None:
 
 
 def test_batches_and_their_order_do_not_matter(scored: Any) -> None:
-    model, architecture, scores = scored
+    stack, _, scores = scored
     order = torch.randperm(len(TOKENS), generator=torch.Generator().manual_seed(1))
-    again = activation_scores(model, architecture, TOKENS[order], batch=5)
+    again = activation_scores(stack, TOKENS[order], batch=5)
     assert again.keys() == scores.rankings.keys()
     for key, values in again.items():
         torch.testing.assert_close(values, scores.rankings[key], rtol=1e-4, atol=1e-7)
 
 
+@pytest.mark.parametrize("memory", [0, 300_000])
+def test_streamed_says_what_resident_does(tiny: Path, memory: int) -> None:
+    checkpoint = open_checkpoint(tiny)
+    resident = activation_scores(stack_of(checkpoint), TOKENS)
+    streamed = activation_scores(stack_of(checkpoint, Placement(memory=memory)), TOKENS)
+    assert streamed.keys() == resident.keys()
+    for key, values in resident.items():
+        assert torch.equal(streamed[key], values), key
+
+
 def test_activations_are_means_over_tokens_and_norms_over_sequences(scored: Any) -> None:
-    model, architecture, scores = scored
+    stack, architecture, scores = scored
     caught: list[torch.Tensor] = []
-    linear = model.model.layers[3].mixer.down_proj
+    linear = stack.model.model.layers[3].mixer.down_proj
     handle = linear.register_forward_pre_hook(lambda module, args: caught.append(args[0]))
-    model.model(input_ids=TOKENS)
+    final_states(stack, [TOKENS])
     handle.remove()
     found = priority(scores, architecture.blocks[3], "ffn", "activation")
     torch.testing.assert_close(found, caught[0].abs().mean(1).norm(dim=0))
@@ -158,14 +172,15 @@ def test_a_search_keeps_what_its_ranking_puts_first(scored: Any, ranking: Rankin
 def test_router_saliency_does_not_count_how_often_an_expert_is_chosen(tmp_path: Path) -> None:
     config = TINY["hybrid"] | {"num_experts_per_tok": 2}
     path = write_tiny(tmp_path / "m", config, dtype=torch.float32)
-    model, architecture = load_model(path), open_checkpoint(path).architecture
+    checkpoint, model = open_checkpoint(path), load_model(path)
+    architecture = checkpoint.architecture
     moe = architecture.blocks[1]
     gate = model.model.layers[1].mixer.gate
     # Rarely chosen; its output is the largest when it is. Another is never chosen.
     gate.e_score_correction_bias[3] = -0.35
     gate.e_score_correction_bias[0] = -9
     model.model.layers[1].mixer.experts.down_proj[3] *= 4
-    found = activation_scores(model, architecture, TOKENS)
+    found = activation_scores(stack_with(checkpoint, model), TOKENS)
     scores = Scores({}, {}, {}, LENGTH, found)
     assert priority(scores, moe, "expert", "router").argmax() == 3
     assert activation_importance(found, moe, "expert", {}).argmax() != 3

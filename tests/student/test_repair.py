@@ -44,6 +44,7 @@ from compress.student.surgery import (
     student_tensors,
 )
 from compress.student.units import Projection, projections
+from compress.sweep.stack import stack_of
 
 TEACHERS = TINY | {"latent": TINY["hybrid"] | {"moe_latent_size": 32}}
 DEPLOYMENT = Deployment(context=64)
@@ -303,7 +304,7 @@ def problem(teachers: Teachers) -> Problem:
     architecture = teacher.checkpoint.architecture
     found = contributions(teacher.model, architecture, TOKENS[:4], 2, ["fp8", "nvfp4"])
     scores = Scores(
-        found, removal_costs(teacher.model, architecture, TOKENS[:4]), {"fp8": 1e-3}, 48
+        found, removal_costs(stack_of(teacher.checkpoint), TOKENS[:4]), {"fp8": 1e-3}, 48
     )
     return Problem(
         architecture, scores, load_space("joint"), DEPLOYMENT,
