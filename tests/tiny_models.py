@@ -65,6 +65,54 @@ HYBRID = {
     "dtype": "bfloat16",
 }
 TINY = {"llama": LLAMA, "hybrid": HYBRID}
+DENSE = LLAMA | {"num_hidden_layers": 4, "pad_token_id": 0, "tie_word_embeddings": False}
+# Windows that texts of a test outgrow, on two layers of four.
+MIXED = {
+    "sliding_window": 6,
+    "layer_types": ["sliding_attention", "full_attention"] * 2,
+}
+YARN = {
+    "rope_type": "yarn",
+    "rope_theta": 1e4,
+    "factor": 4.0,
+    "original_max_position_embeddings": 8,
+    "max_position_embeddings": 512,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32.0,
+    "beta_slow": 1.0,
+    "llama_4_scaling_beta": 0.1,
+}
+LONGROPE = {"short_factor": [1.0, 1.5, 1.0, 1.0, 2.0, 3.0], "long_factor": [4.0] * 6}
+
+
+def tiny_config(model_type: str, prefix: str, *without: str, **keys: object) -> dict[str, object]:
+    """A tiny config of a family, ``without`` some of llama's keys."""
+    own = {"model_type": model_type, "architectures": [f"{prefix}ForCausalLM"]}
+    return {key: value for key, value in (DENSE | own | keys).items() if key not in without}
+
+
+# Every family besides, with all that it can have and llama has not.
+MORE: dict[str, dict[str, object]] = {
+    "qwen2": tiny_config("qwen2", "Qwen2", "head_dim", use_sliding_window=True, **MIXED),
+    "qwen3": tiny_config("qwen3", "Qwen3", head_dim=20, use_sliding_window=True, **MIXED),
+    "mistral": tiny_config("mistral", "Mistral", head_dim=None, sliding_window=6),
+    "ministral": tiny_config("ministral", "Ministral", head_dim=24, **MIXED),
+    "ministral3": tiny_config("ministral3", "Ministral3", rope_parameters=YARN),
+    "phi3": tiny_config(
+        "phi3",
+        "Phi3",
+        "head_dim",
+        sliding_window=9,
+        partial_rotary_factor=0.75,
+        original_max_position_embeddings=64,
+        rope_scaling={"type": "longrope"} | LONGROPE,
+    ),
+    "smollm3": tiny_config(
+        "smollm3", "SmolLM3", "head_dim", "tie_word_embeddings", no_rope_layers=[1, 0, 1, 0]
+    ),
+}
+EVERY = TINY | MORE
 
 
 def drawn(parameter: Parameter, generator: torch.Generator) -> Tensor:

@@ -21,7 +21,10 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 
 @dataclass(frozen=True, kw_only=True)
 class Attention:
-    """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``."""
+    """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``.
+
+    ``window`` limits how many tokens it sees; without ``rope`` it knows no positions.
+    """
 
     kind: Literal["attention"] = "attention"
     layer: int
@@ -29,6 +32,7 @@ class Attention:
     query: int
     head_dim: int
     window: int | None = None
+    rope: bool = True
     format: Format = "bf16"
 
 

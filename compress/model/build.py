@@ -1,7 +1,7 @@
 """Build and load the torch model of an Architecture, from transformers' own classes.
 
 A layer that differs from the config is the stock layer class constructed with a changed copy of the
-config; a removed half of a llama layer is a module that returns zero.
+config; a removed half of a layer is a module that returns zero.
 """
 
 import copy
@@ -30,20 +30,27 @@ from compress.model.fill import fill, place_of, require_filled
 from compress.model.kernels import modeling
 
 
-class NoAttention(nn.Module):
-    """An attention block that was removed: adds nothing to the residual stream."""
+class Removed(nn.Module):
+    """A mixer that was removed: adds nothing to the residual stream.
 
-    def forward(self, hidden_states: Tensor, **_: object) -> tuple[Tensor, None]:
-        """A zero that broadcasts, and no attention weights."""
-        return hidden_states.new_zeros(()), None
+    A cache hears of its tokens all the same, a zero for each, because model code asks a layer of
+    its choice how many there are. A ``pair`` returns no attention weights beside the branch.
+    """
 
+    def __init__(self, layer: int, pair: bool) -> None:
+        super().__init__()
+        self.layer_idx, self.pair = layer, pair
 
-class NoFfn(nn.Module):
-    """An FFN block that was removed: adds nothing to the residual stream."""
-
-    def forward(self, hidden_states: Tensor) -> Tensor:
+    def forward(
+        self, hidden_states: Tensor, *_: object, past_key_values: Any = None, **__: object
+    ) -> Tensor | tuple[Tensor, None]:
         """A zero that broadcasts."""
-        return hidden_states.new_zeros(())
+        if past_key_values is not None:
+            batch, tokens, _hidden = hidden_states.shape
+            held = hidden_states.new_zeros(batch, 1, tokens, 1)
+            past_key_values.update(held, held, self.layer_idx)
+        nothing = hidden_states.new_zeros(())
+        return (nothing, None) if self.pair else nothing
 
 
 # Keys of a teacher's config that a student's would not be true of, or that say how somebody ran it.
@@ -53,7 +60,6 @@ ELSEWHERE = (
     *("_attn_implementation_internal", "output_attentions", "output_hidden_states", "return_dict"),
     *("use_return_dict", "transformers_weights", "_name_or_path", "time_step_limit"),
 )
-REMOVED: Mapping[str, type[nn.Module]] = {"attention": NoAttention, "ffn": NoFfn}
 
 
 def layers_of(architecture: Architecture) -> dict[int, list[Block]]:
@@ -70,26 +76,23 @@ def shared_settings(architecture: Architecture) -> dict[str, Any]:
 
 def is_plain(architecture: Architecture) -> bool:
     """Whether one config of the family describes every layer, so that stock loaders build it."""
-    family = family_of(architecture.family)
-    shared = shared_settings(architecture)
-    whole = all(len(blocks) == len(kinds_of(family)) for blocks in layers_of(architecture).values())
-    heads = shared.get("num_attention_heads", 1)
-    if family.model_type == "llama" and architecture.hidden % heads:
-        return False  # LlamaConfig refuses it (transformers 5.23)
+    family, shared = family_of(architecture.family), shared_settings(architecture)
+    halves = len(norms_of(family))
+    whole = all(len(blocks) == halves for blocks in layers_of(architecture).values())
     agree = (fixed_keys(block).items() <= shared.items() for block in architecture.blocks)
-    return whole and all(agree)
+    return whole and all(agree) and family.stock(architecture)
 
 
-def kinds_of(family: Family) -> list[str]:
-    """The blocks a layer of the family is made of: several mixers, or one of many kinds."""
-    return list({site.mixer: kind for kind, site in family.sites.items()}.values())
+def norms_of(family: Family) -> list[str]:
+    """The norms that feed the blocks of a layer, one each."""
+    return list(dict.fromkeys(site.norm for site in family.sites.values()))
 
 
 def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
     """config.json of a BF16 student: the family's own if it can express it, else nested in ours."""
     family = family_of(student.family)
     base = family.normal(teacher_config.get("base_config", teacher_config))
-    written = shared_settings(student) | family.write(base, student)
+    written = shared_settings(student) | family.write(base, student) | family.lists(student)
     written["tie_word_embeddings"] = student.tied
     written["architectures"] = base.get("architectures") or [family.modules[1]]
     left_out = list(ELSEWHERE)
@@ -154,13 +157,16 @@ def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTr
     """The family's transformers config, of what its model code reads."""
     settings = copy.deepcopy(settings_of(config)) | shared_settings(architecture)
     settings["tie_word_embeddings"] = architecture.tied
-    # Names for layers of students that are no more; no family here reads them.
+    # Where no table says so, names for layers of students that are no more.
     settings.pop("layer_types", None)
-    hidden, heads = settings["hidden_size"], settings.get("num_attention_heads", 1)
-    if hidden % heads:
-        # LlamaConfig refuses it (transformers 5.23), although head_dim is its own key and the model
-        # code does not need it: a student's width is set past its check.
-        settings["hidden_size"] = heads
+    family = family_of(architecture.family)
+    lists = family.lists(architecture)
+    settings |= {key: value for key, value in lists.items() if key in family.reads}
+    hidden = settings["hidden_size"]
+    if "head_dim" in settings:
+        # Some classes want the width that their heads fill (transformers 5.23), although the model
+        # code does not need it: a student's is set past their checks.
+        settings["hidden_size"] = settings["num_attention_heads"] * settings["head_dim"]
     try:
         built = AutoConfig.for_model(architecture.family, attn_implementation="sdpa", **settings)
     except (StrictDataclassError, KeyError) as error:
@@ -173,7 +179,7 @@ def set_layers(model: Any, architecture: Architecture) -> None:
     """Replace the layers that differ from the model's config, and drop what was removed."""
     family = family_of(architecture.family)
     layer_class = getattr(modeling(architecture.family), family.modules[2])
-    kinds, attention = kinds_of(family), 0
+    norms = norms_of(family)
     for number, blocks in layers_of(architecture).items():
         settings = {key: value for block in blocks for key, value in fixed_keys(block).items()}
         if any(getattr(model.config, key) != value for key, value in settings.items()):
@@ -182,15 +188,12 @@ def set_layers(model: Any, architecture: Architecture) -> None:
                 setattr(changed, key, value)
             model.model.layers[number] = layer_class(changed, number)
         layer = model.model.layers[number]
-        for kind in kinds if len(kinds) > 1 else ():
-            site = family.sites[kind]
-            if kind not in {block.kind for block in blocks}:
-                setattr(layer, site.mixer, REMOVED[kind]())
-                setattr(layer, site.norm, nn.Identity())
-            elif kind == "attention":
-                # Caches ask their first layer how long they are: it must be one that attends.
-                getattr(layer, site.mixer).layer_idx = attention
-                attention += 1
+        there = {family.sites[block.kind].norm for block in blocks}
+        for norm in (each for each in norms if each not in there):
+            sites = (site for site in family.sites.values() if site.norm == norm)
+            site = next(site for site in sites if hasattr(layer, site.mixer))
+            setattr(layer, site.mixer, Removed(number, site.pair))
+            setattr(layer, norm, nn.Identity())
 
 
 def disk_tensors(

@@ -151,7 +151,7 @@ def test_what_only_matters_elsewhere_is_ignored(
         ({"hidden_act": "nonsense"}, "hidden_act is 'nonsense', not one of gelu"),
         ({"hidden_size": 64.0}, "hidden_size is 64.0, not a whole number above 0"),
         ({"hidden_size": 66}, "hidden_size 66 is not a multiple of num_attention_heads 4"),
-        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number above 0"),
+        ({"num_hidden_layers": 0}, "num_hidden_layers is 0, not a whole number from 1 to 9999"),
         ({"num_attention_heads": True}, "num_attention_heads is True"),
         ({"num_key_value_heads": 3}, "num_attention_heads 4 is not a multiple of num_key_value"),
         ({"head_dim": 15}, "head_dim 15 is odd"),

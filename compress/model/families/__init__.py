@@ -10,11 +10,18 @@ from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.family import Family
 from compress.model.families.llama import LLAMA
+from compress.model.families.ministral3 import MINISTRAL3
+from compress.model.families.mistral import MINISTRAL, MISTRAL
 from compress.model.families.nemotron_h import NEMOTRON_H
+from compress.model.families.phi3 import PHI3
+from compress.model.families.qwen2 import QWEN2
+from compress.model.families.qwen3 import QWEN3
 from compress.model.families.settings import require
+from compress.model.families.smollm3 import SMOLLM3
 from compress.model.layout import Parameter, shape
 
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (LLAMA, NEMOTRON_H)}
+DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, QWEN2, QWEN3, SMOLLM3)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, NEMOTRON_H)}
 
 
 def family_of(model_type: str) -> Family:

@@ -1,5 +1,6 @@
 """What a family has to say: config <-> Architecture, its tensors, and where its modules sit."""
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -15,11 +16,13 @@ Config = Mapping[str, Any]
 class Site:
     """Where a kind of block sits inside a transformers layer module.
 
-    ``mixer`` computes the branch and ``norm`` feeds it, both attributes of the layer.
+    ``mixer`` computes the branch and ``norm`` feeds it, both attributes of the layer. Kinds of one
+    norm take turns at it. A ``pair`` returns something else beside its branch.
     """
 
     mixer: str
     norm: str
+    pair: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +31,10 @@ class Family:
 
     ``normal`` is a config under the family's own names, ``reads`` the keys that its model code
     reads and their kinds: the others are ignored; ``refused`` are switches that no table expresses.
-    ``write`` gives the keys that the whole architecture fixes. ``modules`` is where transformers
-    keeps the family: module path, model class, layer class. ``kernels`` are the functions there
-    that packages for a GPU replace, where they can be imported.
+    ``write`` gives the keys that the whole architecture fixes, ``lists`` those that speak of layers
+    by their numbers. ``modules`` is where transformers keeps the family: module path, model class,
+    layer class; ``stock`` says whether its config class takes an architecture whose layers agree.
+    ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
     """
 
     model_type: str
@@ -48,8 +52,16 @@ class Family:
     final_norm: str
     sites: Mapping[str, Site]
     kernels: tuple[str, ...] = ()
+    lists: Callable[[Architecture], dict[str, Any]] = lambda _: {}
+    stock: Callable[[Architecture], bool] = lambda _: True
     # Tensors on disk that transformers leaves out, by the beginning of their names.
     unread: tuple[str, ...] = ()
+
+
+def by_layer(architecture: Architecture, entry: Callable[[list[Block]], Any]) -> list[Any]:
+    """An entry for every layer, of its blocks."""
+    layers = itertools.groupby(architecture.blocks, key=lambda block: block.layer)
+    return [entry(list(blocks)) for _, blocks in layers]
 
 
 def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
@@ -62,6 +74,7 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
             query=config["num_attention_heads"] // kv_heads,
             head_dim=config["head_dim"],
             window=config.get("sliding_window"),
+            rope=config.get("rope", True),
         )
     if kind == "ffn":
         return Ffn(layer=layer, ffn=config["intermediate_size"], gated=gated)

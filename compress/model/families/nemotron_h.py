@@ -166,13 +166,19 @@ def tensors(block: Block) -> Mapping[str, Slot]:
 def write(config: Config, student: Architecture) -> dict[str, Any]:
     """Config keys of the whole student; the norm's eps follows a hidden cut."""
     eps = config.get("layer_norm_epsilon", 1e-5)
-    kinds = [TYPES[block.kind] for block in student.blocks]
     return {
         "hidden_size": student.hidden,
         "num_hidden_layers": student.layers,
-        "layers_block_type": kinds,
-        "hybrid_override_pattern": "".join(LETTERS[block.kind] for block in student.blocks),
         "layer_norm_epsilon": eps * config["hidden_size"] / student.hidden,
+    }
+
+
+def lists(architecture: Architecture) -> dict[str, Any]:
+    """The kind of every layer."""
+    blocks = architecture.blocks
+    return {
+        "layers_block_type": [TYPES[block.kind] for block in blocks],
+        "hybrid_override_pattern": "".join(LETTERS[block.kind] for block in blocks),
     }
 
 
@@ -188,6 +194,7 @@ NEMOTRON_H = Family(
     layer="backbone.layers.{layer}.",
     tensors=tensors,
     write=write,
+    lists=lists,
     modules=(
         "transformers.models.nemotron_h.modeling_nemotron_h",
         "NemotronHForCausalLM",

@@ -1,7 +1,7 @@
 """What values of config.json may be: those that transformers takes, told without importing it."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,12 +40,16 @@ ACTIVATIONS = (
 )
 ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
 SIZE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
+# Beyond any model, and few enough to make a list of.
+LAYERS = Kind("a whole number from 1 to 9999", lambda v: type(v) is int and 0 < v < 10_000)
+COUNT = Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 NUMBER = Kind("a number", is_number)
 # transformers takes no whole number here, nor a number as text.
 REAL = Kind("a number with a decimal point", lambda v: type(v) is float and math.isfinite(v))
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
 TOKEN = Kind("a token id", lambda value: type(value) is int).or_null
 TOKENS = Kind("a token id, a list of them or null", lambda v: TOKEN.takes(v) or is_list(v, of=int))
+FLAGS = Kind("a list of 0 and 1", lambda v: is_list(v, of=int) and set(v) <= {0, 1})
 NAMES = Kind("a list of names", lambda value: is_list(value, of=str))
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 # What every family reads.
@@ -91,8 +95,11 @@ BESIDES: dict[str, Kind] = dict.fromkeys(
 )  # fmt: skip
 
 
-def require_rope(config: Mapping[str, Any], head_dim: int) -> None:
-    """InputError unless transformers can turn positions as ``rope_scaling`` and others say."""
+def require_rope(config: Mapping[str, Any], head_dim: int, partial: Sequence[str]) -> None:
+    """InputError unless transformers can turn positions as ``rope_scaling`` and others say.
+
+    ``partial`` are the rope types that may turn a part of the channels only.
+    """
     rope = config.get("rope_scaling") or config.get("rope_parameters") or {}
     kind = rope.get("rope_type", rope.get("type", "default"))
     if kind not in ROPES:
@@ -102,10 +109,12 @@ def require_rope(config: Mapping[str, Any], head_dim: int) -> None:
     if missing := [key for key in ROPES[kind] if key not in rope]:
         raise InputError(f"rope type {kind!r} needs {missing[0]}")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
-    if share not in (None, 1) and kind not in ("default", "proportional"):
+    if share not in (None, 1) and kind not in partial:
         raise InputError(f"rope type {kind!r} with partial_rotary_factor {share} is not supported")
     for key in ("short_factor", "long_factor") if kind == "longrope" else ():
-        if len(rope[key]) != head_dim // 2:
-            raise InputError(f"{key} has {len(rope[key])} numbers; head_dim {head_dim} needs half")
+        if len(rope[key]) != (needed := int(head_dim * (share or 1)) // 2):
+            raise InputError(
+                f"{key} has {len(rope[key])} numbers; head_dim {head_dim} needs {needed}"
+            )
     if head_dim > 4 and head_dim % 2:
         raise InputError(f"head_dim {head_dim} is odd: positions turn pairs of channels")

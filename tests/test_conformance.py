@@ -1,0 +1,217 @@
+"""The laws that every family keeps: a row of ``tiny_models.EVERY`` is all that a new one adds."""
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from cuts import Keep, candidate, some
+from safetensors import safe_open
+from tiny_models import EVERY, write_tiny
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+
+from compress.memory.footprint import Deployment, footprint, weight_bytes
+from compress.memory.plan import make_plan
+from compress.model.architecture import Architecture, from_json, sizes, to_json
+from compress.model.build import build_model, is_plain, load_model, student_config
+from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.families import count_parameters, parameters, read_architecture
+from compress.model.modules import final_hidden, head_of
+from compress.student.masks import masked, masked_final
+from compress.student.surgery import prune, student_tensors
+from compress.student.units import AXES
+from compress.sweep.placement import Placement
+from compress.sweep.stack import Stack, final_states, stack_of
+
+AUTO: Any = AutoModelForCausalLM
+# Longer than the windows of the tiny models, and than what their positions were made for.
+TOKENS = torch.randint(1, 128, (2, 30), generator=torch.Generator().manual_seed(1))
+
+
+@pytest.fixture(params=EVERY)
+def family(request: pytest.FixtureRequest) -> str:
+    name: str = request.param
+    return name
+
+
+@pytest.fixture
+def teacher(family: str, tmp_path: Path) -> Checkpoint:
+    """In fp32 on disk, so that folded norms are not rounded to bf16."""
+    return open_checkpoint(write_tiny(tmp_path / family, EVERY[family], dtype=torch.float32))
+
+
+def logits(model: Any) -> Tensor:
+    found: Tensor = head_of(model).logits(final_hidden(model, TOKENS))
+    return found
+
+
+def student_model(teacher: Checkpoint, keep: Keep) -> Any:
+    student = candidate(teacher.architecture, keep)
+    config = student_config(teacher.config, student.architecture)
+    return build_model(config, student.architecture, student_tensors(teacher, student))
+
+
+def stock(path: Path) -> Any:
+    model = AUTO.from_pretrained(path, dtype=torch.float32).eval()
+    # Its grouped product of all experts rounds in another order than a loop over them.
+    if any("experts" in name for name, _ in model.named_modules()):
+        model.set_experts_implementation("eager")
+    return model
+
+
+def test_every_tensor_that_transformers_saves_is_in_the_table(family: str, tmp_path: Path) -> None:
+    architecture = read_architecture(EVERY[family])
+    config = AutoConfig.for_model(**EVERY[family])
+    AUTO.from_config(config).save_pretrained(tmp_path / "m")
+    with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as reader:
+        found = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.keys()}  # noqa: SIM118
+    assert {each.name: each.shape for each in parameters(architecture)} == found
+    assert from_json(to_json(architecture)) == architecture
+
+
+def test_a_loaded_model_is_that_of_transformers(family: str, teacher: Checkpoint) -> None:
+    ours, theirs = load_model(teacher.path), stock(teacher.path)
+    assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
+    held = sum(parameter.numel() for parameter in theirs.parameters())
+    biases = sum(b.numel() for name, b in theirs.named_buffers() if "correction_bias" in name)
+    assert count_parameters(teacher.architecture) == held + biases
+
+
+def test_a_config_that_is_written_says_the_same(teacher: Checkpoint, family: str) -> None:
+    written = student_config(EVERY[family], teacher.architecture)
+    assert read_architecture(written) == teacher.architecture
+
+
+@pytest.mark.parametrize("memory", [None, 0])
+def test_a_sweep_gives_what_the_model_does(teacher: Checkpoint, memory: int | None) -> None:
+    [found] = final_states(stack_of(teacher, Placement(memory=memory)), [TOKENS])
+    with torch.no_grad():
+        assert torch.equal(found, final_hidden(load_model(teacher.path), TOKENS))
+
+
+def cuts_of(architecture: Architecture) -> Iterator[Keep]:
+    """A cut of every axis of every kind of block, and of blocks and layers."""
+    yield {"hidden": some(48, of=architecture.hidden)}
+    kinds = {block.kind: block for block in reversed(architecture.blocks)}
+    for kind, block in kinds.items():
+        for axis, rule in AXES[kind].items():
+            if axis not in sizes(block) or axis == "expert_ffn":
+                continue  # a fused module computes routed experts, which no mask reaches inside
+            size = sizes(block)[axis]
+            if rule.within:
+                index = some(sizes(block)[rule.within], (size + 1) // 2, of=size)
+            else:
+                index = some(max(size // 2, sizes(block).get(rule.least or "", 1)), of=size)
+            yield {f"layers.{block.layer}.{kind}/{axis}": index}
+        if kind != "moe":
+            yield without(architecture, architecture.blocks.index(block))
+    gone = architecture.blocks[0].layer
+    yield without(architecture, *(n for n, b in enumerate(architecture.blocks) if b.layer == gone))
+
+
+def without(architecture: Architecture, *numbers: int) -> Keep:
+    kept = [number for number in range(len(architecture.blocks)) if number not in numbers]
+    return {"blocks": torch.tensor(kept)}
+
+
+def masked_states(stack: Stack, keep: Keep) -> Tensor:
+    """Final hidden states of the teacher under the masks of a student."""
+    hidden = stack.embed(TOKENS)
+    for number, layer in stack.visits(range(stack.layers)):
+        with masked(stack, number, keep):
+            hidden = stack.run(number, layer, hidden)
+    with stack.head(), masked_final(stack, keep):
+        return stack.normed(hidden)
+
+
+@torch.no_grad()
+def test_cutting_equals_masking_on_every_axis(family: str, tmp_path: Path) -> None:
+    # One eps of a config serves norms over other axes too, which a hidden cut moves.
+    small = {key: 1e-8 for key in ("rms_norm_eps", "layer_norm_epsilon") if key in EVERY[family]}
+    path = write_tiny(tmp_path / family, EVERY[family] | small, dtype=torch.float32)
+    teacher = open_checkpoint(path)
+    stack = stack_of(teacher)
+    whole = masked_states(stack, {})
+    for keep in cuts_of(teacher.architecture):
+        expected = masked_states(stack, keep)
+        found = final_hidden(student_model(teacher, keep), TOKENS)
+        if "hidden" in keep:
+            expected = expected[..., keep["hidden"]]
+            assert (expected - whole[..., keep["hidden"]]).abs().max() > 1e-2, list(keep)
+        else:
+            assert (expected - whole).abs().max() > 1e-2, list(keep)
+        torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4, msg=str(list(keep)))
+
+
+def uneven(architecture: Architecture) -> Keep:
+    """A student whose blocks differ, without its first attention and one whole layer."""
+    first = next(n for n, block in enumerate(architecture.blocks) if block.kind == "attention")
+    gone = architecture.blocks[-1].layer
+    last = [n for n, block in enumerate(architecture.blocks) if block.layer == gone]
+    several = sum(block.kind == "attention" for block in architecture.blocks) > 1
+    keep = without(architecture, *last, *([first] if several else []))
+    block = next(b for b in architecture.blocks if b.kind == "ffn" and b.layer != gone)
+    return keep | {f"layers.{block.layer}.ffn/ffn": some(48, of=sizes(block)["ffn"])}
+
+
+def test_an_uneven_student_is_written_read_and_continues_text(
+    teacher: Checkpoint, tmp_path: Path
+) -> None:
+    keep = uneven(teacher.architecture)
+    prune(teacher, candidate(teacher.architecture, keep), tmp_path / "student")
+    model, memory = load_model(tmp_path / "student"), student_model(teacher, keep)
+    for parameter in memory.parameters():
+        parameter.copy_(parameter.bfloat16())
+    torch.testing.assert_close(model(TOKENS).logits, memory(TOKENS).logits)
+    for prompt in (TOKENS[:1, :4], TOKENS[:, :20]):
+        cached, plain = (
+            model.generate(
+                prompt, max_new_tokens=9, do_sample=False, use_cache=use, eos_token_id=-1
+            )
+            for use in (True, False)
+        )
+        assert torch.equal(cached, plain)
+
+
+def test_a_cache_gives_what_the_whole_text_does(teacher: Checkpoint) -> None:
+    model = student_model(teacher, uneven(teacher.architecture))
+    cache = None
+    steps = []
+    for token in TOKENS.split(1, dim=1):
+        output = model(token, past_key_values=cache, use_cache=True)
+        cache, _ = output.past_key_values, steps.append(output.logits)
+    torch.testing.assert_close(torch.cat(steps, 1), model(TOKENS).logits, atol=2e-4, rtol=2e-4)
+
+
+def test_stock_loaders_read_a_student_with_fewer_layers(
+    teacher: Checkpoint, family: str, tmp_path: Path
+) -> None:
+    gone = teacher.architecture.blocks[0].layer
+    blocks = enumerate(teacher.architecture.blocks)
+    keep = without(teacher.architecture, *(n for n, block in blocks if block.layer == gone))
+    student = candidate(teacher.architecture, keep)
+    prune(teacher, student, tmp_path / "student")
+    assert is_plain(student.architecture)
+    ours = load_model(tmp_path / "student")
+    assert torch.equal(ours(TOKENS).logits, stock(tmp_path / "student")(TOKENS).logits)
+
+
+def test_the_plan_counts_the_bytes_that_are_there(family: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY[family])
+    tokens = TOKENS.shape[1]
+    plan = make_plan(path, Deployment(context=tokens, batch_size=2, ssm_format="fp32"))
+    architecture = plan.architecture
+    with safe_open(path / "model.safetensors", framework="pt") as reader:
+        written = sum(reader.get_tensor(name).nbytes for name in reader.keys())  # noqa: SIM118
+    assert weight_bytes(architecture) == written == plan.footprint.weights
+    model = load_model(path, torch.bfloat16)
+    cache: Any = StaticCache(config=model.config, max_cache_len=tokens)
+    model(TOKENS, past_key_values=cache, use_cache=True)
+    keys = [getattr(layer, "keys", None) for layer in cache.layers]
+    held = sum(2 * key.nbytes for key in keys if key is not None)
+    assert held == plan.footprint.kv_cache
+    longer = dataclasses.replace(plan.deployment, context=2 * tokens)
+    assert footprint(architecture, longer).kv_cache <= 2 * held
