@@ -129,9 +129,15 @@ class Recipe(BaseModel):
     )
     finalists: int = Field(3, ge=1, description="Candidates to distil shortly before choosing one.")
     short_distill_tokens: int = Field(16384, ge=0, description="Training tokens of a finalist.")
+    local_tokens: int = Field(
+        0,
+        ge=0,
+        description="Tokens on which every cut block of the chosen student is trained towards its "
+        "teacher's block, alone, before distillation.",
+    )
     distill_tokens: int = Field(
         262144,
-        ge=1,
+        ge=0,
         description="Training tokens of the chosen student; meanwhile its teacher's states take "
         "2 bytes x hidden size for each on disk.",
     )

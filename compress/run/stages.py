@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from compress.core.errors import InputError
 from compress.core.files import read_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
@@ -65,16 +66,18 @@ def distill(run: Run, recipe: Recipe, name: str | None = None) -> None:
 def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
     """Train a candidate; its teacher's states stay for the next one."""
     session = Session(run, recipe)
+    if not (recipe.local_tokens or recipe.distill_tokens):
+        raise InputError("local_tokens and distill_tokens are both 0: there is nothing to train")
     require_optimizer(recipe.optimizer, session.placement)
     candidate, _ = students.find_candidate(session, name)
     text = session.reference(session.rows("select", 2 * recipe.select_tokens))
-    tokens = recipe.distill_tokens
-    before, after = students.trained(session, candidate, tokens, candidate.id, text)
+    asked = candidate.id, text, recipe.local_tokens
+    before, after = students.trained(session, candidate, recipe.distill_tokens, *asked)
     if after is None:
         note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
         return
     note(
-        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {tokens} tokens "
+        f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {trained_for(recipe)} "
         f"(select text, in its formats); student in {students.latest(session, candidate)}"
     )
     if not after < before:
@@ -82,6 +85,14 @@ def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
             f"training made {candidate.id} worse, so that student is not of it; a lower "
             f"learning_rate than {recipe.learning_rate:g} or more distill_tokens may help"
         )
+
+
+def trained_for(recipe: Recipe) -> str:
+    """For how many tokens the chosen student is trained, and how."""
+    said = f"{recipe.distill_tokens} tokens"
+    if recipe.local_tokens:
+        said = f"{recipe.local_tokens} tokens a block and {said}"
+    return said
 
 
 def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:

@@ -1,7 +1,7 @@
 """From a candidate to a student: cut, trained, quantized, exported."""
 
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
 from compress.report.rows import Student, Teacher, read_students, read_teacher
 from compress.run.directory import Run
+from compress.run.local import localized
 from compress.run.score import REPAIR, gram_file
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
@@ -34,6 +35,8 @@ from compress.train.optimizers import weights_dtype
 PER_CANDIDATE = ("candidates", "distill", "export")
 SHORT = ".short"
 STUDENT = "student"
+# Of a training, where local distillation leaves what distillation begins with.
+LOCAL = "local"
 # The teacher's final hidden states of training texts, while anything is trained on them.
 STATES = "states"
 # Of a training: KL before and after it on the same text, and its tokens.
@@ -166,8 +169,10 @@ def helped(directory: Path) -> bool:
     return bool(result["after"] < result["before"])
 
 
-def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[str, Any]:
-    """What decides a student that is trained for so many tokens."""
+def train_inputs(
+    session: Session, candidate: Candidate, tokens: int, local_tokens: int = 0
+) -> dict[str, Any]:
+    """What decides a student of so many tokens of training, its blocks alone before."""
     recipe, repaired = session.recipe, sorted(candidate.repaired)
     return {
         "session": session.identity(),
@@ -179,13 +184,38 @@ def train_inputs(session: Session, candidate: Candidate, tokens: int) -> dict[st
     }
 
 
-def train(session: Session, candidate: Candidate, tokens: int, name: str) -> Path:
+def train(
+    session: Session, candidate: Candidate, tokens: int, name: str, local_tokens: int = 0
+) -> Path:
     """Directory of the BF16 student after so many tokens of a training on its teacher.
 
-    ``name`` is the training's directory in the run, whose checkpoint it goes on from and leaves.
+    Before it, after ``local_tokens`` of local distillation; either may be 0. ``name`` is the
+    training's directory in the run, whose checkpoints it goes on from and leaves.
     """
-    run, recipe, placement = session.run, session.recipe, session.placement
-    directory = run.path / "distill" / name
+    directory, begins = session.run.path / "distill" / name, pruned(session, candidate)
+    if local_tokens:
+        inputs = train_inputs(session, candidate, 0, local_tokens)
+        begins = localized(session, candidate, begins, directory / LOCAL, local_tokens, inputs)
+    if tokens:
+        tensors = trained_tensors(session, candidate, tokens, begins, directory)
+    else:
+        tensors = open_checkpoint(begins).items()
+    architecture = candidate.architecture
+    write_checkpoint(
+        directory / STUDENT,
+        in_bf16(tensors, architecture),
+        student_config(session.checkpoint.config, architecture),
+        session.path,
+        to_json(architecture),
+    )
+    return directory / STUDENT
+
+
+def trained_tensors(
+    session: Session, candidate: Candidate, tokens: int, begins: Path, directory: Path
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a student after so many tokens of distillation from where it begins."""
+    recipe, placement = session.recipe, session.placement
     settings = DistillSettings(
         tokens=tokens, batch_tokens=recipe.distill_batch_tokens,
         learning_rate=recipe.learning_rate, seed=recipe.seed, optimizer=recipe.optimizer,
@@ -194,19 +224,11 @@ def train(session: Session, candidate: Candidate, tokens: int, name: str) -> Pat
     states = teacher_states(session, rows)
     # From here on the student is alone in memory.
     session.stack.release()
-    student = load_model(pruned(session, candidate), weights_dtype(recipe.optimizer, placement))
+    student = load_model(begins, weights_dtype(recipe.optimizer, placement))
     with session.stack.head() as head:
         lesson = Lesson(states, head)
         train_on_teacher(lesson, student, rows, settings, placement, directory)
-    architecture = candidate.architecture
-    write_checkpoint(
-        directory / STUDENT,
-        in_bf16(disk_tensors(student, architecture), architecture),
-        student_config(session.checkpoint.config, architecture),
-        session.path,
-        to_json(architecture),
-    )
-    return directory / STUDENT
+    return disk_tensors(student, candidate.architecture)
 
 
 def teacher_states(session: Session, rows: Tensor) -> StoredStates:
@@ -226,24 +248,28 @@ def forget_states(run: Run) -> None:
     shutil.rmtree(run.path / STATES, ignore_errors=True)
 
 
-def distilled(session: Session, candidate: Candidate, tokens: int, name: str) -> Path:
+def distilled(
+    session: Session, candidate: Candidate, tokens: int, name: str, local_tokens: int = 0
+) -> Path:
     """Directory of the student trained on its teacher for so many tokens, in BF16, if not yet.
 
     ``name`` is the training's, of which ``RESULT`` is unlinked where the student is made anew.
     """
     directory = session.run.path / "distill" / name
-    stage, inputs = f"distill:{name}", train_inputs(session, candidate, tokens)
+    stage = f"distill:{name}"
+    inputs = train_inputs(session, candidate, tokens, local_tokens)
     if not session.run.stage_done(stage, inputs, directory / STUDENT):
         (directory / RESULT).unlink(missing_ok=True)
-        train(session, candidate, tokens, name)
+        train(session, candidate, tokens, name, local_tokens)
         session.run.sign(stage, inputs)
         forget(directory)
     return directory / STUDENT
 
 
 def trained(
-    session: Session, candidate: Candidate, tokens: int, name: str, text: Reference
-) -> tuple[float, float | None]:
+    session: Session, candidate: Candidate, tokens: int, name: str, text: Reference,
+    local_tokens: int = 0,
+) -> tuple[float, float | None]:  # fmt: skip
     """KL on a text, in its formats, of a candidate's student as it was cut and as it is trained.
 
     None where nothing is cut: then nothing is trained. Otherwise ``RESULT`` has both.
@@ -251,9 +277,12 @@ def trained(
     before = mean_kl(in_formats(session, candidate, pruned(session, candidate)), text)
     if not is_cut(session, candidate):
         return before, None
-    student = distilled(session, candidate, tokens, name)
+    student = distilled(session, candidate, tokens, name, local_tokens)
     after = mean_kl(in_formats(session, candidate, student), text)
-    write_json(student.parent / RESULT, {"before": before, "after": after, "tokens": tokens})
+    write_json(
+        student.parent / RESULT,
+        {"before": before, "after": after, "tokens": tokens, "local_tokens": local_tokens},
+    )
     return before, after
 
 

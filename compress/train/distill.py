@@ -72,7 +72,7 @@ def distill(
     on a CPU bit for bit. InputError on ``rows`` or settings that give no step, vocabularies that
     differ, or a loss that is not finite.
     """
-    batch, steps = schedule(rows, settings)
+    batch, _ = schedule(rows, settings)
     if len(teacher.head.weight) != student.config.vocab_size:
         raise InputError(
             f"the teacher's vocabulary is {len(teacher.head.weight)}, "
@@ -88,7 +88,6 @@ def distill(
         > ACTIVATION_SHARE * placement.memory
     )
     recompute(student, again)
-    warmup = round(settings.warmup_share * steps)
     numbers = torch.arange(len(rows))[:, None]
 
     def loss_of(step: int) -> Iterator[Tensor]:
@@ -100,18 +99,7 @@ def distill(
     curve = train(
         student,
         loss_of,
-        TrainSettings(
-            steps=steps,
-            batch_tokens=batch * rows.shape[1],
-            learning_rate=settings.learning_rate,
-            warmup=warmup,
-            decay=steps - warmup,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-            optimizer=settings.optimizer,
-            checkpoint_seconds=settings.checkpoint_seconds,
-            data=digest(rows),
-        ),
+        train_settings(rows, settings),
         what="distill",
         directory=directory,
         progress=progress,
@@ -130,6 +118,24 @@ def schedule(rows: Tensor, settings: DistillSettings) -> tuple[int, int]:
         raise InputError(f"distillation over {settings.tokens} tokens is no distillation")
     batch = max(settings.batch_tokens // rows.shape[1], 1)
     return batch, -(-settings.tokens // (batch * rows.shape[1]))
+
+
+def train_settings(rows: Tensor, settings: DistillSettings) -> TrainSettings:
+    """The settings of the loop for a training on these rows."""
+    batch, steps = schedule(rows, settings)
+    warmup = round(settings.warmup_share * steps)
+    return TrainSettings(
+        steps=steps,
+        batch_tokens=batch * rows.shape[1],
+        learning_rate=settings.learning_rate,
+        warmup=warmup,
+        decay=steps - warmup,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        optimizer=settings.optimizer,
+        checkpoint_seconds=settings.checkpoint_seconds,
+        data=digest(rows),
+    )
 
 
 def kl(

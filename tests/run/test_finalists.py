@@ -108,7 +108,9 @@ def test_interrupted_beside_any_training_a_search_ends_as_if_it_had_not_been(
     run = alone_copy
     train, names = students.train, set[str]()
 
-    def interrupted(session: Session, candidate: Any, tokens: int, name: str) -> Path:
+    def interrupted(
+        session: Session, candidate: Any, tokens: int, name: str, local_tokens: int
+    ) -> Path:
         # Before the first training, and twice after one: the checkpoint is there, no signature.
         if names:
             train(session, candidate, tokens, name)

@@ -1,0 +1,73 @@
+"""``--local-tokens``: blocks first, alone or before the whole; a kill costs a layer."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from compress.core.errors import InputError
+from compress.core.files import read_json
+from compress.run import local
+from runs import command, rows_of
+
+LOCAL = ("--local-tokens", 512, "--distill-tokens")
+
+
+class Interrupted(Exception):
+    """Stands for a kill."""
+
+
+def weights(run: Path, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / "distill" / name / "student" / "model.safetensors")
+
+
+def test_blocks_alone_then_the_whole(alone_copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    name = next(row["id"] for row in rows_of(alone_copy) if row["selected"])
+    command("distill", alone_copy, *LOCAL, 0)
+    assert "blocks are closer to their teacher's" in capsys.readouterr().err
+    blocks = read_json(alone_copy / "distill" / name / "local" / "blocks.json")
+    assert any(row["after"] < row["before"] for row in blocks)
+    alone = weights(alone_copy, name)
+    cut = load_file(alone_copy / "candidates" / name / "model.safetensors")
+    changed = {key for key in cut if not torch.equal(cut[key], alone[key])}
+    assert changed
+    assert not any("embed" in key or "lm_head" in key for key in changed)
+    made = (alone_copy / "distill" / name / "local" / "student" / "config.json").stat().st_mtime_ns
+    command("distill", alone_copy, *LOCAL, 256)
+    # The whole begins with the blocks that are there.
+    again = (alone_copy / "distill" / name / "local" / "student" / "config.json").stat().st_mtime_ns
+    assert again == made
+    assert not all(torch.equal(alone[key], t) for key, t in weights(alone_copy, name).items())
+    assert not (alone_copy / "states").exists()
+
+
+def test_interrupted_between_layers_it_ends_the_same(
+    alone_copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = next(row["id"] for row in rows_of(alone_copy) if row["selected"])
+    whole = Path(shutil.copytree(alone_copy, tmp_path / "whole"))
+    command("distill", whole, *LOCAL, 0)
+    save, saved = local.save_learned, []
+
+    def interrupted(found: Any, file: Path) -> None:
+        save(found, file)
+        saved.append(file)
+        if len(saved) == 1:
+            raise Interrupted
+
+    monkeypatch.setattr(local, "save_learned", interrupted)
+    with pytest.raises(Interrupted):
+        command("distill", alone_copy, *LOCAL, 0)
+    command("distill", alone_copy, *LOCAL, 0)
+    assert len(saved) == len(set(saved)) > 1
+    found = weights(alone_copy, name)
+    assert all(torch.equal(found[key], tensor) for key, tensor in weights(whole, name).items())
+    assert not list(alone_copy.glob("distill/*/local/parts-*"))
+
+
+def test_no_training_at_all_is_refused(alone_copy: Path) -> None:
+    with pytest.raises(InputError, match="nothing to train"):
+        command("distill", alone_copy, "--distill-tokens", 0)
