@@ -47,7 +47,10 @@ class Labels:
 
     def subtract(self, rows: slice, probability_NV: Tensor) -> None:
         """Take 1 off the targets' probabilities, in place."""
-        probability_NV[torch.arange(len(probability_NV)), self.targets[rows]] -= 1.0
+        targets_N1 = self.targets[rows, None]
+        probability_NV.scatter_add_(
+            1, targets_N1, -torch.ones_like(targets_N1, dtype=probability_NV.dtype)
+        )
 
 
 def kl_from_hidden(

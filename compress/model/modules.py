@@ -44,7 +44,7 @@ class Head:
     def slope(self, logits_NV: Tensor) -> Tensor:
         """Derivative of logits in the product ``h @ W.T``, [N, V] or one number for all."""
         if self.softcap is None:
-            return logits_NV.new_tensor(self.scale)
+            return logits_NV.new_full((), self.scale)
         return (1 - (logits_NV / self.softcap).square()) * self.scale
 
     def to(self, device: torch.device) -> "Head":
