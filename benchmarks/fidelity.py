@@ -141,8 +141,8 @@ def scored(settings: Namespace, found: Subject, recipe: Recipe) -> tuple[Scores,
         parts, spent = settings.out / f"{stem}-parts", settings.out / f"{stem}-spent.json"
         cost.add(read_json(spent) if spent.is_file() else 0.0)
         try:
-            with metered(found.model, cost), metered(found.stack.model, cost):
-                scores = scores_of(found.model, found.stack, rows, recipe, parts)
+            with metered(found.stack.model, cost):
+                scores = scores_of(found.stack, rows, recipe, parts)
         finally:
             # A continued scoring counts what the interruption threw away as well.
             write_json(spent, cost.token_forwards)

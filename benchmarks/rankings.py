@@ -47,9 +47,9 @@ def cut(architecture: Architecture, scores: Scores, axis: str, ranking: Ranking)
 
 def scored(what: Subject) -> Scores:
     """Contributions and activations on the same rows of the score split."""
-    settings, architecture = what.settings, what.checkpoint.architecture
+    settings = what.settings
     rows = what.rows("score", settings.score_tokens)
-    found = contributions(what.model, architecture, rows, settings.draws, [], settings.seed)
+    found = contributions(what.stack, rows, settings.draws, [], settings.seed)
     rankings = activation_scores(what.stack, rows)
     return Scores(found, {}, {}, rows.shape[1], rankings)
 

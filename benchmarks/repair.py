@@ -46,7 +46,7 @@ def main() -> None:
     found = subject(settings)
     architecture, model = found.checkpoint.architecture, found.model
     rows = found.rows("score", settings.score_tokens)
-    scored = contributions(model, architecture, rows, 2, [], settings.seed)
+    scored = contributions(found.stack, rows, 2, [], settings.seed)
     scores = Scores(scored, {}, {}, rows.shape[1])
     select, final = (
         reference(found.checkpoint, model, found.rows(split, tokens))

@@ -44,7 +44,6 @@ class Trials:
     """
 
     problem: Problem
-    model: Any
     stack: Stack
     text: Reference
     limit: float

@@ -51,7 +51,7 @@ def ours(trials: Trials) -> Candidate:
         # A forward and a backward pass.
         price = (1 + BACKWARD) * text.tokens.numel()
         pay(trials, price, price + trials.whole + kept)
-        return tangent(trials.model, candidate, text, [], trials.grams)
+        return tangent(trials.stack, candidate, text, [], trials.grams)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = StudySettings(

@@ -99,8 +99,8 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
     """Scores, what they cost in token-forwards, and the Gram matrices of repair."""
     settings, architecture, cost = found.settings, found.checkpoint.architecture, Cost()
     rows = found.rows("score", settings.score_tokens, settings.score_length)
-    with metered(found.model, cost), metered(found.stack.model, cost):
-        made = contributions(found.model, architecture, rows, settings.draws, [], settings.seed)
+    with metered(found.stack.model, cost):
+        made = contributions(found.stack, rows, settings.draws, [], settings.seed)
         replayed = rows[: settings.replay_tokens // settings.score_length]
         exact = removal_costs(found.stack, replayed) if len(replayed) else {}
     text = found.rows("score", settings.repair_tokens, settings.length, settings.seed + 1)
@@ -144,7 +144,7 @@ def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None)
     text = text_of(found, "select", settings.select_tokens)
     more = partial(text_of, found, "train", 2 * settings.select_tokens)
     fresh = partial(fresh_text, found, settings.select_tokens)
-    trials = Trials(problem, found.model, found.stack, text, settings.cost, more, fresh, grams)
+    trials = Trials(problem, found.stack, text, settings.cost, more, fresh, grams)
     trials.cost.add(settings.repair_tokens if grams else 0)
     return trials
 
@@ -190,7 +190,7 @@ def with_reselection(trials: Trials, search: Callable[[Trials], Candidate]) -> C
             yield batch
 
     def at(candidate: Candidate, on: Reference) -> Tangent:
-        return tangent(trials.model, candidate, on, [], trials.grams)
+        return tangent(trials.stack, candidate, on, [], trials.grams)
 
     # The search has measured it, as the others that it chose from.
     before = torch.cat(list(measure(found, trials.text, trials.grams)))

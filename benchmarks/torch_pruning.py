@@ -200,8 +200,8 @@ def knapsack(
 
 def scored(what: Subject, rows: Tensor) -> Scores:
     """Contributions of the rows, and exact removals of blocks on the first of them."""
-    settings, architecture = what.settings, what.checkpoint.architecture
-    found = contributions(what.model, architecture, rows, settings.draws, [], settings.seed)
+    settings = what.settings
+    found = contributions(what.stack, rows, settings.draws, [], settings.seed)
     exact = removal_costs(what.stack, rows[: settings.replay_rows])
     return Scores(found, exact, {}, rows.shape[1])
 

@@ -39,7 +39,7 @@ class Teacher:
         self.architecture = self.checkpoint.architecture
         model = load_model(path)
         formats = ["fp8", "nvfp4"]
-        found = contributions(model, self.architecture, TOKENS[:4], 2, formats)
+        found = contributions(stack_of(self.checkpoint), TOKENS[:4], 2, formats)
         exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])
         self.scores = Scores(found, exact, {"fp8": 1e-3}, LENGTH)
         self.text: Reference = reference(self.checkpoint, model, TOKENS)

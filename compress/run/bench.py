@@ -141,7 +141,7 @@ class Bench:
         """The tangent at a candidate, of its units and of those of the formats that round."""
         rounding = [format for format in formats if format != "bf16"]
         grams = self.grams if at.repaired else None
-        return tangent(self.session.model, at, text, rounding, grams)
+        return tangent(self.session.stack, at, text, rounding, grams)
 
     def reselected(self, row: Row) -> Row:
         """The row with its units chosen again (``reselect``), as the recipe asks for.

@@ -9,7 +9,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
@@ -73,7 +72,7 @@ def score(session: Session) -> Scores:
     rows = session.rows("score", recipe.score_tokens, recipe.score_length)
     # Its own directory for these inputs: parts of another scoring are never mixed in.
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
-    scores = scores_of(session.model, session.stack, rows, recipe, parts)
+    scores = scores_of(session.stack, rows, recipe, parts)
     scores.save(file)
     run.sign(STAGE, inputs)
     # Those of an interrupted scoring under other settings go too.
@@ -97,7 +96,7 @@ def ranked(session: Session, scores: Scores) -> Scores:
     return replace(scores, rankings=load_file(file))
 
 
-def scores_of(model: Any, stack: Stack, rows: Tensor, recipe: Recipe, directory: Path) -> Scores:
+def scores_of(stack: Stack, rows: Tensor, recipe: Recipe, directory: Path) -> Scores:
     """The scores of a teacher on rows of tokens [sequences, T].
 
     ``recipe`` says how many draws and what is replayed; ``directory`` keeps finished parts, so that
@@ -107,7 +106,7 @@ def scores_of(model: Any, stack: Stack, rows: Tensor, recipe: Recipe, directory:
     formats = scored_formats(recipe)
     with progress("score: contributions", len(rows)) as advance:
         found = contributions(
-            model, architecture, rows, recipe.draws, formats, recipe.seed,
+            stack, rows, recipe.draws, formats, recipe.seed,
             progress=stepwise(advance, len(rows)), directory=directory,
         )  # fmt: skip
     replayed = rows[: replay_rows(architecture, rows, recipe.replay_tokens)]

@@ -1,28 +1,33 @@
-"""The contribution matrix of a teacher: a forward pass and a backward one per draw of labels."""
+"""The contribution matrix of a teacher: one sweep forward, and one back with all label draws."""
 
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.nn.functional import pad
 
 from compress.formats.table import Format
 from compress.measure.losses import require_finite
-from compress.model.architecture import Architecture
-from compress.model.modules import Head, final_hidden, head_of
+from compress.model.modules import Head
 from compress.model.tensor_files import save_tensors
+from compress.scores.gated import Gated
+from compress.scores.gradients import gate_gradients
 from compress.scores.taps import SQUARES, Taps
+from compress.sweep.stack import Stack
 
 Contributions = Mapping[str, Tensor]
 Progress = Callable[[int, int], None]
+# What the inputs of all layers may take of the placement's memory.
+INPUTS_SHARE = 0.25
+# Labels are found in a block of the vocabulary, then inside it.
+BLOCK = 256
 
 
 def contributions(
-    model: Any,
-    architecture: Architecture,
+    stack: Stack,
     tokens: Tensor,
     draws: int,
     formats: Sequence[Format],
@@ -31,43 +36,40 @@ def contributions(
     progress: Progress = lambda done, total: None,
     directory: Path | None = None,
 ) -> dict[str, Tensor]:
-    """The contribution matrix [sequences * draws, *units] of every gate, fp32.
+    """The contribution matrix [sequences * draws, *units] of every gate, fp32, on the CPU.
 
-    Squares (``taps.SQUARES``) are sums over all rows, [1, *units].
+    Squares (``taps.SQUARES``) are sums over all rows, [1, *units]. Activations and gradients are in
+    the placement's number type, sums over tokens in fp32.
 
     Args:
-        model: the teacher in fp32, frozen, in eval mode.
-        architecture: the teacher's.
+        stack: the teacher.
         tokens: [sequences, T] token ids.
         draws: label draws per sequence; labels depend on the seed and the sequence's own tokens, so
-            neither batches nor their order matter.
+            neither batches, their order nor the device matter.
         formats: formats to score besides the units.
         seed: of the labels.
-        batch: sequences per forward pass.
-        progress: called with backward passes done and in total.
-        directory: keeps every finished batch, so that a killed scoring continues there.
+        batch: sequences that a layer runs on at a time.
+        progress: called with layers done and in total, counted in every wave.
+        directory: keeps every finished wave, so that a killed scoring continues there.
     """
-    taps = Taps(model, architecture, formats, squares=True)
     batches = torch.split(tokens, batch)
+    together = wave_batches(stack, batches[0], draws)
+    waves = [batches[start : start + together] for start in range(0, len(batches), together)]
+    layers = stack.layers + 1
     collected: dict[str, list[Tensor]] = {}
-    for number, rows in enumerate(batches):
-        part = directory / f"{number:04}.safetensors" if directory else None
+    for number, wave in enumerate(waves):
+
+        def advance(done: int, _: int, before: int = number * layers) -> None:
+            progress(before + done, len(waves) * layers)
+
+        # Another memory makes other waves.
+        name = f"{number * together * batch:06}-{sum(map(len, wave)):06}.safetensors"
+        part = directory / name if directory else None
         if part is not None and part.is_file():
             found = load_file(part)
-            progress((number + 1) * draws, len(batches) * draws)
+            advance(layers, layers)
         else:
-            found = {}
-            for draw, drawn in enumerate(draw_rows(taps, rows, draws, seed)):
-                for key, value in drawn.items():
-                    # Filled in place: small tensors kept from every draw would pin the large freed
-                    # ones between them, and memory would grow with the draws.
-                    if key not in found:
-                        found[key] = value.new_zeros(draws, *value.shape)
-                    found[key][draw] = value
-                progress(number * draws + draw + 1, len(batches) * draws)
-            for key, value in found.items():
-                squares = key.endswith(SQUARES)
-                found[key] = value.sum((0, 1))[None] if squares else value.flatten(0, 1)
+            found = wave_rows(stack, wave, draws, formats, seed, advance)
             if part:
                 save_tensors(found, part)
         for key, value in found.items():
@@ -76,13 +78,38 @@ def contributions(
     return {k: rows.sum(0, keepdim=True) if k.endswith(SQUARES) else rows for k, rows in joined}
 
 
-def draw_rows(taps: Taps, rows: Tensor, draws: int, seed: int) -> Iterator[dict[str, Tensor]]:
-    """Contributions of one batch, a dictionary per draw of the labels."""
-    head = head_of(taps.model)
-    with taps.attached(len(rows)), torch.enable_grad():
-        hidden = final_hidden(taps.model, rows)
-        for draw, gradient in enumerate(label_gradients(hidden.detach(), head, rows, draws, seed)):
-            yield taps.backward(hidden, gradient, again=draw < draws - 1)
+def wave_batches(stack: Stack, batch_BT: Tensor, draws: int) -> int:
+    """How many batches go through the layers together: as many as the layers' inputs fit."""
+    place = stack.placement
+    if place.memory is None:
+        return 2**31
+    states = stack.layers + 1 + draws
+    held = states * batch_BT.numel() * stack.architecture.hidden * place.dtype.itemsize
+    return max(1, int(INPUTS_SHARE * place.memory) // held)
+
+
+def wave_rows(
+    stack: Stack,
+    batches: Sequence[Tensor],
+    draws: int,
+    formats: Sequence[Format],
+    seed: int,
+    progress: Progress,
+) -> dict[str, Tensor]:
+    """Rows [sequences * draws, *units] of one wave; squares are a row for each batch."""
+    gated = Gated(stack)
+
+    def upstream(batch: int, hidden: Tensor, head: Head) -> Iterator[Tensor]:
+        return label_gradients(hidden, head, batches[batch], draws, seed)
+
+    taps = Taps(gated, draws, squares=True)
+    found = gate_gradients(gated, taps, batches, formats, upstream, progress)
+
+    def joined(key: str) -> Tensor:
+        own = [each[key] for each in found]
+        return torch.cat(own if key.endswith(SQUARES) else [rows.flatten(0, 1) for rows in own])
+
+    return {key: joined(key) for key in found[0]}
 
 
 @torch.no_grad()
@@ -94,15 +121,33 @@ def label_gradients(
     No graph over the vocabulary is needed. The labels of a sequence depend on the seed and on its
     own tokens only.
     """
-    labels = torch.empty(draws, *rows_BT.shape, dtype=torch.long)
+    labels = torch.empty(draws, *rows_BT.shape, dtype=torch.long, device=hidden_BTD.device)
+    slopes = torch.empty(labels.shape, device=hidden_BTD.device)
     expected = torch.empty_like(hidden_BTD)
-    slopes = torch.empty(draws, *rows_BT.shape)
     for row, sequence in enumerate(rows_BT):
-        generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
         logits = require_finite(head.logits(hidden_BTD[row]), "the teacher's logits")
         probability, slope = logits.softmax(-1), head.slope(logits)
-        labels[:, row] = torch.multinomial(probability, draws, True, generator=generator).T
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(sequence.numpy().tobytes()))
+        uniform = torch.rand(len(sequence), draws, generator=generator, dtype=torch.float64)
+        labels[:, row] = drawn(probability, uniform.to(probability.device)).T
         slopes[:, row] = slope.expand_as(logits).gather(1, labels[:, row].T).T
-        expected[row] = (probability * slope) @ head.weight
-    for drawn, slope in zip(labels, slopes, strict=True):
-        yield head.weight[drawn] * slope[..., None] - expected
+        expected[row] = (probability * slope).to(head.weight.dtype) @ head.weight
+    for label, slope in zip(labels, slopes, strict=True):
+        yield (head.weight[label] * slope[..., None]).to(expected.dtype) - expected
+
+
+def drawn(probability_NV: Tensor, uniform_NK: Tensor) -> Tensor:
+    """Labels [N, K]: where the cumulative distribution passes uniform numbers in [0, 1).
+
+    Sums are fp64, first of blocks of the vocabulary: then a rounding of probabilities hardly ever
+    moves a label.
+    """
+    vocab = probability_NV.shape[1]
+    blocks = pad(probability_NV, (0, -vocab % BLOCK)).view(len(probability_NV), -1, BLOCK)
+    sums = blocks.sum(-1, dtype=torch.float64).cumsum(-1)
+    target = uniform_NK * sums[:, -1:]
+    block = torch.searchsorted(sums, target, right=True).clamp_(max=sums.shape[1] - 1)
+    before = pad(sums, (1, 0)).gather(1, block)
+    own = blocks.gather(1, block[..., None].expand(-1, -1, BLOCK)).double().cumsum(-1)
+    inside = torch.searchsorted(own, (target - before)[..., None], right=True)[..., 0]
+    return (block * BLOCK + inside.clamp_(max=BLOCK - 1)).clamp_(max=vocab - 1)

@@ -61,10 +61,7 @@ class Variant:
 
 
 def variant(stack: Stack, number: int, keep: Keep) -> Variant:
-    """The teacher with one block's option as a mask, or without the block.
-
-    Widths of routed experts are no masks (``masks.masked``) and cannot be replayed.
-    """
+    """The teacher with one block's option as a mask, or without the block."""
     block = stack.architecture.blocks[number]
     if keep is None:
         return Variant(block.layer, partial(without, mixer_of(stack.model, block)))

@@ -5,8 +5,7 @@ has lost a third of its teacher neither holds. Here the same gates are read on t
 that computes the student, for units that are gone too (``masks``).
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,13 +16,16 @@ from compress.formats.table import Format
 from compress.measure.kl import BATCH, Reference
 from compress.measure.losses import kl_from_hidden
 from compress.model.checkpoint import Checkpoint
-from compress.model.modules import final_hidden, weights_of
+from compress.model.modules import Head
 from compress.scores.contributions import Contributions
+from compress.scores.gated import Gated
+from compress.scores.gradients import gate_gradients
 from compress.scores.taps import Taps
 from compress.student.candidate import Candidate, block_keep, expert_keep
 from compress.student.grams import Grams
 from compress.student.repair import kept_columns, refitted_weight
 from compress.student.units import projections
+from compress.sweep.stack import Stack
 
 
 @dataclass(frozen=True)
@@ -40,38 +42,33 @@ class Tangent:
 
 
 def tangent(
-    model: object,
+    stack: Stack,
     candidate: Candidate,
     text: Reference,
     formats: Sequence[Format],
     grams: Grams | None = None,
 ) -> Tangent:
-    """The tangent at a candidate of the teacher ``model``, on a text.
+    """The tangent at a candidate of the teacher ``stack``, on a text.
 
-    A candidate with repaired blocks needs the teacher's ``grams``. Costs a forward and a backward
-    pass. Formats round the masked teacher's weights, not the cut's: scales may differ slightly.
+    A candidate with repaired blocks needs the teacher's ``grams``. Costs two forward passes and a
+    backward one. Formats round the masked teacher's weights, not the cut's: scales may differ
+    slightly.
     """
-    architecture = text.teacher.architecture
-    survivors = candidate.keep["blocks"].tolist()
-    current = {
-        number: block.format
-        for number, block in zip(survivors, candidate.architecture.blocks, strict=True)
-    }
-    slopes: dict[str, list[Tensor]] = {}
-    kls = []
-    set_kv_format(model, candidate.architecture.kv_format)
-    with refitted(model, candidate, text.teacher, grams):
-        taps = Taps(model, architecture, formats, candidate.keep, current)
-        for start in range(0, len(text.tokens), BATCH):
-            part = text.part(start, start + BATCH)
-            with taps.attached(len(part.tokens)), torch.enable_grad():
-                hidden = final_hidden(model, part.tokens)
-                kl, gradient = kl_gradient(hidden.detach(), part)
-                for key, rows in taps.backward(hidden, gradient, again=False).items():
-                    slopes.setdefault(key, []).append(rows)
-            kls.append(kl)
-    set_kv_format(model, "bf16")
-    slope = {key: torch.cat(rows) for key, rows in slopes.items()}
+    gated = gated_teacher(stack, candidate, text.teacher, grams)
+    kls: list[Tensor] = []
+
+    def upstream(batch: int, hidden: Tensor, head: Head) -> list[Tensor]:
+        kl, gradient = kl_gradient(hidden, text.part(batch * BATCH, (batch + 1) * BATCH))
+        kls.append(kl.cpu())
+        return [gradient]
+
+    batches = torch.split(text.tokens, BATCH)
+    set_kv_format(stack.model, candidate.architecture.kv_format)
+    try:
+        rows = gate_gradients(gated, Taps(gated), batches, formats, upstream)
+    finally:
+        set_kv_format(stack.model, "bf16")
+    slope = {key: torch.cat([each[key][0] for each in rows]) for key in rows[0]}
     return Tangent(slope, torch.cat(kls), text.tokens.shape[1])
 
 
@@ -86,38 +83,38 @@ def turn(text: Reference, number: int, parts: int = 4) -> Reference:
     return text.part(start * count // parts, (start + 1) * count // parts)
 
 
-@contextmanager
-def refitted(
-    model: object, candidate: Candidate, teacher: Checkpoint, grams: Grams | None
-) -> Iterator[None]:
-    """The teacher's output projections with the student's repaired columns; dead ones stay."""
-    before: list[tuple[Tensor, Tensor]] = []
-    for number in sorted(candidate.repaired):
+def gated_teacher(
+    stack: Stack, candidate: Candidate, teacher: Checkpoint, grams: Grams | None
+) -> Gated:
+    """The teacher that computes a candidate."""
+    survivors = candidate.keep["blocks"].tolist()
+    blocks = zip(survivors, candidate.architecture.blocks, strict=True)
+    current = {number: block.format for number, block in blocks}
+
+    def refit(number: int, weights: Mapping[str, Tensor]) -> None:
+        """Put repaired columns into a block's output projections; dead ones stay."""
         assert grams is not None, "a repaired candidate needs its teacher's Grams"
         block = teacher.architecture.blocks[number]
         keep = block_keep(candidate.keep, block)
-        weights = weights_of(model, teacher.architecture, block)
         for projection in projections(teacher.architecture, block):
             own = expert_keep(keep, block, projection.expert)
             if own is None:
                 continue
-            weight, _ = weights[projection.module]
-            rows = keep.get("hidden", torch.arange(len(weight)))
-            before.append((weight, weight.clone()))
+            weight = weights[projection.module]
+            rows = keep.get("hidden", torch.arange(len(weight))).to(weight.device)
+            columns = kept_columns(projection, block, own).to(weight.device)
             student = refitted_weight(teacher, grams, block, projection, own)
-            weight[rows[:, None], kept_columns(projection, block, own)] = student.to(weight.dtype)
-    try:
-        yield
-    finally:
-        for weight, original in before:
-            weight.copy_(original)
+            weight[rows[:, None], columns] = student.to(weight.device, weight.dtype)
+
+    return Gated(stack, candidate.keep, current, candidate.repaired, refit)
 
 
 def kl_gradient(hidden_BTD: Tensor, part: Reference) -> tuple[Tensor, Tensor]:
     """KL of every sequence, nats per token, and the summed KL's gradient at the hidden states."""
-    student = hidden_BTD.clone().requires_grad_(True)
-    kl = kl_from_hidden(
-        student.flatten(0, 1), part.head, part.hidden.flatten(0, 1), part.head
-    ).view(hidden_BTD.shape[:2])
-    (gradient,) = torch.autograd.grad(kl.sum(), student)
+    student, device = hidden_BTD.clone().requires_grad_(True), hidden_BTD.device
+    head, teacher = part.head.to(device), part.hidden.to(device)
+    with torch.enable_grad():
+        kl = kl_from_hidden(student.flatten(0, 1), head, teacher.flatten(0, 1), head)
+        (gradient,) = torch.autograd.grad(kl.sum(), student)
+    kl = kl.view(hidden_BTD.shape[:2])
     return kl.detach().mean(1), gradient

@@ -6,261 +6,316 @@ a linear layer y = W x with rounding error dW it is the sum of dL/dy * (dW x). S
 activations and their gradients, and one backward gives one row per sequence for every gate.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from math import prod
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from compress.formats.fake import fake_quantize_block
 from compress.formats.table import Format
-from compress.memory.footprint import block_takes
-from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.architecture import Block, block_name, sizes
 from compress.model.layout import Slot, parse
-from compress.model.modules import (
-    final_norm,
-    fused_experts,
-    layer_of,
-    norm_of,
-    slots_of,
-    weights_of,
+from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, slots_of
+from compress.scores.gated import Errors, Gated
+from compress.student.masks import (
+    Unmasked,
+    masked_final,
+    numbered,
+    replaced_forward,
+    unit_mask,
 )
-from compress.student.masks import masked_model, unit_mask
 from compress.student.units import Units, array_of, projections, unit_key, units_of
 
 # What is kept of those besides contributions: sums over tokens of the squares of activations and of
 # gradients, and how many tokens there were.
 SQUARES = ("/activation", "/slope", "/tokens")
-Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [rows, features]
-WHOLE: Mapping[str, Tensor] = MappingProxyType({})  # what a teacher keeps: everything
+Gather = Callable[[Tensor], Tensor]  # [tokens, features] -> [sequences, features], summed in fp32
+Expert = tuple[int, int] | None  # one of so many
 
 
 class Taps:
-    """Hooks on a frozen teacher that collect contributions while gradients flow backwards.
+    """Hooks on one layer of a gated teacher at a time, or on its final norm.
 
-    After a forward inside ``attached()``, ``backward`` maps every key to [sequences, *unit shape]:
-    ``hidden``, ``<block>/<units>``, and for each format of ``formats`` (for blocks
-    whose shapes take it) ``<block>/<units>/<format>`` and ``<block>/rest/<format>``. With
-    ``squares`` also, for units that are one number z per token, ``<block>/<units>/activation`` and
-    ``.../slope``, the sums over tokens of the squares of z and of dL/dz, with ``.../tokens``; for
-    the hidden channels at every norm, ``hidden@<number>/...``.
+    ``backward`` maps every key of what they are on to [draws, sequences, *unit shape], in fp32:
+    ``hidden``, ``<block>/<units>``, and for each format whose errors are given
+    ``<block>/<units>/<format>`` and ``<block>/rest/<format>``. With ``squares`` also, for units
+    that are one number z per token, ``<block>/<units>/activation`` and ``.../slope``, the sums over
+    sequences, draws and tokens of the squares of z and of dL/dz, with ``.../tokens``, [1, *units];
+    for the hidden channels at every norm, ``hidden@<number>/...``.
 
-    With ``keep`` and ``current`` (teacher block numbers to formats, of those in ``formats``) the
-    teacher computes that student: contributions are the derivatives there, of units that are gone
-    too, formats still against BF16.
+    Where the teacher computes a student, contributions are the derivatives there, of units that are
+    gone too, formats still against BF16.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        architecture: Architecture,
-        formats: Sequence[Format],
-        keep: Mapping[str, Tensor] = WHOLE,
-        current: Mapping[int, Format] = MappingProxyType({}),
-        squares: bool = False,
-    ) -> None:
-        self.model, self.architecture, self.squares = model, architecture, squares
-        self.keep, self.current = keep, current
+    def __init__(self, gated: Gated, draws: int = 1, *, squares: bool = False) -> None:
+        self.gated, self.stack, self.draws, self.squares = gated, gated.stack, draws, squares
         self.rows: dict[str, Tensor] = {}
-        self.errors = {
-            (number, format): errors
-            for number in range(len(architecture.blocks))
-            for format in formats
-            if (errors := rounding_errors(model, architecture, number, format))
-        }
-        self.formats = tuple(formats)
+        self.unmasked = Unmasked(self.stack.placement)
+        self.draw = self.sequences = 0  # of the backward pass that is under way
 
     @contextmanager
-    def attached(self, sequences: int) -> Iterator[None]:
-        """Hooks in place for a batch of so many sequences.
-
-        The embedding's output becomes the leaf that gradients flow to.
-        """
-        self.sequences, blocks = sequences, self.architecture.blocks
-        with ExitStack() as stack:
-
-            def after(module: Any, hook: Callable[..., Any]) -> None:
-                stack.callback(module.register_forward_hook(hook).remove)
-
-            embedding = self.model.get_input_embeddings()
-            after(embedding, lambda module, args, output: output.requires_grad_(True))
-            after(final_norm(self.model), self.tap_norm(len(blocks)))
-            self.unmasked = stack.enter_context(
-                masked_model(self.model, self.architecture, self.keep)
-            )
-            for number, block in enumerate(blocks):
-                layer = layer_of(self.model, block)
-                after(norm_of(self.model, block), self.tap_norm(number))
-                for name, slot in slots_of(self.architecture, block, experts=False).items():
-                    after(layer.get_submodule(name), self.tap_linear(number, name, slot))
-                for projection in projections(self.architecture, block):
+    def on_layer(
+        self, layer: int, unmasked: Unmasked, errors: Mapping[int, Errors]
+    ) -> Iterator[None]:
+        """Hooks on a layer, inside ``Gated.layer``, which gives the other arguments."""
+        model, architecture, self.unmasked = self.stack.model, self.stack.architecture, unmasked
+        with ExitStack() as hooks:
+            for number, block in numbered(architecture, layer):
+                inside, own = layer_of(model, block), errors.get(number, {})
+                norm = norm_of(model, block)
+                hooks.callback(norm.register_forward_hook(self.tap_norm(number)).remove)
+                for name, slot in slots_of(architecture, block, experts=False).items():
+                    tap = self.tap_linear(block, name, slot, own)
+                    module = inside.get_submodule(name)
+                    hooks.callback(module.register_forward_hook(tap).remove)
+                for projection in projections(architecture, block):
                     if projection.norm:
-                        norm = layer.get_submodule(projection.masked)
-                        tap = self.tap_gated_norm(number, projection.units)
-                        stack.callback(norm.register_forward_pre_hook(tap).remove)
-                if experts := fused_experts(self.model, self.architecture, block):
-                    experts.forward = self.experts_forward(number, experts)
-                    stack.callback(delattr, experts, "forward")  # the class's own shows again
+                        norm, tap = (
+                            inside.get_submodule(projection.masked),
+                            self.tap_gated_norm(number, projection.units),
+                        )
+                        hooks.callback(norm.register_forward_pre_hook(tap).remove)
+                if experts := fused_experts(model, architecture, block):
+                    forward = self.experts_forward(number, experts, own)
+                    hooks.enter_context(replaced_forward(experts, forward))
             yield
 
-    def backward(self, hidden: Tensor, gradient: Tensor, *, again: bool) -> dict[str, Tensor]:
-        """One row per sequence of every gate, from the gradient at the final hidden states.
+    @contextmanager
+    def on_final(self) -> Iterator[None]:
+        """Hooks on the final norm, inside ``Stack.head``."""
+        stack = self.stack
+        tap = self.tap_norm(len(stack.architecture.blocks))
+        with masked_final(stack, self.gated.keep) as self.unmasked, ExitStack() as hooks:
+            hooks.callback(final_norm(stack.model).register_forward_hook(tap).remove)
+            yield
 
-        ``again`` keeps the graph for another gradient.
+    def backward(
+        self,
+        run: Callable[[Tensor], Tensor],
+        input_BTD: Tensor,
+        gradients: Callable[[Tensor], Iterable[Tensor]],
+    ) -> tuple[list[Tensor], dict[str, Tensor]]:
+        """Gradients at the input of what is run, one for each draw, and the rows of every gate.
+
+        ``gradients`` gives those at its output, which it is called with.
         """
-        torch.autograd.backward(hidden, gradient, retain_graph=again)
-        found, self.rows = self.rows, {}
-        return {key: value.detach() for key, value in found.items()}
+        self.rows, self.sequences = {}, len(input_BTD)
+        leaf = input_BTD.detach().requires_grad_(True)
+        with torch.enable_grad():
+            output = run(leaf)
+        found = []
+        for self.draw, gradient in enumerate(gradients(output.detach())):
+            last = self.draw == self.draws - 1
+            [at_input] = torch.autograd.grad(output, leaf, gradient, retain_graph=not last)
+            found.append(at_input)
+        rows, self.rows = self.rows, {}
+        return found, rows
 
-    def add(self, key: str, value: Tensor) -> None:
-        """Add rows; several norms share the hidden channels, several matrices a unit's rounding."""
-        self.rows[key] = self.rows[key] + value if key in self.rows else value
+    def add(self, key: str, rows: Tensor, expert: Expert = None, *, once: bool = False) -> None:
+        """Add rows [sequences, *shape] of the draw that is under way to a key's.
+
+        Several norms share the hidden channels, several matrices a unit's rounding. Those of one
+        expert are a part of the key's. What there is ``once`` is [1, *shape], for all sequences and
+        draws.
+        """
+        if key not in self.rows:
+            leading = (1,) if once else (self.draws, self.sequences)
+            several = () if expert is None else (expert[1],)
+            self.rows[key] = rows.new_zeros(*leading, *several, *rows.shape[1:])
+        own = self.rows[key] if once else self.rows[key][self.draw]
+        (own if expert is None else own[:, expert[0]]).add_(rows)
 
     def tap_norm(self, number: int) -> Callable[..., None]:
         """Hook for a residual norm's output: the hidden channels."""
+        activation, slope, tokens = (f"hidden@{number}{suffix}" for suffix in SQUARES)
 
         def hook(module: nn.Module, args: Any, output: Tensor) -> None:
             value = output.detach()
 
             def rows(grad: Tensor) -> None:
-                self.add("hidden", (value * grad).sum(1))
+                self.add("hidden", of_sequences(value * grad))
                 if self.squares:
-                    parts = value.square(), grad.square(), torch.ones_like(value[..., :1])
-                    for suffix, part in zip(SQUARES, parts, strict=True):
-                        self.add(f"hidden@{number}{suffix}", part.sum(1))
+                    self.add(slope, squares_of(grad), once=True)
 
+            if self.squares:
+                self.add(activation, squares_of(value) * self.draws, once=True)
+                self.add(tokens, tokens_of(value) * self.draws, once=True)
             on_gradient(output, rows)
 
         return hook
 
     def tap_gated_norm(self, number: int, units: Units) -> Callable[..., None]:
         """Hook for dead units before a norm: the output projection after it never sees them."""
-        key = unit_key(self.architecture.blocks[number], units)
-        gone = 1 - unit_mask(self.architecture, self.keep, number, units)
+        architecture, keep = self.stack.architecture, self.gated.keep
+        key = unit_key(architecture.blocks[number], units)
+        gone = 1 - unit_mask(architecture, keep, number, units).to(self.stack.placement.device)
 
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            if (value := self.unmasked.inputs.get(module)) is None or not args[0].requires_grad:
+            if (value := self.unmasked.inputs.get(module)) is None:
                 return
 
             def rows(grad: Tensor) -> None:
-                self.add(key, (value * grad).sum(1).reshape(-1, *gone.shape) * gone)
+                self.add(key, of_sequences(value * grad).reshape(-1, *gone.shape) * gone)
 
             on_gradient(args[0], rows)
 
         return hook
 
-    def tap_linear(self, number: int, name: str, slot: Slot) -> Callable[..., Tensor]:
+    def tap_linear(
+        self, block: Block, name: str, slot: Slot, errors: Errors
+    ) -> Callable[..., None]:
         """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
+        own = {format: error[name] for format, error in errors.items()}
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> Tensor:
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = self.unmasked.inputs.get(module, args[0].detach())
-            return self.tap(number, name, slot, value, args[0], output, lambda v: v.sum(1))
+            self.tap(block, slot, own, value, args[0], output, of_sequences)
 
         return hook
 
     def tap(
         self,
-        number: int,
-        name: str,
+        block: Block,
         slot: Slot,
+        errors: Mapping[Format, Tensor],
         value: Tensor,
         x: Tensor,
         y: Tensor,
         gather: Gather,
-    ) -> Tensor:
-        """Tap y = W x, where ``value`` is x before its mask; y in the block's current format.
+        expert: Expert = None,
+    ) -> None:
+        """Tap y = W x, where ``value`` is x before its mask.
 
         Taken are the units that the input is made of, and what rounding W costs.
         """
-        block = self.architecture.blocks[number]
-        found = {
-            f: self.errors[number, f][name] for f in self.formats if (number, f) in self.errors
-        }
-        if (current := self.current.get(number, "bf16")) != "bf16":
-            y = y + x @ found[current].float().T
         units = units_of(parse(slot.shape)[1][0], block)
         reads_units = units is not None
+        squares = self.squares and units is not None and units.scalar
+        activation, slope, tokens = SQUARES
+
+        def add(side: int, rows: Tensor, suffix: str, *, once: bool = False) -> None:
+            self.add_units(block, slot, side, rows, suffix, expert, once=once)
 
         def read(grad: Tensor) -> None:
-            self.add_units(block, slot, 1, gather(value * grad), "")
-            if self.squares and units and units.scalar:
-                self.add_units(block, slot, 1, gather(value.square()), SQUARES[0])
-                self.add_units(block, slot, 1, gather(grad.square()), SQUARES[1])
-                ones = torch.ones_like(value[..., :1])
-                self.add(unit_key(block, units) + SQUARES[2], gather(ones))
+            add(1, gather(value * grad), "")
+            if squares:
+                add(1, squares_of(grad), slope, once=True)
 
         if reads_units and x.requires_grad:
+            if squares:
+                add(1, squares_of(value) * self.draws, activation, once=True)
+            if squares and units:
+                count = tokens_of(value) * self.draws
+                self.add(unit_key(block, units) + tokens, count, expert, once=True)
             on_gradient(x, read)
-        if not found or not y.requires_grad:
-            return y
+        if not errors:
+            return
         # The side that is made of units keeps its index; there are no units on the other one.
-        shifts = {} if reads_units else {f: value @ error.float().T for f, error in found.items()}
+        shifts = {} if reads_units else {f: value @ error.T for f, error in errors.items()}
 
         def rounding(grad: Tensor) -> None:
-            for format, error in found.items():
-                cost = value * (grad @ error.float()) if reads_units else grad * shifts[format]
-                self.add_units(block, slot, int(reads_units), gather(cost), f"/{format}")
+            for format, error in errors.items():
+                cost = value * (grad @ error) if reads_units else grad * shifts[format]
+                add(int(reads_units), gather(cost), f"/{format}")
 
         on_gradient(y, rounding)
-        return y
 
-    def add_units(self, block: Block, slot: Slot, side: int, rows: Tensor, suffix: str) -> None:
-        """Add [rows, features of one side of a weight] to the unit arrays they belong to."""
-        axis_sizes, offset = sizes(block) | {"hidden": self.architecture.hidden}, 0
-        experts = rows.shape[1:-1]
+    def add_units(
+        self,
+        block: Block,
+        slot: Slot,
+        side: int,
+        rows: Tensor,
+        suffix: str,
+        expert: Expert,
+        *,
+        once: bool = False,
+    ) -> None:
+        """Add [sequences, features of one side of a weight] to the unit arrays they belong to."""
+        axis_sizes, offset = sizes(block) | {"hidden": self.stack.architecture.hidden}, 0
         for product in parse(slot.shape)[side]:
             length = prod(axis_sizes[axis] for axis in product)
-            part, offset = rows[..., offset : offset + length], offset + length
+            part, offset = rows[:, offset : offset + length], offset + length
             units = units_of(product, block)
             if units is None:
-                self.add(f"{block_name(block)}/rest{suffix}", part.flatten(1).sum(1))
+                self.add(f"{block_name(block)}/rest{suffix}", part.sum(1), once=once)
                 continue
-            shaped = part if experts else to_units(part, product, units.axes, axis_sizes)
-            self.add(unit_key(block, units) + suffix, shaped)
+            if expert is None:
+                part = to_units(part, product, units.axes, axis_sizes)
+            self.add(unit_key(block, units) + suffix, part, expert, once=once)
 
-    def experts_forward(self, number: int, module: Any) -> Callable[..., Tensor]:
+    def experts_forward(self, number: int, module: Any, errors: Errors) -> Callable[..., Tensor]:
         """The fused experts' forward, expert by expert, with taps on each one's two matrices."""
-        block = self.architecture.blocks[number]
-        slots = slots_of(self.architecture, block, experts=True)
+        architecture = self.stack.architecture
+        block = architecture.blocks[number]
+        slots = slots_of(architecture, block, experts=True)
         (up, up_slot), (down, down_slot) = slots.items()
-        kept = unit_mask(self.architecture, self.keep, number, array_of(block, "expert"))
+        kept = unit_mask(architecture, self.gated.keep, number, array_of(block, "expert"))
+        kept = kept.to(self.stack.placement.device, self.stack.placement.dtype)
 
         def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-            length = x.shape[0] // self.sequences
-            output = torch.zeros_like(x)
-            for expert in range(len(kept)):
-                token, choice = torch.where(index == expert)
+            length = len(x) // self.sequences
+            output = torch.zeros_like(x, dtype=weight.dtype)
+            for expert, (token, choice) in enumerate(sent(index, len(kept))):
                 if not len(token):
                     continue
                 row = token // length
 
-                def gather(value: Tensor, expert: int = expert, row: Tensor = row) -> Tensor:
-                    rows = value.new_zeros(self.sequences, len(kept), value.shape[-1])
-                    rows[:, expert] = rows[:, expert].index_add(0, row, value)
-                    return rows
+                def gather(value: Tensor, row: Tensor = row) -> Tensor:
+                    rows = value.new_zeros(self.sequences, value.shape[-1], dtype=torch.float32)
+                    return rows.index_add_(0, row, value.float())
 
-                names = (up.format(expert=expert), down.format(expert=expert))
+                def tapped(
+                    name: str, slot: Slot, value: Tensor, seen: Tensor, put: Tensor,
+                    expert: int = expert, gather: Gather = gather,
+                ) -> None:  # fmt: skip
+                    own = {f: error[name.format(expert=expert)] for f, error in errors.items()}
+                    self.tap(block, slot, own, value, seen, put, gather, (expert, len(kept)))
+
                 seen = x[token]
                 before = seen @ module.up_proj[expert].T
-                before = self.tap(number, names[0], up_slot, seen.detach(), seen, before, gather)
+                tapped(up, up_slot, seen.detach(), seen, before)
                 inner = module.act_fn(before)
                 value, inner = inner.detach(), inner * kept[expert]
                 after = inner @ module.down_proj[expert].T
-                after = self.tap(number, names[1], down_slot, value, inner, after, gather)
-                output = output.index_add(0, token, after * weight[token, choice, None])
-            return output
+                tapped(down, down_slot, value, inner, after)
+                share = after * weight[token, choice, None]
+                output = output.index_add(0, token, share.to(output.dtype))
+            return output.to(x.dtype)
 
         return forward
 
-    sequences: int = 0  # rows of the batch that is under way; experts see flattened tokens
+
+def sent(index: Tensor, experts: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Of each expert its tokens [t], and which of a token's choices [t] it is."""
+    order = index.flatten().argsort(stable=True)
+    counts = torch.bincount(index.flatten(), minlength=experts).tolist()
+    for own in torch.split(order, counts):
+        yield own // index.shape[1], own % index.shape[1]
+
+
+def of_sequences(values: Tensor) -> Tensor:
+    """[sequences, tokens, features] summed over tokens, in fp32."""
+    return values.sum(1, dtype=torch.float32)
+
+
+def squares_of(values: Tensor) -> Tensor:
+    """Sums [1, features] of the squares of values [..., features], in fp32."""
+    return values.flatten(0, -2).float().square().sum(0, keepdim=True)
+
+
+def tokens_of(values: Tensor) -> Tensor:
+    """How many tokens values [..., features] have, [1, 1]."""
+    count = values[..., 0].numel()
+    return torch.full((1, 1), float(count), device=values.device)
 
 
 def on_gradient(tensor: Any, hook: Callable[[Tensor], None]) -> None:
-    """Call ``hook`` with the gradient of a tensor; the gradient itself stays as it is."""
-    tensor.register_hook(hook)
+    """Call ``hook`` with the gradient of a tensor if there is one; it stays as it is."""
+    if tensor.requires_grad:
+        tensor.register_hook(hook)
 
 
 def to_units(
@@ -273,17 +328,3 @@ def to_units(
     shape = [axis_sizes[axis] for axis in axes]
     known = [axis_sizes[axis] if axis in product else 1 for axis in axes]
     return (shaped.reshape(-1, *known) / (prod(shape) // prod(known))).expand(-1, *shape)
-
-
-def rounding_errors(
-    model: Any, architecture: Architecture, number: int, format: Format
-) -> dict[str, Tensor]:
-    """What a format adds to a block's weights, bf16, by module; empty if a shape refuses it."""
-    block = architecture.blocks[number]
-    if not block_takes(block, architecture.hidden, architecture.family, format):
-        return {}
-    weights = weights_of(model, architecture, block)
-    exact = {name: weight for name, (weight, _) in weights.items()}
-    fused = {name: slot.fused for name, (_, slot) in weights.items()}
-    rounded = fake_quantize_block(exact, fused, format)
-    return {name: (rounded[name] - exact[name]).bfloat16() for name in exact}

@@ -5,19 +5,25 @@ them back would change. Experts that are gone are never routed to; theirs has no
 put on a layer for its visit, and on the final norm.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from compress.model.architecture import Architecture, Block
-from compress.model.modules import final_norm, layer_of, mixer_of, norm_of
+from compress.model.modules import (
+    final_norm,
+    fused_experts,
+    layer_of,
+    mixer_of,
+    norm_of,
+    routed,
+)
 from compress.student.candidate import block_keep
-from compress.student.units import Units, projections
-from compress.sweep.placement import REFERENCE, Placement
+from compress.student.units import Units, array_of, projections
+from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
 
 BIAS = "e_score_correction_bias"
@@ -86,10 +92,9 @@ class Unmasked:
 
 @contextmanager
 def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unmasked]:
-    """A layer as in the student of ``keep``, all but the widths of routed experts.
+    """A layer as in the student of ``keep``.
 
-    Those are inside a fused module, whose forward ``taps.Taps`` replaces anyway. Inside the
-    layer's visit: the experts' bias is one of its buffers.
+    Inside the layer's visit: the experts' bias is one of its buffers.
     """
     model, architecture, unmasked = stack.model, stack.architecture, Unmasked(stack.placement)
     with ExitStack() as hooks:
@@ -114,6 +119,11 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 values = mask.repeat_interleave(projection.features)
                 module = layer_of(model, block).get_submodule(path)
                 hooks.callback(unmasked.mask(module, values, count).remove)
+            if "expert_ffn" in own:
+                experts = fused_experts(model, architecture, block)
+                mask = unit_mask(architecture, keep, number, array_of(block, "expert_ffn"))
+                mask = mask.to(stack.placement.device, stack.placement.dtype)
+                hooks.enter_context(replaced_forward(experts, narrow(experts, mask)))
             if whole and "expert" in own:
                 gate = mixer_of(model, block).gate
                 bias: Tensor = getattr(gate, BIAS)
@@ -121,6 +131,33 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 hooks.callback(setattr, gate, BIAS, bias)
                 setattr(gate, BIAS, bias.index_fill(0, gone, -torch.inf))
         yield unmasked
+
+
+def narrow(experts: Any, mask: Tensor) -> Callable[..., Tensor]:
+    """A forward of fused experts whose neurons are masked, [experts, neurons]."""
+
+    def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
+        output = torch.zeros_like(x, dtype=weight.dtype)
+        for expert, (token, neurons, share) in enumerate(routed(experts, x, index, weight)):
+            own = (neurons * mask[expert]) @ experts.down_proj[expert].T * share
+            output = output.index_add(0, token, own.to(output.dtype))
+        return output.to(x.dtype)
+
+    return forward
+
+
+@contextmanager
+def replaced_forward(module: Any, forward: Callable[..., Tensor]) -> Iterator[None]:
+    """A module with another forward; its own, or the one that it had, is back afterwards."""
+    before = vars(module).get("forward")
+    module.forward = forward
+    try:
+        yield
+    finally:
+        if before is None:
+            del module.forward  # the class's own shows again
+        else:
+            module.forward = before
 
 
 @contextmanager
@@ -148,16 +185,3 @@ def numbered(architecture: Architecture, layer: int) -> list[tuple[int, Block]]:
 def dropped(kept: Tensor, size: int) -> Tensor:
     """Indices that are not kept."""
     return torch.ones(size, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()
-
-
-@contextmanager
-def masked_model(
-    model: Any, architecture: Architecture, keep: Mapping[str, Tensor]
-) -> Iterator[Unmasked]:
-    """A whole model as the student of ``keep``, for what does not visit it layer by layer yet."""
-    stack: Any = SimpleNamespace(model=model, architecture=architecture, placement=REFERENCE)
-    with ExitStack() as parts:
-        unmasked = parts.enter_context(masked_final(stack, keep))
-        for layer in range(architecture.layers):
-            parts.enter_context(masked(stack, layer, keep)).inputs = unmasked.inputs
-        yield unmasked

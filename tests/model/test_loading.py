@@ -25,6 +25,7 @@ from compress.model.families.settings import ACTIVATIONS
 from compress.model.find import resolve_model
 from compress.model.modules import final_hidden, head_of
 from compress.scores.contributions import contributions
+from compress.sweep.stack import stack_of
 
 TOKENS = torch.randint(0, 128, (2, 12), generator=torch.Generator().manual_seed(1))
 GONE = "no such key"
@@ -331,6 +332,6 @@ def test_logits_that_are_no_numbers_are_one_line(
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
     checkpoint, model = open_checkpoint(path), load_model(path)
     with pytest.raises(InputError, match="logits are not finite on this text"):
-        contributions(model, checkpoint.architecture, TOKENS, 1, [])
+        contributions(stack_of(checkpoint), TOKENS, 1, [])
     with pytest.raises(InputError, match="predicts NaN or infinite logits on this text"):
         on_text(model, model, [final_hidden(model, TOKENS)], TOKENS, np.array([12, 12]))

@@ -16,7 +16,7 @@ from compress.formats.fake import fake_quantize_block
 from compress.measure.losses import kl_from_hidden
 from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.build import load_model
-from compress.model.checkpoint import open_checkpoint
+from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.modules import final_hidden, head_of, weights_of
 from compress.scores.contributions import contributions
 from compress.scores.costs import (
@@ -32,6 +32,8 @@ from compress.scores.costs import (
     whole,
 )
 from compress.student.units import UNITS, unit_key
+from compress.sweep.stack import stack_of
+from teachers import stack_with
 
 LENGTH = 16
 TOKENS = torch.randint(0, 128, (24, LENGTH), generator=torch.Generator().manual_seed(7))
@@ -47,14 +49,17 @@ def exact(model: PreTrainedModel, teacher: Tensor) -> float:
 
 
 @pytest.fixture(scope="module", params=["llama", "hybrid"])
-def scored(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory):
+def teacher(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
     # Every expert is always chosen: a router that flips is a jump that no gradient sees.
     config = TINY[request.param] | {"num_experts_per_tok": 6}
     path = write_tiny(tmp_path_factory.mktemp("scores") / "m", config, dtype=torch.float32)
-    model = load_model(path)
-    architecture = open_checkpoint(path).architecture
-    found = contributions(model, architecture, TOKENS, 24, ["fp8", "nvfp4"])
-    return model, architecture, Scores(found, {}, {}, LENGTH)
+    return open_checkpoint(path)
+
+
+@pytest.fixture(scope="module")
+def scored(teacher: Checkpoint) -> tuple[PreTrainedModel, Architecture, Scores]:
+    found = contributions(stack_of(teacher), TOKENS, 24, ["fp8", "nvfp4"])
+    return load_model(teacher.path), teacher.architecture, Scores(found, {}, {}, LENGTH)
 
 
 def test_the_prediction_is_second_order_exact_for_whole_blocks(scored) -> None:
@@ -98,28 +103,15 @@ def test_format_contributions_predict_the_kl_of_rounding(scored) -> None:
         assert predicted == pytest.approx(measured, rel=0.35), block_name(block)
 
 
-def test_batches_and_their_order_do_not_matter(scored) -> None:
-    model, architecture, _ = scored
-    first = contributions(model, architecture, TOKENS[:6], 2, ["fp8"], batch=6)
-    order = torch.tensor([3, 1, 5, 0, 2, 4])
-    second = contributions(model, architecture, TOKENS[:6][order], 2, ["fp8"], batch=4)
-    for key, rows in first.items():
-        squares = rows.square().mean(0)
-        torch.testing.assert_close(second[key].square().mean(0), squares, rtol=1e-3, atol=1e-5)
-
-
 def neurons(architecture: Architecture) -> list[tuple[Block, str]]:
     """Blocks with an axis whose units are one number per token."""
     axes = ("ffn", "shared_ffn", "expert_ffn")
     return [(block, axis) for block in architecture.blocks for axis in axes if axis in sizes(block)]
 
 
-def test_neurons_are_ranked_with_less_noise(scored) -> None:
-    model, architecture, _ = scored
-    halves = [
-        Scores(contributions(model, architecture, rows, 2, []), {}, {}, LENGTH)
-        for rows in TOKENS.chunk(2)
-    ]
+def test_neurons_are_ranked_with_less_noise(teacher: Checkpoint) -> None:
+    stack, architecture = stack_of(teacher), teacher.architecture
+    halves = [Scores(contributions(stack, rows, 2, []), {}, {}, LENGTH) for rows in TOKENS.chunk(2)]
     for block, axis in neurons(architecture):
         noise = {
             ranked: spearmanr(*(ranked(half, block, axis).flatten() for half in halves)).statistic
@@ -159,14 +151,14 @@ def test_squares_of_neurons_are_those_of_the_activations(scored) -> None:
 
 def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m", TINY["hybrid"], dtype=torch.float32)
-    model, architecture = load_model(path), open_checkpoint(path).architecture
-    layers = model.model.layers
+    model, checkpoint = load_model(path), open_checkpoint(path)
+    layers, architecture = model.model.layers, checkpoint.architecture
     layers[3].mixer.down_proj.weight[:, 5] = 0
     layers[2].mixer.o_proj.weight[:, 16:32] = 0  # KV group 0, query head 1
     layers[0].mixer.out_proj.weight[:, 6 * 16 : 7 * 16] = 0  # group 1, head 2
     layers[1].mixer.experts.down_proj[4] = 0
     layers[1].mixer.shared_experts.down_proj.weight[:, 9] = 0
-    scores = Scores(contributions(model, architecture, TOKENS, 2, []), {}, {}, LENGTH)
+    scores = Scores(contributions(stack_with(checkpoint, model), TOKENS, 2, []), {}, {}, LENGTH)
     mamba, moe, attention, ffn = architecture.blocks[:4]
     assert importance(scores, ffn, "ffn").argmin() == 5
     assert importance(scores, attention, "query")[0].argmin() == 1

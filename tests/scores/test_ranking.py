@@ -75,7 +75,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stack, Architectur
     checkpoint, model = open_checkpoint(path), load_model(path)
     kill(model)
     architecture, stack = checkpoint.architecture, stack_with(checkpoint, model)
-    found = contributions(model, architecture, TOKENS, 4, [])
+    found = contributions(stack, TOKENS, 4, [])
     exact = removal_costs(stack, TOKENS)
     rankings = activation_scores(stack, TOKENS)
     return stack, architecture, Scores(found, exact, {}, LENGTH, rankings)

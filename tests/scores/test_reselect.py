@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -20,27 +19,29 @@ from compress.scores.reselect import FEWEST, certainly_lower, lower, moved, rese
 from compress.scores.tangent import Tangent, tangent
 from compress.student.candidate import Candidate
 from compress.student.surgery import student_tensors
+from compress.sweep.stack import Stack, stack_of
 
 LENGTH = 16
 TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(2))
 CUTS = [case for case, (_, keep, _) in CASES.items() if keep.keys() - {"blocks"}]
 
 
-def prepared(path: Path) -> tuple[Any, Reference, Scores]:
-    """The teacher's model, its text and its scores."""
+def prepared(path: Path) -> tuple[Stack, Reference, Scores]:
+    """The teacher's stack, its text and its scores."""
     model, teacher = load_model(path), open_checkpoint(path)
-    made = contributions(model, teacher.architecture, TOKENS, 2, [], 0)
-    return model, reference(teacher, model, TOKENS), Scores(made, {}, {}, LENGTH)
+    stack = stack_of(teacher)
+    made = contributions(stack, TOKENS, 2, [], 0)
+    return stack, reference(teacher, model, TOKENS), Scores(made, {}, {}, LENGTH)
 
 
 @pytest.mark.parametrize("trust", [1.0, 1e-9])
 @pytest.mark.parametrize("case", CUTS)
 def test_sizes_stay_and_no_trust_changes_nothing(case: str, trust: float, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
-    model, text, scores = prepared(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    stack, text, scores = prepared(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
     teacher = text.teacher.architecture
     student = candidate(teacher, keep)
-    found = reselected(student, tangent(model, student, text, []), scores, teacher, trust)
+    found = reselected(student, tangent(stack, student, text, []), scores, teacher, trust)
     assert found.architecture == student.architecture
     assert found.keep.keys() == student.keep.keys()
     for key, index in found.keep.items():
@@ -61,10 +62,10 @@ def test_a_unit_that_matters_comes_back_for_one_that_is_dead(tmp_path: Path) -> 
         down[:, 3] = 0
         down[:, 80] *= 4
     model.save_pretrained(path)
-    model, text, scores = prepared(path)
+    stack, text, scores = prepared(path)
     teacher = text.teacher.architecture
     student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
-    found = reselected(student, tangent(model, student, text, []), scores, teacher, 1.0)
+    found = reselected(student, tangent(stack, student, text, []), scores, teacher, 1.0)
     kept = found.keep["layers.1.ffn/ffn"].tolist()
     assert 80 in kept
     assert 3 not in kept
@@ -85,14 +86,14 @@ def copied(path: Path) -> Path:
 
 
 def test_rounds_bring_back_units_that_are_missed_together(tmp_path: Path) -> None:
-    model, text, scores = prepared(copied(tmp_path / "m"))
+    stack, text, scores = prepared(copied(tmp_path / "m"))
     student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(80)})
     before = torch.cat(list(measure(student, text)))
     kls = [float(before.mean())]
     for rounds in range(1, 4):
         found, values = reselect(
             student, before, text, [text] * rounds, measure,
-            lambda other, there: tangent(model, other, there, []), scores,
+            lambda other, there: tangent(stack, other, there, []), scores,
         )  # fmt: skip
         assert torch.equal(values, torch.cat(list(measure(found, text))))
         kls.append(float(values.mean()))
@@ -104,13 +105,13 @@ def test_rounds_bring_back_units_that_are_missed_together(tmp_path: Path) -> Non
 def test_a_round_that_helps_on_one_text_alone_changes_nothing_and_is_the_last(
     worse_on: str, tmp_path: Path
 ) -> None:
-    model, text, scores = prepared(copied(tmp_path / "m"))
+    stack, text, scores = prepared(copied(tmp_path / "m"))
     student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(80)})
     slopes, tangents, seen = text.part(0, 12), list[Candidate](), list[Reference]()
 
     def at(other: Candidate, there: Reference) -> Tangent:
         tangents.append(other)
-        return replace(tangent(model, other, there, []), kl=torch.ones(12))
+        return replace(tangent(stack, other, there, []), kl=torch.ones(12))
 
     def measured(other: Candidate, on: Reference) -> Iterator[Tensor]:
         seen.append(on)
@@ -134,12 +135,12 @@ def test_a_round_that_helps_on_one_text_alone_changes_nothing_and_is_the_last(
 def test_a_round_ends_with_the_first_step_that_helps_and_looks_at_the_slopes_text_last(
     tmp_path: Path,
 ) -> None:
-    model, text, scores = prepared(copied(tmp_path / "m"))
+    stack, text, scores = prepared(copied(tmp_path / "m"))
     student = candidate(text.teacher.architecture, {"layers.1.ffn/ffn": torch.arange(80)})
     slopes, seen = text.part(0, 12), list[str]()
 
     def at(other: Candidate, there: Reference) -> Tangent:
-        return replace(tangent(model, other, there, []), kl=torch.ones(12))
+        return replace(tangent(stack, other, there, []), kl=torch.ones(12))
 
     def measured(other: Candidate, on: Reference) -> Iterator[Tensor]:
         seen.append("slopes" if on is slopes else "select")
@@ -154,12 +155,12 @@ def test_a_round_ends_with_the_first_step_that_helps_and_looks_at_the_slopes_tex
 
 def test_one_sequence_says_nothing_of_slopes(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
-    model, text, scores = prepared(path)
+    stack, text, scores = prepared(path)
     teacher = text.teacher.architecture
     student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
-    one = tangent(model, student, text.part(0, 1), [])
+    one = tangent(stack, student, text.part(0, 1), [])
     assert moved(student, reselected(student, one, scores, teacher, 1.0), teacher) == 0
-    some = tangent(model, student, text, [])
+    some = tangent(stack, student, text, [])
     assert moved(student, reselected(student, some, scores, teacher, 1.0), teacher) > 0
 
 

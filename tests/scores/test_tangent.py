@@ -14,11 +14,13 @@ from compress.model.architecture import block_name
 from compress.model.build import build_model, load_model, student_config
 from compress.model.checkpoint import open_checkpoint
 from compress.model.modules import head_of
-from compress.scores.tangent import tangent
+from compress.scores.gradients import entering
+from compress.scores.tangent import gated_teacher, tangent
 from compress.scores.taps import Taps
 from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
 from compress.student.surgery import student_tensors
 from compress.student.units import array_of, unit_key
+from compress.sweep.stack import final_states, stack_of
 
 LENGTH = 16
 TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_seed(2))
@@ -38,17 +40,19 @@ def test_the_gated_teacher_computes_the_student(case: str, tmp_path: Path) -> No
     config = student_config(teacher.config, student.architecture)
     cut = build_model(config, student.architecture, student_tensors(teacher, student))
     expected = cut.model(input_ids=TOKENS, use_cache=False).last_hidden_state
-    model = load_model(path)
-    whole = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state
-    with Taps(model, teacher.architecture, [], student.keep).attached(len(TOKENS)):
-        found = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    whole = load_model(path).model(input_ids=TOKENS, use_cache=False).last_hidden_state
+    stack = stack_of(teacher)
+    gated = gated_teacher(stack, student, teacher, None)
+    taps = Taps(gated)
+    with torch.no_grad(), stack.head(), taps.on_final():
+        [last] = entering(gated, [TOKENS])[-1]
+        found = stack.normed(last)
     if "hidden" in keep:
         found = found[..., keep["hidden"]]
     # The hybrid's config has one eps for both of its norms: a hidden cut changes the other's too.
     close = 3e-3 if case == "hybrid hidden" else 5e-4
     torch.testing.assert_close(found, expected, atol=close, rtol=close)
-    again = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state
-    assert torch.equal(again, whole), "masks and hooks are gone afterwards"
+    assert torch.equal(final_states(stack, [TOKENS])[0], whole), "masks and hooks are gone"
 
 
 @pytest.mark.parametrize("unit", [3, 80])
@@ -59,7 +63,7 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
     model, text = text_of(path)
     architecture = text.teacher.architecture
     student = candidate(architecture, {"layers.1.ffn/ffn": torch.arange(64)})
-    found = tangent(model, student, text, [])
+    found = tangent(stack_of(text.teacher), student, text, [])
     block = architecture.blocks[3]
     slope = float(found.slope[unit_key(block, array_of(block, "ffn"))][:, unit].mean()) / LENGTH
 
@@ -90,10 +94,11 @@ def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Pa
     number = [block_name(b) for b in architecture.blocks].index(block)
     student = replace(candidate(architecture, keep), repaired=frozenset([number]))
     expected = torch.cat(list(measure(student, text, grams)))
-    before = {name: weight.clone() for name, weight in model.state_dict().items()}
-    found = tangent(model, student, text, [], grams).kl
+    stack = stack_of(text.teacher)
+    before = final_states(stack, [TOKENS])[0]
+    found = tangent(stack, student, text, [], grams).kl
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
     assert not torch.allclose(
         expected, torch.cat(list(measure(candidate(architecture, keep), text)))
     )
-    assert all(torch.equal(before[name], weight) for name, weight in model.state_dict().items())
+    assert torch.equal(final_states(stack, [TOKENS])[0], before)

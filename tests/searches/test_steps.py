@@ -10,7 +10,6 @@ import pytest
 import torch
 from optuna.trial import FrozenTrial, TrialState, create_trial
 
-from compress.model.build import load_model
 from compress.scores.costs import kl_of, whole
 from compress.scores.tangent import Tangent, tangent, turn
 from compress.searches.knapsack import Overlap, solve
@@ -37,6 +36,7 @@ from compress.searches.space import REMOVED, Option
 from compress.searches.steps import formats_kept, place, propose
 from compress.searches.study import explore
 from compress.student.candidate import Candidate
+from compress.sweep.stack import stack_of
 from teachers import Teacher, settings, shown
 
 
@@ -46,8 +46,8 @@ def hybrid(tiny_hybrid: Path) -> Teacher:
 
 
 def linearizer(teacher: Teacher) -> Callable[[Candidate, int], Tangent]:
-    model, formats = load_model(teacher.path), ["fp8", "nvfp4"]
-    return lambda candidate, number: tangent(model, candidate, turn(teacher.text, number), formats)
+    stack, formats = stack_of(teacher.checkpoint), ["fp8", "nvfp4"]
+    return lambda candidate, number: tangent(stack, candidate, turn(teacher.text, number), formats)
 
 
 def whole_teacher(problem: Problem) -> Proposal:

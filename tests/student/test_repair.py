@@ -302,7 +302,7 @@ def test_experts_that_go_are_not_repaired(teachers: Teachers) -> None:
 def problem(teachers: Teachers) -> Problem:
     teacher = teachers["hybrid"]
     architecture = teacher.checkpoint.architecture
-    found = contributions(teacher.model, architecture, TOKENS[:4], 2, ["fp8", "nvfp4"])
+    found = contributions(stack_of(teacher.checkpoint), TOKENS[:4], 2, ["fp8", "nvfp4"])
     scores = Scores(
         found, removal_costs(stack_of(teacher.checkpoint), TOKENS[:4]), {"fp8": 1e-3}, 48
     )

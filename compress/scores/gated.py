@@ -1,0 +1,98 @@
+"""The gated teacher, visited layer by layer: it computes a student, and what formats would add."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from compress.formats.fake import fake_quantize_block
+from compress.formats.table import Format
+from compress.memory.footprint import block_takes
+from compress.model.architecture import Architecture, Block
+from compress.model.modules import fused_experts, layer_of, slots_of, weights_of
+from compress.student.masks import Unmasked, masked, numbered
+from compress.sweep.stack import Stack
+
+# What formats add to a block's weights [out, in], by module.
+Errors = Mapping[Format, Mapping[str, Tensor]]
+# Changes the weights of a block of this number, by module.
+Refit = Callable[[int, Mapping[str, Tensor]], None]
+
+
+@dataclass(frozen=True)
+class Gated:
+    """The teacher of a stack as the student that keeps ``keep``, its blocks in ``current`` formats.
+
+    ``current`` maps teacher block numbers to formats, BF16 where it has none; ``refit`` changes the
+    weights of the blocks ``refitted`` before they are rounded. Without any of it: the teacher.
+    """
+
+    stack: Stack
+    keep: Mapping[str, Tensor] = field(default_factory=dict)
+    current: Mapping[int, Format] = field(default_factory=dict)
+    refitted: frozenset[int] = frozenset()
+    refit: Refit = lambda number, weights: None
+
+    @contextmanager
+    def layer(
+        self, layer: int, formats: Sequence[Format] = ()
+    ) -> Iterator[tuple[Unmasked, dict[int, Errors]]]:
+        """A layer as the student's, in its visit, and what ``formats`` add to its blocks.
+
+        Those are by block number, against BF16 weights, of the formats that a block's shapes take.
+        """
+        model, architecture = self.stack.model, self.stack.architecture
+        errors: dict[int, Errors] = {}
+        with ExitStack() as inside:
+            unmasked = inside.enter_context(masked(self.stack, layer, self.keep))
+            for number, block in numbered(architecture, layer):
+                current = self.current.get(number, "bf16")
+                rounded = current != "bf16"
+                if rounded or number in self.refitted:
+                    inside.enter_context(copied(model, architecture, block))
+                named = weights_of(model, architecture, block)
+                weights = {name: weight for name, (weight, _) in named.items()}
+                if number in self.refitted:
+                    self.refit(number, weights)
+                asked = dict.fromkeys((*formats, current) if rounded else formats)
+                found = {f: rounding_errors(architecture, block, named, f) for f in asked}
+                for name, error in found[current].items() if rounded else ():
+                    weights[name].add_(error)
+                errors[number] = {f: found[f] for f in formats if found[f]}
+            yield unmasked, errors
+
+
+@contextmanager
+def copied(model: Any, architecture: Architecture, block: Block) -> Iterator[None]:
+    """A block's quantizable weights as copies, which may be changed: the own ones come back."""
+    layer = layer_of(model, block)
+    owners = [
+        (layer.get_submodule(n), "weight") for n in slots_of(architecture, block, experts=False)
+    ]
+    if experts := fused_experts(model, architecture, block):
+        owners += [(experts, name) for name in ("up_proj", "down_proj")]
+    with ExitStack() as back:
+        for module, name in owners:
+            own = getattr(module, name)
+            back.callback(setattr, module, name, own)
+            setattr(module, name, nn.Parameter(own.clone(), requires_grad=False))
+        yield
+
+
+@torch.no_grad()
+def rounding_errors(
+    architecture: Architecture,
+    block: Block,
+    weights: Mapping[str, tuple[Tensor, Any]],
+    format: Format,
+) -> dict[str, Tensor]:
+    """What a format adds to a block's weights, by module; empty if a shape refuses it."""
+    if not block_takes(block, architecture.hidden, architecture.family, format):
+        return {}
+    exact = {name: weight for name, (weight, _) in weights.items()}
+    fused = {name: slot.fused for name, (_, slot) in weights.items()}
+    rounded = fake_quantize_block(exact, fused, format)
+    return {name: rounded[name] - exact[name] for name in exact}
