@@ -15,11 +15,12 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from compress.core.errors import InputError
-from compress.measure.losses import kl_from_hidden
+from compress.measure.mean_kl import mean_kl_from_hidden
 from compress.model.modules import Head, final_hidden, head_of
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.states import StoredStates
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
+from compress.train.optimizers import bytes_of
 from compress.train.recipes import OptimizerName
 
 # Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
@@ -27,8 +28,9 @@ MICRO_TOKENS = 1024
 # Numbers kept for the backward pass for each that a matrix product reads or gives: what is between
 # products (norms, activations, attention) keeps about as many.
 KEPT = 2
-# Share of the memory that they may take; more, and every layer is computed again instead.
-ACTIVATION_SHARE = 0.25
+# Share that they may take of the memory beside the weights and what trains them; more, and every
+# layer is computed again instead.
+ACTIVATION_SHARE = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -83,11 +85,7 @@ def distill(
     student.requires_grad_(True)
     student.train(True)
     micro = max(MICRO_TOKENS // rows.shape[1], 1)
-    again = placement.memory is not None and (
-        activation_bytes(student, micro * rows.shape[1], placement)
-        > ACTIVATION_SHARE * placement.memory
-    )
-    recompute(student, again)
+    recompute(student, is_tight(student, micro * rows.shape[1], settings.optimizer, placement))
     numbers = torch.arange(len(rows))[:, None]
 
     def loss_of(step: int) -> Iterator[Tensor]:
@@ -146,14 +144,18 @@ def kl(
     teacher_ND = teacher.states[index].to(device, dtype).flatten(0, 1)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         student_ND = final_hidden(student, ids_BT.to(device)).flatten(0, 1)
-        return kl_from_hidden(student_ND, head_of(student), teacher_ND, teacher.head).mean()
+        return mean_kl_from_hidden(student_ND, head_of(student), teacher_ND, teacher.head)
 
 
-def activation_bytes(student: Any, tokens: int, placement: Placement) -> int:
-    """About what a forward pass over so many tokens keeps for the backward pass."""
+def is_tight(student: Any, tokens: int, optimizer: OptimizerName, placement: Placement) -> bool:
+    """Whether what a forward pass over so many tokens keeps would take too much of the memory."""
+    if placement.memory is None:
+        return False
+    trained = sum(p.numel() for p in student.parameters()) * bytes_of(optimizer, placement)
     matrices = (weight for weight in student.model.layers.parameters() if weight.ndim > 1)
-    numbers = sum(sum(weight.shape[-2:]) for weight in matrices)
-    return KEPT * numbers * tokens * placement.dtype.itemsize
+    numbers = KEPT * tokens * sum(sum(weight.shape[-2:]) for weight in matrices)
+    free: float = placement.memory - trained
+    return bool(numbers * placement.dtype.itemsize > ACTIVATION_SHARE * free)
 
 
 def recompute(student: Any, again: bool) -> None:

@@ -88,6 +88,13 @@ def weights_dtype(name: OptimizerName, placement: Placement) -> torch.dtype:
     return torch.float32 if name == "adamw" else placement.dtype
 
 
+def bytes_of(name: OptimizerName, placement: Placement) -> int:
+    """Bytes that a trained parameter takes on the placement, with all that trains it."""
+    if name == "adamw":
+        return 16
+    return 2 * placement.dtype.itemsize + (2 if name == "adamw8bit" else 0)
+
+
 def optimizer_of(
     model: nn.Module, name: OptimizerName, learning_rate: float, weight_decay: float
 ) -> Optimizer:
