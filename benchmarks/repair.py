@@ -24,7 +24,7 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
 from compress.searches.problem import Globals, Problem
 from compress.searches.space import Option, load_space
-from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.grams import HALVES, Grams, save_grams
 from compress.student.repair import repair_ratio
 
 SHARES = (0.75, 0.5, 0.25)
@@ -44,7 +44,7 @@ def main() -> None:
         final_tokens={"type": int, "default": 8192},
     )
     found = subject(settings)
-    architecture, model = found.checkpoint.architecture, found.model
+    model = found.model
     rows = found.rows("score", settings.score_tokens)
     scored = contributions(found.stack, rows, 2, [], settings.seed)
     scores = Scores(scored, {}, {}, rows.shape[1])
@@ -55,11 +55,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         file, clock = Path(folder) / "grams.safetensors", Clock()
         rows = found.rows("score", settings.repair_tokens)
-        halves = {
-            half: gram_matrices(model, architecture, rows[start::2])
-            for start, half in enumerate(HALVES)
-        }
-        save_grams(halves, file)
+        halves = {half: rows[start::2] for start, half in enumerate(HALVES)}
+        save_grams(found.stack, halves, file)
         facts = {"gram seconds": clock.seconds, "gram bytes": file.stat().st_size}
         fits = {ridge: Grams(file, ridge) for ridge in RIDGES}
         table = [row_of(share, scores, fits, select, final) for share in SHARES]

@@ -42,7 +42,7 @@ from compress.scores.tangent import Tangent, tangent, turn
 from compress.searches.problem import Problem
 from compress.searches.space import load_space
 from compress.student.candidate import Candidate
-from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.grams import HALVES, Grams, save_grams
 from compress.student.repair import repair_ratio
 
 SPACE = Path(__file__).parent / "thin.yaml"
@@ -97,7 +97,7 @@ def main() -> None:
 @contextmanager
 def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
     """Scores, what they cost in token-forwards, and the Gram matrices of repair."""
-    settings, architecture, cost = found.settings, found.checkpoint.architecture, Cost()
+    settings, cost = found.settings, Cost()
     rows = found.rows("score", settings.score_tokens, settings.score_length)
     with metered(found.stack.model, cost):
         made = contributions(found.stack, rows, settings.draws, [], settings.seed)
@@ -106,11 +106,8 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
     text = found.rows("score", settings.repair_tokens, settings.length, settings.seed + 1)
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "grams.safetensors"
-        halves = {
-            half: gram_matrices(found.model, architecture, text[start::2])
-            for start, half in enumerate(HALVES)
-        }
-        save_grams(halves, file)
+        halves = {half: text[start::2] for start, half in enumerate(HALVES)}
+        save_grams(found.stack, halves, file)
         rankings = activation_scores(found.stack, rows)
         yield (
             Scores(made, exact, {}, settings.score_length, rankings),

@@ -7,7 +7,6 @@ are another, only for spaces that repair what they cut.
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 from safetensors.torch import load_file
@@ -26,7 +25,7 @@ from compress.scores.kv import kv_costs
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
-from compress.student.grams import HALVES, RIDGE, Grams, gram_matrices, save_grams
+from compress.student.grams import HALVES, RIDGE, Grams, save_grams
 from compress.sweep.stack import Stack
 
 Advance = Callable[[int, str], None]
@@ -131,23 +130,19 @@ def replay_rows(architecture: Architecture, rows: Tensor, tokens: int) -> int:
 def gram_inputs(session: Session) -> dict[str, object]:
     """What decides the Gram matrices, and every student that is made with them."""
     tokens = session.recipe.repair_tokens
-    return {"session": session.identity(), "tokens": tokens, "ridge": RIDGE}
+    return {"session": session.identity(), "tokens": tokens, "ridge": RIDGE, "version": 2}
 
 
 def gram_file(session: Session) -> Grams:
     """Gram matrices of the session's teacher on score text, computed where missing."""
     run, inputs = session.run, gram_inputs(session)
-    grams = Grams(run.path / "scores" / "grams.safetensors")
+    grams = Grams(run.path / "scores" / "grams.safetensors", placement=session.placement)
     if run.stage_done(REPAIR, inputs, grams.file):
         return grams
-    rows = session.rows("score", repair_tokens(session))
-    with progress("score: what output projections read", len(rows)) as advance:
-        made = partial(gram_matrices, session.model, session.architecture)
-        halves = {
-            half: made(rows[start::2], progress=lambda count: advance(count, ""))
-            for start, half in enumerate(HALVES)
-        }
-    save_grams(halves, grams.file)
+    rows, stack = session.rows("score", repair_tokens(session)), session.stack
+    halves = {half: rows[start::2] for start, half in enumerate(HALVES)}
+    with progress("score: what output projections read", stack.layers) as advance:
+        save_grams(stack, halves, grams.file, progress=lambda layers: advance(layers, ""))
     run.sign(REPAIR, inputs)
     return grams
 

@@ -25,6 +25,9 @@ from compress.searches.space import (
 )
 from compress.student.candidate import Candidate, Ranking, student_architecture
 
+# The share of a block's squared error that repair leaves, from its number and kept indices; those
+# of its other cuts are made at once.
+Repairs = Callable[[int, Mapping[str, Tensor], Sequence[Mapping[str, Tensor]]], float]
 # One option of a group: what each of its blocks does.
 Choice = tuple[tuple[int, Option], ...]
 
@@ -47,8 +50,7 @@ class Problem:
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
     of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
     ``ranking`` decides which units stay, not what they cost. With ``repair_ratio`` every cut block
-    is repaired: it gives the share of its squared error that this leaves, from its number and kept
-    indices. Where only whole layers may go, one costs the sum of what its blocks cost alone.
+    is repaired. Where only whole layers may go, one costs the sum of what its blocks cost alone.
     """
 
     teacher: Architecture
@@ -59,7 +61,7 @@ class Problem:
     blind_to_rounding: bool = False
     active: int | None = None
     ranking: Ranking = "contribution"
-    repair_ratio: Callable[[int, Mapping[str, Tensor]], float] | None = None
+    repair_ratio: Repairs | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
 
@@ -129,7 +131,11 @@ class Problem:
         """The share of an option's structure cost that its repair leaves; 1 without repair."""
         if self.repair_ratio is None or not option.target:
             return 1.0
-        return self.repair_ratio(number, self.keep_of(number, option))
+        # All cuts of a block at once.
+        known = block_options(self.teacher, number, self.space, {}, self.teacher.hidden)
+        targets = dict.fromkeys(other.target for other in known if other.target)
+        others = [self.keep_of(number, Option(target)) for target in targets]
+        return self.repair_ratio(number, self.keep_of(number, option), others)
 
     def option_bytes(self, number: int, option: Option, globals_: Globals) -> int:
         """Bytes that a block takes under an option: weights, KV cache and states."""

@@ -3,15 +3,17 @@
 A block's output is X W^T, where X [tokens, d] is what its output projection W [out, d] reads. With
 only the columns k kept and r gone, the weight whose output is nearest to the teacher's is
 
-    argmin |X_k W'^T - X W^T|^2 + lambda |W' - W_k|^2 = W_k + W_r G_rk (G_kk + lambda I)^-1
+    argmin |X_k V^T - X W^T|^2 + lambda |V - W_k|^2 = W_k + W_r G_rk (G_kk + lambda I)^-1
 
-with the Gram matrix G = X^T X: one matrix per projection serves every cut of its block. It is the
-channel reconstruction of He et al. 2017 (arXiv 1707.06168, eq. 1) with the ridge toward the
-teacher's weights, and the cheap counterpart of Puzzle's blockwise local distillation (arXiv
-2411.19146). Rows of W' do not depend on each other: a cut of the hidden size only leaves some out.
+with the Gram matrix G = X^T X: one matrix per projection serves every cut of its block, and one
+factor all that lie in each other (``refits``). It is the channel reconstruction of He et al. 2017
+(arXiv 1707.06168, eq. 1) with the ridge toward the teacher's weights, and the cheap counterpart of
+Puzzle's blockwise local distillation (arXiv 2411.19146). Rows of V do not depend on each other: a
+cut of the hidden size only leaves some out. Where the student's columns are larger than the
+teacher's, as after a norm, its weight is V over that.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -21,33 +23,12 @@ from compress.model.checkpoint import Checkpoint
 from compress.model.families import family_of
 from compress.model.layout import kept_positions, parse, take
 from compress.student.candidate import expert_keep
-from compress.student.grams import HALVES, Grams
+from compress.student.grams import Grams
+from compress.student.refits import chains, cut_errors, refit, refit_errors
 from compress.student.units import Projection, projections
 
-
-def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float, scale: Tensor) -> Tensor:
-    """W' [out, k] in fp64 for W [out, d], its Gram matrix [d, d] and the kept columns [k].
-
-    ``scale`` [k] is how much larger the student's columns are than the teacher's, 1 but after a
-    norm. Kept columns that were never active keep their weights.
-    """
-    weight, gram = weight.double(), gram.double()
-    seen = gram[kept][:, kept] * scale[:, None] * scale
-    damping = ridge * seen.diagonal().mean()
-    if damping == 0:
-        return weight[:, kept]
-    missing = weight @ gram[:, kept] * scale - weight[:, kept] @ seen
-    factor = torch.linalg.cholesky(seen + damping * torch.eye(len(kept), dtype=seen.dtype))
-    return weight[:, kept] + torch.cholesky_solve(missing.T, factor).T
-
-
-def squared_error(
-    weight: Tensor, student: Tensor, gram: Tensor, kept: Tensor, scale: Tensor
-) -> float:
-    """|X_k W'^T - X W^T|^2 of a student's weight on the text of a Gram matrix."""
-    difference = -weight.double()
-    difference[:, kept] += student.double() * scale
-    return float(((difference @ gram) * difference).sum())
+# Of a block or an expert: kept indices by axis; those of ``hidden`` may be among them.
+Keep = Mapping[str, Tensor]
 
 
 def energy_scale(gram: Tensor, norm: Tensor, groups: int, kept: Tensor) -> Tensor:
@@ -58,9 +39,9 @@ def energy_scale(gram: Tensor, norm: Tensor, groups: int, kept: Tensor) -> Tenso
     share of the group's energy that stays. Taken here over the whole text: it differs from token to
     token, which no Gram matrix knows.
     """
-    before = gram.diagonal() / norm.double().square()
+    before = gram.diagonal().double().cpu() / norm.double().square()
     energy = torch.where(norm == 0, 0.0, before).view(groups, -1)
-    stays = torch.zeros(len(norm), dtype=gram.dtype).index_fill_(0, kept, 1).view(groups, -1)
+    stays = torch.zeros(len(norm)).double().index_fill_(0, kept, 1).view(groups, -1)
     share = (energy * stays).sum(1) / energy.sum(1)
     # A group that is never active, or keeps nothing that is, has nothing to scale.
     scale = torch.where(share > 0, share.rsqrt(), 1.0)
@@ -70,9 +51,9 @@ def energy_scale(gram: Tensor, norm: Tensor, groups: int, kept: Tensor) -> Tenso
 def scale_of(
     teacher: Checkpoint, block: Block, projection: Projection, gram: Tensor, kept: Tensor
 ) -> Tensor:
-    """How much larger the kept inputs [k] of a projection are in the student, on average."""
+    """How much larger the kept inputs [k] of a projection are in the student, on average; fp64."""
     if projection.norm is None:
-        return torch.ones(len(kept), dtype=gram.dtype)
+        return torch.ones(len(kept)).double()
     norm = teacher[prefix_of(teacher.architecture, block) + projection.norm]
     return energy_scale(gram, norm, projection.groups, kept)
 
@@ -88,69 +69,79 @@ def kept_columns(projection: Projection, block: Block, keep: Mapping[str, Tensor
 
 
 def refitted_weight(
-    teacher: Checkpoint,
-    grams: Grams,
-    block: Block,
-    projection: Projection,
-    keep: Mapping[str, Tensor],
+    teacher: Checkpoint, grams: Grams, block: Block, projection: Projection, keep: Keep
 ) -> Tensor:
     """A projection's weight [kept outputs, kept inputs] refitted on the whole text, as stored.
 
     ``keep`` has the kept indices of the block (of one expert where it is one's) and of ``hidden``.
     """
     weight = teacher[prefix_of(teacher.architecture, block) + projection.name]
-    axis_sizes = sizes(block) | {"hidden": teacher.architecture.hidden}
-    rows = {axis: index for axis, index in keep.items() if axis == "hidden"}
-    weight = take(weight, projection.slot.shape, axis_sizes, rows)
     kept = kept_columns(projection, block, keep)
-    if len(kept) == weight.shape[1]:
-        return weight
 
     def fitted() -> Tensor:
         gram = grams.both(projection.key)
         scale = scale_of(teacher, block, projection, gram, kept)
-        return refit(weight, gram, kept, grams.ridge, scale).to(weight.dtype)
+        found = refit(weight.to(gram), gram, kept, grams.ridge).cpu()
+        return (found / scale).to(weight.dtype)
 
-    channels = tuple(rows["hidden"].tolist()) if rows else None
-    return grams.remembered((projection.key, tuple(kept.tolist()), channels), fitted)
+    if len(kept) < weight.shape[1]:
+        weight = grams.remembered(cut_key(projection, kept), fitted)
+    axis_sizes = sizes(block) | {"hidden": teacher.architecture.hidden}
+    rows = {axis: index for axis, index in keep.items() if axis == "hidden"}
+    return take(weight, projection.slot.shape, axis_sizes, rows)
 
 
 def repair_ratio(
-    teacher: Checkpoint, grams: Grams, number: int, keep: Mapping[str, Tensor]
+    teacher: Checkpoint, grams: Grams, number: int, keep: Keep, others: Sequence[Keep] = ()
 ) -> float:
     """|block's output - teacher's|^2 after repair over that before it, on text not fitted on.
 
     ``keep`` has the kept indices of the teacher's block ``number`` by axis. Projections are summed
     as if their errors had nothing to do with each other. Experts that go are lost in both: their
-    tokens then go elsewhere, which is not repaired.
+    tokens then go elsewhere, which is not repaired. ``others`` are cuts of the block that will be
+    asked for too: they cost hardly more than one.
     """
     block = teacher.architecture.blocks[number]
     before = after = 0.0
     for projection in projections(teacher.architecture, block):
-        own = expert_keep(keep, block, projection.expert)
-        kept = torch.arange(0) if own is None else kept_columns(projection, block, own)
-        key = (projection.key, tuple(kept.tolist()))
+        cuts = [columns(projection, block, each) for each in (keep, *others)]
+        key = cut_key(projection, cuts[0])
         if key not in grams.errors:
-            grams.errors[key] = errors(teacher, grams, block, projection, kept)
+            found = errors(teacher, grams, block, projection, cuts)
+            grams.errors.update(zip((cut_key(projection, cut) for cut in cuts), found, strict=True))
         cut, fitted = grams.errors[key]
         before, after = before + cut, after + fitted
     return after / before if before > 0 else 1.0
 
 
+def columns(projection: Projection, block: Block, keep: Keep) -> Tensor:
+    """The inputs [k] of a projection that survive in a block; none of an expert that goes."""
+    own = expert_keep(keep, block, projection.expert)
+    return torch.zeros(0, dtype=torch.long) if own is None else kept_columns(projection, block, own)
+
+
+def cut_key(projection: Projection, kept: Tensor) -> tuple[str, bytes]:
+    """What a refit is known by."""
+    return projection.key, kept.numpy().tobytes()
+
+
 def errors(
-    teacher: Checkpoint, grams: Grams, block: Block, projection: Projection, kept: Tensor
-) -> tuple[float, float]:
-    """Squared error of a projection's output on the check half: cut, and fitted on the other."""
+    teacher: Checkpoint, grams: Grams, block: Block, projection: Projection, cuts: Sequence[Tensor]
+) -> list[tuple[float, float]]:
+    """Squared errors of a projection's output on the check half: cut, and fitted on the other."""
     prefix = prefix_of(teacher.architecture, block)
-    weight = teacher[prefix + projection.name].double()
-    if len(kept) == weight.shape[1]:
-        return 0.0, 0.0
+    fit, check = grams.half("fit", projection.key), grams.half("check", projection.key)
+    weight = teacher[prefix + projection.name].to(fit)
     if projection.after:
-        weight = teacher[prefix + projection.after].double() @ weight
-    fit, check = (grams.half(half, projection.key) for half in HALVES)
-    scale = scale_of(teacher, block, projection, fit, kept)
-    cut = squared_error(weight, weight[:, kept], check, kept, scale)
-    if not len(kept):
-        return cut, cut
-    fitted = refit(weight, fit, kept, grams.ridge, scale)
-    return cut, squared_error(weight, fitted, check, kept, scale)
+        weight = teacher[prefix + projection.after].to(fit) @ weight
+    changes = torch.full((len(cuts), len(fit)), -1.0).double()
+    for change, kept in zip(changes, cuts, strict=True):
+        change[kept] += scale_of(teacher, block, projection, fit, kept)
+    before = cut_errors(weight, check, changes.to(fit.device))
+    after = list(before)  # of an expert that goes
+    for chain in chains(cuts):
+        some = [number for number in chain if len(cuts[number])]
+        fitted = refit_errors(weight, fit, check, [cuts[n] for n in some], grams.ridge)
+        for number, error in zip(some, fitted, strict=True):
+            after[number] = error
+    return list(zip(before, after, strict=True))

@@ -17,7 +17,7 @@ from compress.model.modules import head_of
 from compress.scores.gradients import entering
 from compress.scores.tangent import gated_teacher, tangent
 from compress.scores.taps import Taps
-from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.grams import HALVES, Grams, save_grams
 from compress.student.surgery import student_tensors
 from compress.student.units import array_of, unit_key
 from compress.sweep.stack import final_states, stack_of
@@ -85,16 +85,14 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
 @pytest.mark.parametrize("case", ["llama ffn", "hybrid query heads", "hybrid expert width"])
 def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
-    model, text = text_of(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
-    architecture = text.teacher.architecture
-    halves = {half: gram_matrices(model, architecture, TOKENS) for half in HALVES}
-    save_grams(halves, tmp_path / "grams.safetensors")
+    _, text = text_of(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    architecture, stack = text.teacher.architecture, stack_of(text.teacher)
+    save_grams(stack, dict.fromkeys(HALVES, TOKENS), tmp_path / "grams.safetensors")
     grams = Grams(tmp_path / "grams.safetensors")
     block = next(iter(keep)).partition("/")[0]
     number = [block_name(b) for b in architecture.blocks].index(block)
     student = replace(candidate(architecture, keep), repaired=frozenset([number]))
     expected = torch.cat(list(measure(student, text, grams)))
-    stack = stack_of(text.teacher)
     before = final_states(stack, [TOKENS])[0]
     found = tangent(stack, student, text, [], grams).kl
     torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
