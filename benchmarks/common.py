@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,11 @@ from torch import Tensor
 
 from compress.core.files import write_json
 from compress.core.terminal import note, table
+from compress.measure.kl import Reference, reference
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.find import note_of, resolve_model
+from compress.student.assemble import BlockStore
 from compress.sweep.stack import Stack, stack_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
@@ -53,6 +56,15 @@ class Subject:
     model: Any
     stack: Stack = field(repr=False)
     texts: Mapping[str, list[str]] = field(repr=False)
+
+    @cached_property
+    def store(self) -> BlockStore:
+        """Blocks of the teacher's students."""
+        return BlockStore(self.checkpoint, self.stack)
+
+    def reference(self, rows: Tensor) -> Reference:
+        """The teacher on rows of tokens."""
+        return reference(self.checkpoint, self.stack, rows, self.store)
 
     def rows(self, split: str, tokens: int, length: int = 128, seed: int | None = None) -> Tensor:
         """Packed rows [rows, length] of a split."""

@@ -40,7 +40,7 @@ from compress.core.files import fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
 from compress.formats.table import FORMATS, Format
-from compress.measure.kl import Reference, mean_kl, measure, reference, sequence_kl
+from compress.measure.kl import Reference, mean_kl, measure, sequence_kl
 from compress.model.families import count_parameters
 from compress.run.bench import Bench, Row
 from compress.run.directory import Run
@@ -52,6 +52,7 @@ from compress.run.students import in_formats, is_cut, pruned, train, train_input
 from compress.searches.baselines import uniform, variants
 from compress.searches.space import Space, load_space
 from compress.student.candidate import Candidate
+from compress.sweep.stack import Stack
 from compress.text.splits import Split
 
 # Study by kind, as ``variants`` names its space.
@@ -126,7 +127,7 @@ def recipe_flags() -> dict[str, dict[str, Any]]:
 
 def text_of(session: Session, split: Split, tokens: int) -> Reference:
     """The teacher on a split."""
-    return reference(session.checkpoint, session.model, session.rows(split, tokens))
+    return session.reference(session.rows(split, tokens))
 
 
 def session_of(settings: argparse.Namespace) -> Session:
@@ -251,12 +252,12 @@ def measured(
     # A name of its own for every student: what another one left is never taken for it.
     made = fingerprint(train_inputs(session, row.trial.candidate, tokens))[:8]
     candidate = replace(row.trial.candidate, id=f"{stem}.{made}")
-    cut = in_formats(session, candidate, pruned(session, candidate))
+    cut = in_formats(session, candidate.architecture, pruned(session, candidate))
     before = after = values(cut, final)
     trained = 0
     if is_cut(session, candidate):
         student = train(session, candidate, tokens, candidate.id)
-        model = in_formats(session, candidate, student)
+        model = in_formats(session, candidate.architecture, student)
         if mean_kl(model, fresh) < mean_kl(cut, fresh):
             after, trained = values(model, final), tokens
     found: dict[str, Any] = {"candidate": row.trial.candidate.id, "bytes": row.trial.bytes}
@@ -264,7 +265,7 @@ def measured(
     return found | {"before": before, "after": after}
 
 
-def values(model: Any, final: Reference) -> Sequence[float]:
+def values(model: Stack, final: Reference) -> Sequence[float]:
     """KL of every sequence."""
     kl: list[float] = torch.cat(list(sequence_kl(model, final))).tolist()
     return kl

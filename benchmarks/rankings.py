@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.common import Clock, Subject, arguments, report, subject
 from compress.measure.estimates import Estimate, difference, mean_of
-from compress.measure.kl import Reference, measure, reference
+from compress.measure.kl import Reference, measure
 from compress.model.architecture import Architecture, block_name, sizes
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores, choose, priority, top
@@ -93,7 +93,7 @@ def main() -> None:
     architecture = what.checkpoint.architecture
     scores = scored(what)
     scoring = clock.seconds
-    text = reference(what.checkpoint, what.model, what.rows(settings.split, settings.tokens))
+    text = what.reference(what.rows(settings.split, settings.tokens))
     own = {"hidden"} | {axis for block in architecture.blocks for axis in AXES[block.kind]}
     axes = [axis for axis in settings.axes or CUTS if axis in own]
     rows = [found for axis in axes for found in compared(architecture, scores, axis, text)]

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from benchmarks.common import Clock, arguments, report, subject
 from compress.measure.estimates import mean_of
-from compress.measure.kl import Reference, measure, reference
+from compress.measure.kl import Reference, measure
 from compress.memory.footprint import Deployment
 from compress.model.architecture import Ffn, sizes
 from compress.scores.contributions import contributions
@@ -49,7 +49,7 @@ def main() -> None:
     scored = contributions(found.stack, rows, 2, [], settings.seed)
     scores = Scores(scored, {}, {}, rows.shape[1])
     select, final = (
-        reference(found.checkpoint, model, found.rows(split, tokens))
+        found.reference(found.rows(split, tokens))
         for split, tokens in (("select", settings.select_tokens), ("final", settings.final_tokens))
     )
     with tempfile.TemporaryDirectory() as folder:

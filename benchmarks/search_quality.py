@@ -30,7 +30,7 @@ from benchmarks.search_methods import METHODS, Trials
 from benchmarks.search_ours import ours
 from compress.core.files import read_json, write_json
 from compress.measure.estimates import mean_of
-from compress.measure.kl import Reference, measure, reference
+from compress.measure.kl import Reference, measure
 from compress.memory.budget import teacher_bytes
 from compress.memory.footprint import Deployment, outside_bytes
 from compress.scores.contributions import contributions
@@ -118,15 +118,13 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
 
 def text_of(found: Subject, split: str, tokens: int) -> Reference:
     """The teacher on a split."""
-    return reference(
-        found.checkpoint, found.model, found.rows(split, tokens, found.settings.length)
-    )
+    return found.reference(found.rows(split, tokens, found.settings.length))
 
 
 def fresh_text(found: Subject, tokens: int) -> Reference:
     """The teacher on as much selection text as trials see, none of which they see."""
     rows = found.rows("select", 2 * tokens, found.settings.length)
-    return reference(found.checkpoint, found.model, rows[len(rows) // 2 :])
+    return found.reference(rows[len(rows) // 2 :])
 
 
 def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None) -> Trials:

@@ -26,16 +26,17 @@ from torch import Tensor, nn
 from benchmarks.common import Clock, Subject, arguments, report, shown, subject
 from compress.core.terminal import note
 from compress.measure.estimates import difference, exponential
-from compress.measure.evaluation import Metrics, hidden_states, on_text, row_bytes
+from compress.measure.evaluation import Metrics, Predicted, in_batches, on_text, row_bytes
 from compress.memory.footprint import Deployment, block_bytes, footprint
 from compress.model.architecture import Architecture, Ffn, block_name
+from compress.model.build import build_model, student_config
+from compress.model.modules import final_hidden, head_of
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores, choose
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.proposals import candidate_of, decode, globals_of
 from compress.searches.space import load_space
-from compress.student.assemble import student_model
 from compress.student.candidate import Candidate, student_architecture
 from compress.student.surgery import student_tensors
 from compress.text.tokenizer import load_tokenizer
@@ -219,9 +220,17 @@ def students(what: Subject, share: float, scores: Scores, found: Mapping[str, Te
     }
     for name, (candidate, cost) in ours.items():
         tensors = student_tensors(what.checkpoint, candidate)
-        yield name, student_model(what.checkpoint, candidate.architecture, tensors), cost
+        config = student_config(what.checkpoint.config, candidate.architecture)
+        yield name, build_model(config, candidate.architecture, tensors), cost
     for rival in RIVALS:
         yield rival.name, pruned(what.model, found, rival, target), None
+
+
+@torch.no_grad()
+def predictions(model: Any, rows_RT: Tensor) -> Predicted:
+    """What a model predicts of rows."""
+    hidden = [final_hidden(model, rows) for rows in in_batches(rows_RT)]
+    return Predicted(hidden, head_of(model))
 
 
 def main() -> None:
@@ -245,13 +254,13 @@ def main() -> None:
     scoring = clock.seconds
     found = gradients(what.model, rows)
     facts: dict[str, Any] = {"seconds to score": scoring, "seconds of gradients": begun.seconds}
-    hidden = [state for _, state in hidden_states(what.model, final)]
+    text = predictions(what.model, final)
     sizes = row_bytes(final, load_tokenizer(what.path))
     measured: list[dict[str, Any]] = []
     for share in settings.shares:
         ours: Metrics = {}
         for name, model, predicted in students(what, share, scores, found):
-            metrics = on_text(model, what.model, hidden, final, sizes)
+            metrics = on_text(predictions(model, final), text, final, sizes)
             ours = ours or metrics
             change, error = difference(metrics["kl"], ours["kl"])
             perplexity = exponential(metrics["nats_per_token"])
@@ -266,7 +275,7 @@ def main() -> None:
                  "perplexity": perplexity.value, "perplexity stderr": perplexity.stderr,
                  "predicted kl": predicted}
             )  # fmt: skip
-    teacher = on_text(what.model, what.model, hidden, final, sizes)["nats_per_token"]
+    teacher = on_text(text, text, final, sizes)["nats_per_token"]
     facts |= {"teacher's perplexity": exponential(teacher).value, "seconds": clock.seconds}
     columns = ["share", "student", "block parameters", "kl", "stderr", "knapsack minus it",
                "its stderr", "perplexity"]  # fmt: skip

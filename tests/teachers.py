@@ -42,7 +42,7 @@ class Teacher:
         found = contributions(stack_of(self.checkpoint), TOKENS[:4], 2, formats)
         exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])
         self.scores = Scores(found, exact, {"fp8": 1e-3}, LENGTH)
-        self.text: Reference = reference(self.checkpoint, model, TOKENS)
+        self.text: Reference = reference(self.checkpoint, stack_of(self.checkpoint), TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
 
     def problem(self, space: str, share: float, target: Target = "compress") -> Problem:

@@ -6,19 +6,20 @@ paired differences.
 
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from compress.measure.estimates import Estimate, difference, finite, mean_of, ratio_of
 from compress.measure.lm_eval import TaskResults, Tasks, run_tasks
 from compress.measure.losses import check_finite, kl_from_hidden, nll_from_hidden
-from compress.model.modules import final_hidden, head_of
+from compress.model.modules import Head
+from compress.sweep.stack import Stack, final_states
 
 BATCH_TOKENS = 2048
 # {metric: estimate} of the held-out text, or {task: {metric: estimate}}
@@ -27,15 +28,15 @@ Metrics = dict[str, Estimate]
 
 @dataclass(frozen=True)
 class Subject:
-    """A model to measure: what builds it, and the bytes that it takes to serve."""
+    """A model to measure: what gives its stack, and the bytes that it takes to serve."""
 
-    build: Callable[[], PreTrainedModel]
+    build: Callable[[], Stack]
     bytes: int
 
 
 def compare(
     subjects: Mapping[str, Subject],
-    teacher: PreTrainedModel,
+    teacher: Stack,
     tokenizer: PreTrainedTokenizerBase,
     rows_RT: Tensor,
     tasks: Tasks | None = None,
@@ -43,7 +44,7 @@ def compare(
     task_limit: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure models on held-out rows of tokens and on lm-eval tasks; one model in memory at once.
+    """Measure models on held-out rows of tokens, by sweeps, and as a whole on lm-eval tasks.
 
     The first subject is the reference of tables. KL is from the teacher, whose tokenizer all share.
     ``rows_RT`` is packed held-out text: KL is over all its positions, nats over the tokens that are
@@ -64,13 +65,16 @@ def compare(
     """
     bytes_R = row_bytes(rows_RT, tokenizer)
     progress("teacher")
-    teacher_hidden = [hidden.cpu() for _, hidden in hidden_states(teacher, rows_RT)]
+    text = predicted(teacher, rows_RT)
     found: dict[str, tuple[Metrics, TaskResults]] = {}
     for name, subject in subjects.items():
         progress(name)
-        model = subject.build()
-        held_out = on_text(model, teacher, teacher_hidden, rows_RT, bytes_R, name)
-        found[name] = held_out, run_tasks(model, tokenizer, tasks, task_limit) if tasks else {}
+        stack = subject.build()
+        held_out = on_text(predicted(stack, rows_RT), text, rows_RT, bytes_R, name)
+        found[name] = held_out, {}
+        if tasks:
+            with stack.whole() as model:
+                found[name] = held_out, run_tasks(model, tokenizer, tasks, task_limit)
     sequences, tokens = rows_RT.shape[0], rows_RT.numel()
     return {
         "models": {
@@ -101,19 +105,30 @@ def row_bytes(rows_RT: Tensor, tokenizer: PreTrainedTokenizerBase) -> np.ndarray
     return np.array([len(text.encode()) for text in decoded])
 
 
-@torch.no_grad()
-def hidden_states(model: PreTrainedModel, rows_RT: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches of rows [batch, T] and the model's normed hidden states [batch, T, D]."""
-    for rows_BT in torch.split(rows_RT, max(1, BATCH_TOKENS // rows_RT.shape[1])):
-        rows = rows_BT.to(model.device)
-        yield rows, final_hidden(model, rows)
+@dataclass(frozen=True)
+class Predicted:
+    """A model's predictions of rows: final hidden states [batch, T, D] a batch, and its head."""
+
+    hidden: Sequence[Tensor]
+    head: Head
+
+
+def in_batches(rows_RT: Tensor) -> tuple[Tensor, ...]:
+    """Rows as they are worked on together."""
+    return torch.split(rows_RT, max(1, BATCH_TOKENS // rows_RT.shape[1]))
+
+
+def predicted(stack: Stack, rows_RT: Tensor) -> Predicted:
+    """A stack's predictions of rows, by one sweep."""
+    hidden = final_states(stack, in_batches(rows_RT))
+    with stack.head() as head:
+        return Predicted(hidden, head)
 
 
 @torch.no_grad()
 def on_text(
-    model: PreTrainedModel,
-    teacher: PreTrainedModel,
-    teacher_hidden: Sequence[Tensor],
+    model: Predicted,
+    teacher: Predicted,
     rows_RT: Tensor,
     bytes_R: np.ndarray[Any, Any],
     name: str = "the model",
@@ -121,13 +136,12 @@ def on_text(
     """KL, nats per token and bits per byte, with one value per row."""
     kl_R: list[Tensor] = []
     nats_R: list[Tensor] = []
-    head, teacher_head = head_of(model), head_of(teacher).to(model.device)
-    batches = zip(hidden_states(model, rows_RT), teacher_hidden, strict=True)
-    for (rows, hidden), reference in batches:
-        reference_ND = reference.to(model.device).flatten(0, 1)
-        kl_N = kl_from_hidden(hidden.flatten(0, 1), head, reference_ND, teacher_head)
-        check_finite(kl_N, name, reference_ND, teacher_head, "the teacher")
-        nats_N = nll_from_hidden(hidden[:, :-1].flatten(0, 1), head, rows[:, 1:].flatten())
+    head, batches = model.head, zip(in_batches(rows_RT), model.hidden, teacher.hidden, strict=True)
+    for rows, hidden, reference in batches:
+        reference_ND, targets = reference.flatten(0, 1), rows[:, 1:].flatten().to(hidden.device)
+        kl_N = kl_from_hidden(hidden.flatten(0, 1), head, reference_ND, teacher.head)
+        check_finite(kl_N, name, reference_ND, teacher.head, "the teacher")
+        nats_N = nll_from_hidden(hidden[:, :-1].flatten(0, 1), head, targets)
         kl_R.append(kl_N.reshape(len(rows), -1).double().mean(1).cpu())
         nats_R.append(nats_N.reshape(len(rows), -1).double().mean(1).cpu())
     nats = torch.cat(nats_R).numpy()

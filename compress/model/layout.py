@@ -94,7 +94,8 @@ def take(
     """
     for number, dimension in enumerate(parse(pattern)):
         if any(axis in keep for product in dimension for axis in product):
-            tensor = tensor.index_select(number, kept_positions(dimension, sizes, keep))
+            kept = kept_positions(dimension, sizes, keep).to(tensor.device)
+            tensor = tensor.index_select(number, kept)
     return tensor
 
 

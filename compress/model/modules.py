@@ -34,7 +34,7 @@ class Head:
     def logits(self, hidden_ND: Tensor) -> Tensor:
         """Logits [N, V] in fp32, whatever the inputs and the surrounding autocast."""
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            logits_NV = hidden_ND.float() @ self.weight.float().T
+            logits_NV = product(hidden_ND, self.weight)
         if self.scale != 1:
             logits_NV = logits_NV * self.scale
         if self.softcap is None:
@@ -50,6 +50,14 @@ class Head:
     def to(self, device: torch.device) -> "Head":
         """The same head on a device."""
         return Head(self.weight.to(device), self.scale, self.softcap)
+
+
+def product(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
+    """X W^T in fp32. Two BF16 matrices are multiplied as they are, summed in fp32, off the CPU."""
+    both = {x_ND.dtype, weight_VD.dtype}
+    if both == {torch.bfloat16} and x_ND.device.type != "cpu":
+        return torch.mm(x_ND, weight_VD.T, out_dtype=torch.float32)
+    return x_ND.float() @ weight_VD.float().T
 
 
 def head_of(model: Any) -> Head:

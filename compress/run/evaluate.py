@@ -16,7 +16,6 @@ from compress.core.terminal import progress
 from compress.measure.evaluation import Subject, compare
 from compress.measure.lm_eval import Tasks
 from compress.measure.tasks import OWN, write_task_rows
-from compress.model.build import load
 from compress.model.find import is_model
 from compress.report.rows import Student, read_students, selected_of
 from compress.run.directory import Run, by_path, find_run, is_run
@@ -24,6 +23,7 @@ from compress.run.recipe import Recipe, check, located, read_recipe
 from compress.run.session import Session
 from compress.run.students import find_candidate, in_formats, latest, pruned
 from compress.searches.space import KINDS
+from compress.sweep.stack import stack_at
 
 # Characters of held-out text on which two tokenizers have to agree.
 SAME_TOKENS_ON = 20_000
@@ -100,7 +100,7 @@ def evaluate(names: Sequence[str], asked: Asked, recipe: Recipe) -> dict[str, An
 
 def teacher_subject(session: Session) -> Subject:
     """The session's teacher."""
-    return Subject(partial(getattr, session, "model"), session.teacher_bytes)
+    return Subject(lambda: session.stack, session.teacher_bytes)
 
 
 def subject_of(session: Session, named: Named) -> Subject:
@@ -117,8 +117,9 @@ def subject_of(session: Session, named: Named) -> Subject:
     require_same_tokens(session, other)
     exported = run.path / "export" / candidate.id
     if exported.is_dir():
-        return Subject(partial(load, exported), row.bytes)
-    return Subject(partial(in_formats, other, candidate, latest(other, candidate)), row.bytes)
+        return Subject(partial(stack_at, exported, session.placement), row.bytes)
+    build = partial(in_formats, other, candidate.architecture, latest(other, candidate))
+    return Subject(build, row.bytes)
 
 
 def require_same_tokens(teacher: Session, other: Session) -> None:
@@ -151,7 +152,7 @@ def on_final_text(
     loaded = Tasks(names, own, asked.data) if names else None
     with progress("eval", len(subjects) + 1) as advance:
         found = compare(
-            subjects, session.model, session.tokenizer, rows_RT, loaded, task_limit=asked.limit,
+            subjects, session.stack, session.tokenizer, rows_RT, loaded, task_limit=asked.limit,
             progress=lambda what: advance(1, what),
         )  # fmt: skip
     return found | {"notes": [*notes, *found["notes"]]}
@@ -174,7 +175,7 @@ def final_table(session: Session, asked: Asked) -> dict[str, Any]:
         before, after = pruned(session, candidate), latest(session, candidate)
         students = {kind: before} if after == before else {kind: before, f"{kind} distilled": after}
         for name, directory in students.items():
-            build = partial(in_formats, session, candidate, directory)
+            build = partial(in_formats, session, candidate.architecture, directory)
             subjects[name] = Subject(build, row.bytes)
     found = on_final_text(session, subjects, replace(asked, tasks=asked.tasks or ("choice",)))
     write_json(session.run.path / "eval" / "results.json", found)

@@ -22,8 +22,9 @@ from compress.model.find import is_named, note_of, resolve_model
 from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
+from compress.student.assemble import BlockStore
 from compress.sweep.placement import Placement, placement
-from compress.sweep.stack import Stack, stack_of
+from compress.sweep.stack import Stack, stack_at, stack_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import Split, split_documents
@@ -31,7 +32,7 @@ from compress.text.tokenizer import load_tokenizer
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
 SHARED = (
-    *("path", "files", "checkpoint", "architecture", "model", "placement", "stack"),
+    *("path", "files", "checkpoint", "architecture", "model", "placement", "stack", "store"),
     *("tokenizer", "splits"),
 )
 # Of a teacher's files besides its weights, those that decide what it computes of a text.
@@ -88,8 +89,15 @@ class Session:
 
     @cached_property
     def stack(self) -> Stack:
-        """The teacher as its layers, on the placement."""
+        """The teacher as its layers, on the placement; an export dequantized."""
+        if is_export(self.path, read_config(self.path)):
+            return stack_at(self.path, self.placement)
         return stack_of(self.checkpoint, self.placement)
+
+    @cached_property
+    def store(self) -> BlockStore:
+        """Blocks of the teacher's students."""
+        return BlockStore(self.checkpoint, self.stack)
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -159,7 +167,7 @@ class Session:
 
     def reference(self, rows: Tensor) -> Reference:
         """The teacher on rows of tokens, which students are compared with."""
-        return reference(self.checkpoint, self.model, rows)
+        return reference(self.checkpoint, self.stack, rows, self.store)
 
     def training_rows(self, tokens: int, length: int) -> Tensor:
         """Rows to train on: as many as ``tokens`` asks for, or all that there are."""

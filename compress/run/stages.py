@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from compress.core.errors import InputError
@@ -9,9 +10,8 @@ from compress.core.files import read_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
 from compress.export.student import export_student
-from compress.formats.kv import set_kv_format
 from compress.measure.kl import mean_kl
-from compress.model.build import load_model
+from compress.memory.budget import in_format
 from compress.report.page import report as write_report
 from compress.report.rows import read_students, selected_of
 from compress.report.scores import print_scores
@@ -101,10 +101,9 @@ def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
     candidate, _ = students.find_candidate(session, name)
     directory, architecture = students.latest(session, candidate), candidate.architecture
     text = session.reference(session.rows("select", recipe.select_tokens))
-    plain = load_model(directory)
-    set_kv_format(plain, architecture.kv_format)
-    whole = mean_kl(plain, text)
-    rounded = mean_kl(students.in_formats(session, candidate, directory), text)
+    plain = replace(in_format(architecture, "bf16"), kv_format=architecture.kv_format)
+    whole = mean_kl(students.in_formats(session, plain, directory), text)
+    rounded = mean_kl(students.in_formats(session, architecture, directory), text)
     formats = ", ".join(sorted(architecture.formats))
     note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
 

@@ -12,7 +12,7 @@ from compress.core.files import fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import progress
 from compress.measure.kl import Reference, mean_kl
-from compress.model.architecture import to_json
+from compress.model.architecture import Architecture, to_json
 from compress.model.build import disk_tensors, load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
 from compress.report.rows import Student, Teacher, read_students, read_teacher
@@ -21,9 +21,10 @@ from compress.run.local import localized
 from compress.run.score import REPAIR, gram_file
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
-from compress.student.assemble import student_model
+from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate
 from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
+from compress.sweep.stack import Stack
 from compress.sweep.states import StoredStates, stored_states
 from compress.train.distill import DistillSettings
 from compress.train.distill import Teacher as Lesson
@@ -274,11 +275,12 @@ def trained(
 
     None where nothing is cut: then nothing is trained. Otherwise ``RESULT`` has both.
     """
-    before = mean_kl(in_formats(session, candidate, pruned(session, candidate)), text)
+    architecture = candidate.architecture
+    before = mean_kl(in_formats(session, architecture, pruned(session, candidate)), text)
     if not is_cut(session, candidate):
         return before, None
     student = distilled(session, candidate, tokens, name, local_tokens)
-    after = mean_kl(in_formats(session, candidate, student), text)
+    after = mean_kl(in_formats(session, architecture, student), text)
     write_json(
         student.parent / RESULT,
         {"before": before, "after": after, "tokens": tokens, "local_tokens": local_tokens},
@@ -286,7 +288,6 @@ def trained(
     return before, after
 
 
-def in_formats(session: Session, candidate: Candidate, directory: Path) -> Any:
-    """The BF16 student of a directory as a model in fp32, in the candidate's formats."""
-    tensors = open_checkpoint(directory).items()
-    return student_model(session.checkpoint, candidate.architecture, tensors)
+def in_formats(session: Session, architecture: Architecture, directory: Path) -> Stack:
+    """The BF16 student of a directory in an architecture's formats, where the session works."""
+    return stack_in_formats(open_checkpoint(directory), architecture, session.placement)

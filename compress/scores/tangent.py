@@ -13,8 +13,7 @@ from torch import Tensor
 
 from compress.formats.kv import set_kv_format
 from compress.formats.table import Format
-from compress.measure.kl import BATCH, Reference
-from compress.measure.losses import kl_from_hidden
+from compress.measure.kl import BATCH, Reference, kl_gradient
 from compress.model.checkpoint import Checkpoint
 from compress.model.modules import Head
 from compress.scores.contributions import Contributions
@@ -107,14 +106,3 @@ def gated_teacher(
             weight[rows[:, None], columns] = student.to(weight.device, weight.dtype)
 
     return Gated(stack, candidate.keep, current, candidate.repaired, refit)
-
-
-def kl_gradient(hidden_BTD: Tensor, part: Reference) -> tuple[Tensor, Tensor]:
-    """KL of every sequence, nats per token, and the summed KL's gradient at the hidden states."""
-    student, device = hidden_BTD.clone().requires_grad_(True), hidden_BTD.device
-    head, teacher = part.head.to(device), part.hidden.to(device)
-    with torch.enable_grad():
-        kl = kl_from_hidden(student.flatten(0, 1), head, teacher.flatten(0, 1), head)
-        (gradient,) = torch.autograd.grad(kl.sum(), student)
-    kl = kl.view(hidden_BTD.shape[:2])
-    return kl.detach().mean(1), gradient

@@ -1,22 +1,157 @@
-"""A student as a torch model, in its formats."""
+"""Students put together from blocks that were cut and rounded once, by surgery's own functions.
 
-from collections.abc import Iterable
-from typing import Any
+A step of a search changes a few blocks of a student: the others are in the store.
+"""
 
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import replace
+from threading import RLock
+
+import torch
 from torch import Tensor
 
-from compress.formats.kv import set_kv_format
+from compress.formats.fake import fake_quantize_block
 from compress.model.architecture import Architecture
-from compress.model.build import build_model, student_config
+from compress.model.build import student_config
 from compress.model.checkpoint import Checkpoint
-from compress.student.surgery import quantized
+from compress.model.families import experts_of, family_of, parameters
+from compress.model.fill import inside, place_of
+from compress.model.layout import Parameter
+from compress.student.candidate import Candidate, block_keep
+from compress.student.grams import Grams
+from compress.student.rounded import rounded
+from compress.student.surgery import cut_block, cut_outside
+from compress.sweep.placement import Placement
+from compress.sweep.stack import Stack, part_bytes
+
+# Of a placement's memory, what a store may hold; never more than so many whole teachers.
+SHARE, TEACHERS = 1 / 4, 2
+Tensors = Mapping[str, Tensor]
 
 
-def student_model(
-    teacher: Checkpoint, architecture: Architecture, tensors: Iterable[tuple[str, Tensor]]
-) -> Any:
-    """A student of these BF16 tensors in fp32, every block and the KV cache in their formats."""
-    config = student_config(teacher.config, architecture)
-    model = build_model(config, architecture, quantized(tensors, architecture))
-    set_kv_format(model, architecture.kv_format)
-    return model
+class BlockStore:
+    """Blocks of students of one teacher on its stack's placement, the latest ones kept.
+
+    A quarter of the placement's memory, at most two teachers. ``stack`` is the teacher's.
+    """
+
+    def __init__(self, teacher: Checkpoint, stack: Stack) -> None:
+        self.teacher, self.stack = teacher, stack
+        memory = stack.placement.memory
+        most = TEACHERS * part_bytes(parameters(teacher.architecture), stack.placement.dtype)
+        self.limit = most if memory is None else min(most, int(SHARE * memory))
+        self.held: OrderedDict[Hashable, Tensors] = OrderedDict()
+        self.bytes = 0
+        # A stack reads its next layer in another thread.
+        self.lock = RLock()
+
+    def get(self, key: Hashable, make: Callable[[], Tensors]) -> Tensors:
+        """What ``make`` gives or gave for a key."""
+        with self.lock:
+            if key not in self.held:
+                self.held[key] = made = make()
+                self.bytes += size_of(made)
+                while self.bytes > self.limit and len(self.held) > 1:
+                    self.bytes -= size_of(self.held.popitem(last=False)[1])
+            self.held.move_to_end(key)
+            return self.held[key]
+
+    def keys(self, candidate: Candidate, grams: Grams | None = None) -> list[Hashable]:
+        """Of every block of a candidate what decides its tensors."""
+        return [
+            (
+                number,
+                units_of(block_keep(candidate.keep, self.teacher.architecture.blocks[number])),
+                block.format,
+                grams and number in candidate.repaired and (str(grams.file), grams.ridge),
+            )
+            for number, block in zip(
+                candidate.keep["blocks"].tolist(), candidate.architecture.blocks, strict=True
+            )
+        ]
+
+    def layer_keys(self, candidate: Candidate, grams: Grams | None = None) -> list[Hashable]:
+        """Of every layer of a candidate what decides what it computes."""
+        found: dict[int, list[Hashable]] = {}
+        blocks = candidate.architecture.blocks
+        for block, key in zip(blocks, self.keys(candidate, grams), strict=True):
+            found.setdefault(block.layer, [candidate.architecture.kv_format]).append(key)
+        return [tuple(keys) for keys in found.values()]
+
+    def student(self, candidate: Candidate, grams: Grams | None = None) -> Stack:
+        """A candidate in its formats; a repaired one needs its teacher's Gram matrices."""
+        architecture, keys = candidate.architecture, self.keys(candidate, grams)
+        numbers = candidate.keep["blocks"].tolist()
+        prefix = family_of(architecture.family).layer
+
+        def read(parameter: Parameter) -> Tensor:
+            if (at := parameter.block) is None:
+                return self.outside(candidate)[parameter.name]
+            found = self.get(keys[at], lambda: self.block(candidate, at, numbers[at], grams))
+            own = prefix.format(layer=architecture.blocks[at].layer)
+            return found[parameter.name.removeprefix(own)]
+
+        place = self.stack.placement
+        # What a student's stack keeps is what the store holds.
+        memory = None if place.memory is None else 2 * self.limit
+        config = student_config(self.teacher.config, architecture)
+        return Stack(config, architecture, read, replace(place, memory=memory))
+
+    def block(
+        self, candidate: Candidate, at: int, number: int, grams: Grams | None
+    ) -> dict[str, Tensor]:
+        """The candidate's block ``at``, the teacher's ``number``, by names within its layer."""
+        block, place = candidate.architecture.blocks[at], self.stack.placement
+        cut = dict(cut_block(self.teacher, candidate, number, grams, place.device))
+        table = family_of(candidate.architecture.family).tensors(block)
+        slots = {
+            name.format(expert=expert): slot
+            for name, slot in table.items()
+            for expert in experts_of(name, block)
+        }
+        if block.format != "bf16":
+            fused = {name: slot.fused for name, slot in slots.items()}
+            wide = {name: tensor.float() for name, tensor in cut.items()}
+            cut = fake_quantize_block(wide, fused, block.format)
+        return {
+            name: tensor.to(torch.float32 if slots[name].float32 else place.dtype)
+            for name, tensor in cut.items()
+        }
+
+    def outside(self, candidate: Candidate) -> Tensors:
+        """Embedding, final norm and head: the teacher's own, or their kept hidden channels."""
+        stack = self.stack
+
+        def make() -> Tensors:
+            if "hidden" not in candidate.keep:
+                with stack.head():
+                    return {
+                        each.name: inside(stack.model, place_of(each, stack.architecture)[0])[2]
+                        for each in stack.parts[None]
+                    }
+            found = cut_outside(self.teacher, candidate, stack.placement.device)
+            return {name: tensor.to(stack.placement.dtype) for name, tensor in found}
+
+        return self.get(units_of(candidate.keep, "hidden"), make)
+
+
+def units_of(keep: Tensors, *axes: str) -> Hashable:
+    """Kept indices as a key, of these axes or of all."""
+    return tuple((axis, keep[axis].numpy().tobytes()) for axis in axes or keep if axis in keep)
+
+
+def size_of(tensors: Tensors) -> int:
+    """Bytes of tensors."""
+    return sum(tensor.nbytes for tensor in tensors.values())
+
+
+def stack_in_formats(
+    checkpoint: Checkpoint, architecture: Architecture, placement: Placement
+) -> Stack:
+    """A BF16 student on disk as a stack, every block and the KV cache in their formats."""
+
+    def stored(parameter: Parameter) -> Tensor:
+        return checkpoint[parameter.name].to(placement.device)
+
+    return Stack(checkpoint.config, architecture, rounded(stored, architecture), placement)

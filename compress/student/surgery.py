@@ -1,7 +1,6 @@
 """Surgery: a candidate's tensors, cut from the teacher's one by one, safetensors to safetensors."""
 
-import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from math import prod, sqrt
 from pathlib import Path
 
@@ -10,12 +9,11 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.files import atomic_directory, write_text
-from compress.formats.fake import fake_quantize_block
-from compress.model.architecture import Architecture, from_json, sizes, to_json
+from compress.model.architecture import from_json, sizes, to_json
 from compress.model.build import student_config
 from compress.model.checkpoint import Checkpoint, in_bf16, write_checkpoint
 from compress.model.config import ARCHITECTURE
-from compress.model.families import experts_of, family_of, parameters
+from compress.model.families import experts_of, family_of
 from compress.model.layout import Slot, take
 from compress.model.tensor_files import save_tensors
 from compress.student.candidate import Candidate, block_keep, expert_keep
@@ -49,61 +47,57 @@ def student_tensors(
 
     ``grams`` are the teacher's; a candidate with repaired blocks needs them.
     """
+    yield from cut_outside(teacher, candidate)
+    blocks, prefix = candidate.architecture.blocks, family_of(teacher.architecture.family).layer
+    for number, block in zip(candidate.keep["blocks"].tolist(), blocks, strict=True):
+        target = prefix.format(layer=block.layer)
+        for name, tensor in cut_block(teacher, candidate, number, grams):
+            yield target + name, tensor
+
+
+def cut_outside(
+    teacher: Checkpoint, candidate: Candidate, device: torch.device | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """What a candidate keeps of its teacher outside the blocks, cut on ``device``."""
     architecture, keep = teacher.architecture, candidate.keep
     family = family_of(architecture.family)
     shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
     hidden = {"hidden": keep["hidden"]} if "hidden" in keep else {}
     for name, slot in family.model.items():
         if name != family.head or not architecture.tied:
-            yield name, cut(teacher[name], slot, shared, hidden)
-    for number, block in zip(keep["blocks"].tolist(), candidate.architecture.blocks, strict=True):
-        original = architecture.blocks[number]
-        source, target = (family.layer.format(layer=b.layer) for b in (original, block))
-        axis_sizes, kept = shared | sizes(original), block_keep(keep, original)
-        repaired = projections(architecture, original) if number in candidate.repaired else ()
-        refitted = {projection.name: projection for projection in repaired}
-        for name, slot in family.tensors(original).items():
-            parts = ((e, expert_keep(kept, original, e)) for e in experts_of(name, original))
-            survivors = [(expert, own) for expert, own in parts if own is not None]
-            for row, (expert, own) in enumerate(survivors):
-                if projection := refitted.get(name.format(expert=expert)):
-                    assert grams is not None, "a repaired candidate needs its teacher's Grams"
-                    student = refitted_weight(teacher, grams, original, projection, own)
-                else:
-                    tensor = teacher[source + name.format(expert=expert)]
-                    student = cut(tensor, slot, axis_sizes, own)
-                yield target + name.format(expert=row), student
+            tensor = teacher[name]
+            yield name, cut(tensor.to(device or tensor.device), slot, shared, hidden)
 
 
-def quantized(
-    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
+def cut_block(
+    teacher: Checkpoint,
+    candidate: Candidate,
+    number: int,
+    grams: Grams | None = None,
+    device: torch.device | None = None,
 ) -> Iterator[tuple[str, Tensor]]:
-    """A checkpoint's tensors after every block's format and back, fp32 where it is not BF16.
+    """What a candidate keeps of the teacher's block ``number``, by names within its layer.
 
-    Weight-only fake quantization, block by block as ``student_tensors`` and checkpoints stream
-    them; scales are those of the export. fp32, as a loader dequantizes: a code times its scale is
-    not a bf16 number.
+    In the teacher's dtype; cut on ``device``, None: where the tensors are.
     """
-    for number, found, fused in by_block(tensors, architecture):
-        if number is None or (format := architecture.blocks[number].format) == "bf16":
-            yield from found.items()
-            continue
-        wide = {name: tensor.float() for name, tensor in found.items()}
-        yield from fake_quantize_block(wide, fused, format).items()
-
-
-def by_block(
-    tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
-) -> Iterator[tuple[int | None, dict[str, Tensor], dict[str, str | None]]]:
-    """A checkpoint's tensors a block at a time: its number, they, and their fused groups."""
-    known = {parameter.name: parameter for parameter in parameters(architecture)}
-
-    def block_of(item: tuple[str, Tensor]) -> int | None:
-        return known[item[0]].block
-
-    for number, group in itertools.groupby(tensors, block_of):
-        found = dict(group)
-        yield number, found, {name: known[name].slot.fused for name in found}
+    architecture, keep = teacher.architecture, candidate.keep
+    block, family = architecture.blocks[number], family_of(architecture.family)
+    source = family.layer.format(layer=block.layer)
+    axis_sizes = sizes(block) | {"hidden": architecture.hidden}
+    kept = block_keep(keep, block)
+    repaired = projections(architecture, block) if number in candidate.repaired else ()
+    refitted = {projection.name: projection for projection in repaired}
+    for name, slot in family.tensors(block).items():
+        parts = ((e, expert_keep(kept, block, e)) for e in experts_of(name, block))
+        survivors = [(expert, own) for expert, own in parts if own is not None]
+        for row, (expert, own) in enumerate(survivors):
+            if projection := refitted.get(name.format(expert=expert)):
+                assert grams is not None, "a repaired candidate needs its teacher's Grams"
+                student = refitted_weight(teacher, grams, block, projection, own)
+            else:
+                tensor = teacher[source + name.format(expert=expert)]
+                student = cut(tensor.to(device or tensor.device), slot, axis_sizes, own)
+            yield name.format(expert=row), student.to(device or student.device)
 
 
 def prune(

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
+from compress.formats.kv import set_kv_format
 from compress.formats.packed import Packed
 from compress.model.architecture import Architecture
 from compress.model.build import skeleton, weight_formats
@@ -35,7 +36,7 @@ class Recorded(Exception):
 
 
 class Stack:
-    """A model on a placement, its weights brought in when a layer is visited.
+    """A model on a placement, its weights brought in when a layer is visited, its KV as decided.
 
     ``model`` is transformers' own; outside ``layer`` its parameters may be on ``meta``. What fits
     into the placement stays once it is there: embedding, final norm and head first, then layers
@@ -52,6 +53,7 @@ class Stack:
     ) -> None:
         self.architecture, self.read, self.placement = architecture, read, placement
         self.model: Any = skeleton(config, architecture)
+        set_kv_format(self.model, architecture.kv_format)
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = getattr(module, name).to(placement.device)
@@ -106,6 +108,14 @@ class Stack:
         """The output head with its weight in place."""
         with self.part(None):
             yield head_of(self.model)
+
+    @contextmanager
+    def whole(self) -> Iterator[Any]:
+        """The model with all of its weights in place, whether they fit the placement or not."""
+        with ExitStack() as stack:
+            for number in self.parts:
+                stack.enter_context(self.part(number))
+            yield self.model
 
     def visits(self, numbers: Sequence[int]) -> Iterator[tuple[int, nn.Module]]:
         """These layers in turn, in place one at a time; the next one is read meanwhile."""

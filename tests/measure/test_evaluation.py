@@ -1,13 +1,14 @@
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.measure.evaluation import Subject, compare
@@ -23,6 +24,7 @@ from compress.measure.tasks import (
 )
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
+from compress.sweep.stack import Stack, stack_at
 from compress.text.tokenizer import load_tokenizer
 
 WORDS = (
@@ -113,9 +115,17 @@ def test_rolling_rows_are_pieces_of_the_text_up_to_the_limit() -> None:
     assert sum(len(row["text"]) for row in whole) == sum(map(len, texts))
 
 
-def subject(model: Any) -> Subject:
-    """A model that is there, whose bytes do not matter."""
-    return Subject(lambda: model, 0)
+def subject(stack: Stack) -> Subject:
+    """A stack that is there, whose bytes do not matter."""
+    return Subject(lambda: stack, 0)
+
+
+def changed(path: Path, change: Callable[[dict[str, Tensor]], object]) -> Stack:
+    """The stack of a checkpoint with other weights."""
+    checkpoint = open_checkpoint(path)
+    tensors = {name: tensor.float() for name, tensor in checkpoint.items()}
+    change(tensors)
+    return Stack(checkpoint.config, checkpoint.architecture, lambda each: tensors[each.name])
 
 
 @pytest.fixture(scope="module")
@@ -124,8 +134,8 @@ def rows() -> torch.Tensor:
 
 
 def test_a_model_has_no_distance_to_itself(tiny: Path, rows: torch.Tensor) -> None:
-    teacher = load_model(tiny)
-    subjects = {"teacher": subject(teacher), "again": Subject(lambda: load_model(tiny), 7)}
+    teacher = stack_at(tiny)
+    subjects = {"teacher": subject(teacher), "again": Subject(lambda: stack_at(tiny), 7)}
     found = compare(subjects, teacher, load_tokenizer(tiny), rows)
     assert [model["bytes"] for model in found["models"].values()] == [0, 7]
     for model in found["models"].values():
@@ -141,12 +151,13 @@ def test_a_model_has_no_distance_to_itself(tiny: Path, rows: torch.Tensor) -> No
 
 
 def test_figures_equal_those_of_the_logits(tiny_llama: Path, rows: torch.Tensor) -> None:
-    teacher, student = load_model(tiny_llama), load_model(tiny_llama)
-    with torch.no_grad():
-        student.model.layers[1].mlp.down_proj.weight.zero_()
-        teacher_log, student_log = (
-            model(rows).logits.log_softmax(-1) for model in (teacher, student)
-        )
+    teacher = stack_at(tiny_llama)
+    student = changed(tiny_llama, lambda own: own["model.layers.1.mlp.down_proj.weight"].zero_())
+    logs = []
+    for stack in (teacher, student):
+        with torch.no_grad(), stack.whole() as model:
+            logs.append(model(rows).logits.log_softmax(-1))
+    teacher_log, student_log = logs
     kl = (teacher_log.exp() * (teacher_log - student_log)).sum(-1)
     nats = -student_log[:, :-1].gather(-1, rows[:, 1:, None]).mean()
     found = compare({"student": subject(student)}, teacher, load_tokenizer(tiny_llama), rows)
@@ -160,14 +171,14 @@ def test_figures_equal_those_of_the_logits(tiny_llama: Path, rows: torch.Tensor)
 def test_local_tasks_agree_with_the_model(tiny: Path, rows: torch.Tensor, tmp_path: Path) -> None:
     texts = documents(count=2, words=120)
     files, notes = write_task_rows(tmp_path, texts, ["choice", "rolling"], seed=0)
-    teacher, tokenizer = load_model(tiny), load_tokenizer(tiny)
+    teacher, tokenizer = stack_at(tiny), load_tokenizer(tiny)
     tasks = Tasks(["choice", "rolling"], files)
     found = compare({name: subject(teacher) for name in "ab"}, teacher, tokenizer, rows, tasks)
     figures = found["models"]["a"]["tasks"]
     choices = list(map(json.loads, files["choice"].read_text().splitlines()))
-    right = 0
+    right, model = 0, load_model(tiny)
     for row in choices:
-        nats = [text_nats(teacher, tokenizer, row["context"], choice) for choice in row["choices"]]
+        nats = [text_nats(model, tokenizer, row["context"], choice) for choice in row["choices"]]
         right += nats.index(min(nats)) == row["answer"]
     assert figures["choice"]["acc"] == pytest.approx(right / len(choices))
     assert found["samples"]["choice"] == len(choices) > 1
@@ -186,7 +197,7 @@ def test_a_perplexity_of_words_that_are_whole_texts_is_null(
     tiny_llama: Path, rows: torch.Tensor, tmp_path: Path
 ) -> None:
     files, _ = write_task_rows(tmp_path, ["x" * 900, "y" * 900], ["rolling"], seed=0)
-    teacher, tasks = load_model(tiny_llama), Tasks(["rolling"], files)
+    teacher, tasks = stack_at(tiny_llama), Tasks(["rolling"], files)
     found = compare({"a": subject(teacher)}, teacher, load_tokenizer(tiny_llama), rows, tasks)
     figures = found["models"]["a"]["tasks"]["rolling"]
     assert figures["word_perplexity"] is figures["stderr"] is None
@@ -208,7 +219,7 @@ def test_an_answer_longer_than_the_window_is_refused(
     row = {"context": "the", "choices": [" model" * 100, " small"], "answer": 0}
     (tmp_path / "choice.jsonl").write_text(json.dumps(row) + "\n")
     teacher, tasks = (
-        load_model(tiny_llama),
+        stack_at(tiny_llama),
         Tasks(["choice"], {"choice": tmp_path / "choice.jsonl"}),
     )
     with pytest.raises(InputError, match="600 tokens, but the model's window is 512"):
@@ -219,7 +230,7 @@ def test_benchmarks_read_local_files(tiny_llama: Path, rows: torch.Tensor, tmp_p
     pairs = [{"sentence_good": f"the model {n}", "sentence_bad": f"model the {n}"} for n in "abcd"]
     for name in ("passive_1", "intransitive"):
         write_rows(tmp_path / "blimp" / f"{name}.jsonl", pairs)
-    teacher, tasks = load_model(tiny_llama), Tasks(["blimp"], {}, tmp_path)
+    teacher, tasks = stack_at(tiny_llama), Tasks(["blimp"], {}, tmp_path)
     found = compare({"a": subject(teacher)}, teacher, load_tokenizer(tiny_llama), rows, tasks)
     figures = found["models"]["a"]["tasks"]
     assert set(figures) == {"blimp", "blimp_passive_1", "blimp_intransitive"}
@@ -297,31 +308,30 @@ def test_rows_that_a_task_cannot_read_are_one_line(
 def test_predictions_that_are_not_finite_name_their_model(
     broken: str, where: str, tiny_llama: Path, rows: torch.Tensor
 ) -> None:
-    models = {"teacher": load_model(tiny_llama), "student": load_model(tiny_llama)}
-    overflow(models[broken], where)
+    stacks = {"teacher": stack_at(tiny_llama), "student": stack_at(tiny_llama)}
+    stacks[broken] = changed(tiny_llama, lambda own: overflow(own, where))
     with pytest.raises(InputError, match=f"{broken} predicts NaN or infinite logits"):
         compare(
-            {"student": subject(models["student"])},
-            models["teacher"],
+            {"student": subject(stacks["student"])},
+            stacks["teacher"],
             load_tokenizer(tiny_llama),
             rows,
         )
-    text = reference(open_checkpoint(tiny_llama), models["teacher"], rows)
+    text = reference(open_checkpoint(tiny_llama), stacks["teacher"], rows)
     named = "the student" if broken == "student" else str(tiny_llama)
     with pytest.raises(InputError, match=f"{named} predicts NaN or infinite logits"):
-        mean_kl(models["student"], text)
+        mean_kl(stacks["student"], text)
 
 
-def overflow(model: Any, where: str) -> None:
+def overflow(tensors: dict[str, Tensor], where: str) -> None:
     """Finite weights whose products are not."""
-    norm, head = model.model.norm.weight, model.get_output_embeddings().weight
-    with torch.no_grad():
-        # Token 100 is not in the text.
-        (norm if where == "norm" else head[100]).fill_(3e38)
+    norm, head = tensors["model.norm.weight"], tensors["model.embed_tokens.weight"]
+    # Token 100 is not in the text.
+    (norm if where == "norm" else head[100]).fill_(3e38)
 
 
 def test_one_row_has_figures_without_errors_and_json_holds_no_nan(tiny_llama: Path) -> None:
-    teacher = load_model(tiny_llama)
+    teacher = stack_at(tiny_llama)
     # End of text alone is no text: bits per byte of it are not finite.
     for row in (torch.full((1, 8), 5), torch.zeros(1, 8, dtype=torch.int64)):
         found = compare(

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError
-from compress.measure.evaluation import on_text
+from compress.measure.evaluation import on_text, predicted
 from compress.memory.footprint import Deployment
 from compress.memory.plan import make_plan
 from compress.model.build import build_model, load_model, student_config
@@ -331,7 +331,8 @@ def test_logits_that_are_no_numbers_are_one_line(
     tensors[part] = torch.full_like(tensors[part], 3e38)
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
     checkpoint, model = open_checkpoint(path), load_model(path)
+    text = predicted(stack_of(checkpoint), TOKENS)
     with pytest.raises(InputError, match="logits are not finite on this text"):
         contributions(stack_of(checkpoint), TOKENS, 1, [])
     with pytest.raises(InputError, match="predicts NaN or infinite logits on this text"):
-        on_text(model, model, [final_hidden(model, TOKENS)], TOKENS, np.array([12, 12]))
+        on_text(text, text, TOKENS, np.array([12, 12]))

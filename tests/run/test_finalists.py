@@ -81,7 +81,7 @@ def test_whom_training_makes_worse_stays_as_it_was_cut(
         candidate, _ = students.find_candidate(session, row["id"])
         cut = students.pruned(session, candidate)
         assert students.latest(session, candidate) == cut
-        kl = mean_kl(students.in_formats(session, candidate, cut), fresh)
+        kl = mean_kl(students.in_formats(session, candidate.architecture, cut), fresh)
         assert row["distilled_kl"] == pytest.approx(kl, rel=1e-4)
     # Nor does the whole distance replace it.
     stages.distill(session.run, session.recipe, done[0]["id"])

@@ -73,7 +73,7 @@ def all_replayed(stack: Stack, stop: Stop = NEVER) -> dict[tuple[int, str], Tens
 def test_a_replayed_option_costs_what_the_student_of_surgery_costs(teacher: Checkpoint) -> None:
     architecture = teacher.architecture
     found = all_replayed(stack_of(teacher))
-    text = reference(teacher, load_model(teacher.path), TOKENS)
+    text = reference(teacher, stack_of(teacher), TOKENS)
     everything = list(range(len(architecture.blocks)))
     for number, keeps in cuts(architecture).items():
         prefix = block_name(architecture.blocks[number])

@@ -28,10 +28,10 @@ CUTS = [case for case, (_, keep, _) in CASES.items() if keep.keys() - {"blocks"}
 
 def prepared(path: Path) -> tuple[Stack, Reference, Scores]:
     """The teacher's stack, its text and its scores."""
-    model, teacher = load_model(path), open_checkpoint(path)
+    teacher = open_checkpoint(path)
     stack = stack_of(teacher)
     made = contributions(stack, TOKENS, 2, [], 0)
-    return stack, reference(teacher, model, TOKENS), Scores(made, {}, {}, LENGTH)
+    return stack, reference(teacher, stack, TOKENS), Scores(made, {}, {}, LENGTH)
 
 
 @pytest.mark.parametrize("trust", [1.0, 1e-9])

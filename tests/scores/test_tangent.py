@@ -27,8 +27,8 @@ TOKENS = torch.randint(0, 128, (12, LENGTH), generator=torch.Generator().manual_
 
 
 def text_of(path: Path) -> tuple[object, Reference]:
-    model = load_model(path)
-    return model, reference(open_checkpoint(path), model, TOKENS)
+    checkpoint = open_checkpoint(path)
+    return load_model(path), reference(checkpoint, stack_of(checkpoint), TOKENS)
 
 
 @pytest.mark.parametrize("case", CASES)

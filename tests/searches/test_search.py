@@ -16,7 +16,7 @@ from compress.memory.footprint import footprint
 from compress.model.architecture import Attention, Moe
 from compress.model.build import is_plain
 from compress.model.checkpoint import open_checkpoint
-from compress.model.families import count_parameters, parameters
+from compress.model.families import count_parameters
 from compress.run.recipe import check
 from compress.run.score import scored_formats
 from compress.scores.costs import removed
@@ -26,9 +26,10 @@ from compress.searches.problem import Globals, taken, total_bytes
 from compress.searches.proposals import candidate_of, decode, globals_of, seeds
 from compress.searches.space import KINDS, load_space, shipped_spaces
 from compress.searches.study import explore
-from compress.student.assemble import student_model
+from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate
 from compress.student.surgery import prune
+from compress.sweep.placement import REFERENCE
 from teachers import DEPLOYMENT, TOKENS, Teacher, first_candidates, invented, settings, shown
 
 SPACES = sorted(shipped_spaces())
@@ -146,9 +147,7 @@ def test_a_candidate_measures_as_the_student_written_and_loaded(
     candidate = first_candidates(teacher.problem(space, SHARE[space]))[0]
     prune(teacher.checkpoint, candidate, tmp_path / "student")
     written = open_checkpoint(tmp_path / "student")
-    names = [parameter.name for parameter in parameters(candidate.architecture)]
-    tensors = ((name, written[name]) for name in names)
-    loaded = student_model(teacher.checkpoint, candidate.architecture, tensors)
+    loaded = stack_in_formats(written, candidate.architecture, REFERENCE)
     expected = torch.cat(list(sequence_kl(loaded, teacher.text)))
     found = torch.cat(list(teacher.measure(candidate)))
     assert float(expected.mean()) > 1e-3

@@ -16,7 +16,7 @@ from compress.memory.footprint import Deployment
 from compress.model.architecture import Block, block_name
 from compress.model.build import build_model, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
-from compress.model.families import family_of, parameters
+from compress.model.families import family_of
 from compress.run.bench import Bench
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
@@ -27,7 +27,7 @@ from compress.scores.replay import removal_costs
 from compress.searches.problem import Globals, Problem
 from compress.searches.proposals import candidate_of, decode, globals_of
 from compress.searches.space import load_space
-from compress.student.assemble import student_model
+from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate, expert_keep, student_architecture
 from compress.student.grams import HALVES, Grams, Half, save_grams
 from compress.student.refits import refit
@@ -40,7 +40,7 @@ from compress.student.surgery import (
     student_tensors,
 )
 from compress.student.units import Projection, projections
-from compress.sweep.placement import Placement
+from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import stack_of
 
 TEACHERS = TINY | {"latent": TINY["hybrid"] | {"moe_latent_size": 32}}
@@ -279,9 +279,8 @@ def test_a_repaired_candidate_measures_as_the_student_written_and_loaded(
     repaired = replace(repaired, architecture=replace(repaired.architecture, blocks=tuple(blocks)))
     prune(checkpoint, repaired, tmp_path / "student", grams)
     written = open_checkpoint(tmp_path / "student")
-    tensors = [(p.name, written[p.name]) for p in parameters(repaired.architecture)]
-    text = reference(checkpoint, model, OTHER)
-    loaded = student_model(checkpoint, repaired.architecture, tensors)
+    text = reference(checkpoint, stack_of(checkpoint), OTHER)
+    loaded = stack_in_formats(written, repaired.architecture, REFERENCE)
     expected = torch.cat(list(sequence_kl(loaded, text)))
     found = torch.cat(list(measure(repaired, text, grams)))
     torch.testing.assert_close(found, expected, atol=1e-6, rtol=0)
@@ -353,7 +352,7 @@ def test_a_space_without_repair_computes_no_matrices(
     tiny_hybrid: Path, problem: Problem, tmp_path: Path
 ) -> None:
     session = Session(Run(tmp_path), Recipe(model=str(tiny_hybrid), budget="50%"))
-    bench = Bench(session, problem.known, reference(session.checkpoint, session.model, TOKENS[:1]))
+    bench = Bench(session, problem.known, session.reference(TOKENS[:1]))
     space = load_space("puzzle").model_copy(update={"repair": False})
     assert bench.problem(space).repair_ratio is None
     assert not any(tmp_path.iterdir())
