@@ -13,7 +13,7 @@ from compress.measure.kl import Reference, measure, reference
 from compress.memory.budget import teacher_bytes
 from compress.memory.footprint import Deployment
 from compress.model.architecture import to_json
-from compress.model.build import disk_tensors, load_model
+from compress.model.build import disk_tensors
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
@@ -37,7 +37,6 @@ class Teacher:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.architecture = self.checkpoint.architecture
-        model = load_model(path)
         formats = ["fp8", "nvfp4"]
         found = contributions(stack_of(self.checkpoint), TOKENS[:4], 2, formats)
         exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])

@@ -330,7 +330,7 @@ def test_logits_that_are_no_numbers_are_one_line(
     # Finite in the file, not in the model.
     tensors[part] = torch.full_like(tensors[part], 3e38)
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
-    checkpoint, model = open_checkpoint(path), load_model(path)
+    checkpoint = open_checkpoint(path)
     text = predicted(stack_of(checkpoint), TOKENS)
     with pytest.raises(InputError, match="logits are not finite on this text"):
         contributions(stack_of(checkpoint), TOKENS, 1, [])
