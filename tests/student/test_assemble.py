@@ -12,12 +12,11 @@ from torch import Tensor
 
 from compress.formats.table import Format
 from compress.memory.budget import in_format
-from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import parameters
 from compress.student.assemble import BlockStore
 from compress.student.candidate import Candidate
-from compress.student.grams import HALVES, Grams, gram_matrices, save_grams
+from compress.student.grams import HALVES, Grams, save_grams
 from compress.student.rounded import rounded
 from compress.student.surgery import student_tensors
 from compress.sweep.placement import Placement
@@ -91,9 +90,8 @@ def with_room(student: Candidate) -> Candidate:
 
 
 def test_an_assembled_repaired_student_is_that_of_surgery(tiny: Path, tmp_path: Path) -> None:
-    store, model = store_of(tiny), load_model(tiny)
-    halves = {half: gram_matrices(model, store.teacher.architecture, ROWS) for half in HALVES}
-    save_grams(halves, tmp_path / "grams.safetensors")
+    store = store_of(tiny)
+    save_grams(store.stack, dict.fromkeys(HALVES, ROWS), tmp_path / "grams.safetensors")
     grams = Grams(tmp_path / "grams.safetensors")
     plain = student_of(store.teacher, ["fp8", "bf16"], hidden=True)
     repaired = replace(plain, repaired=frozenset(plain.keep["blocks"].tolist()))
