@@ -98,17 +98,18 @@ def cuts_of(architecture: Architecture) -> Iterator[Keep]:
     kinds = {block.kind: block for block in reversed(architecture.blocks)}
     for kind, block in kinds.items():
         for axis, rule in AXES[kind].items():
-            if axis not in sizes(block) or axis == "expert_ffn":
-                continue  # a fused module computes routed experts, which no mask reaches inside
+            if axis not in sizes(block):
+                continue
             size = sizes(block)[axis]
             if rule.within:
                 index = some(sizes(block)[rule.within], (size + 1) // 2, of=size)
             else:
                 index = some(max(size // 2, sizes(block).get(rule.least or "", 1)), of=size)
             yield {f"layers.{block.layer}.{kind}/{axis}": index}
-        if kind != "moe":
+        if kind != "moe":  # experts that all are gone are removed, never masked
             yield without(architecture, architecture.blocks.index(block))
-    gone = architecture.blocks[0].layer
+    routed = {block.layer for block in architecture.blocks if block.kind == "moe"}
+    gone = next(block.layer for block in architecture.blocks if block.layer not in routed)
     yield without(architecture, *(n for n, b in enumerate(architecture.blocks) if b.layer == gone))
 
 

@@ -112,6 +112,10 @@ MORE: dict[str, dict[str, object]] = {
         "smollm3", "SmolLM3", "head_dim", "tie_word_embeddings", no_rope_layers=[1, 0, 1, 0]
     ),
 }
+ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob": True}
+MORE["qwen3_moe"] = tiny_config(
+    "qwen3_moe", "Qwen3Moe", num_experts=6, decoder_sparse_step=1, mlp_only_layers=[2], **ROUTED
+)
 EVERY = TINY | MORE
 
 

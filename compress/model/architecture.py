@@ -49,16 +49,20 @@ class Ffn:
 
 @dataclass(frozen=True, kw_only=True)
 class Moe:
-    """Routed experts and a shared one; ``latent`` is the experts' input width if projected."""
+    """Routed experts and a shared one, if ``shared_ffn`` is not None; gated as an FFN is.
+
+    ``latent`` is the experts' input width if projected.
+    """
 
     kind: Literal["moe"] = "moe"
     layer: int
     expert: int
     expert_ffn: int
-    shared_ffn: int
+    shared_ffn: int | None
     top_k: int
     routing_group: int = 1
     latent: int | None = None
+    gated: bool = False
     format: Format = "bf16"
 
 

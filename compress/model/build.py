@@ -25,8 +25,8 @@ from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import GENERATION, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters, settings_of
-from compress.model.families.family import Family, fixed_keys
-from compress.model.fill import fill, place_of, require_filled
+from compress.model.families.family import Family
+from compress.model.fill import fill, part_of, place_of, require_filled
 from compress.model.kernels import modeling
 
 
@@ -70,8 +70,8 @@ def layers_of(architecture: Architecture) -> dict[int, list[Block]]:
 
 def shared_settings(architecture: Architecture) -> dict[str, Any]:
     """Config keys that blocks fix, each with the value of the first block that has it."""
-    backwards = reversed(architecture.blocks)
-    return {key: value for block in backwards for key, value in fixed_keys(block).items()}
+    fixed, backwards = family_of(architecture.family).fixed, reversed(architecture.blocks)
+    return {key: value for block in backwards for key, value in fixed(block).items()}
 
 
 def is_plain(architecture: Architecture) -> bool:
@@ -79,7 +79,7 @@ def is_plain(architecture: Architecture) -> bool:
     family, shared = family_of(architecture.family), shared_settings(architecture)
     halves = len(norms_of(family))
     whole = all(len(blocks) == halves for blocks in layers_of(architecture).values())
-    agree = (fixed_keys(block).items() <= shared.items() for block in architecture.blocks)
+    agree = (family.fixed(block).items() <= shared.items() for block in architecture.blocks)
     return whole and all(agree) and family.stock(architecture)
 
 
@@ -180,14 +180,20 @@ def set_layers(model: Any, architecture: Architecture) -> None:
     family = family_of(architecture.family)
     layer_class = getattr(modeling(architecture.family), family.modules[2])
     norms = norms_of(family)
+
+    def built(number: int, settings: Mapping[str, Any]) -> Any:
+        changed = copy.deepcopy(model.config)
+        for key, value in settings.items():
+            setattr(changed, key, value)
+        return layer_class(changed, number)
+
     for number, blocks in layers_of(architecture).items():
-        settings = {key: value for block in blocks for key, value in fixed_keys(block).items()}
+        settings = {key: value for block in blocks for key, value in family.fixed(block).items()}
         if any(getattr(model.config, key) != value for key, value in settings.items()):
-            changed = copy.deepcopy(model.config)
-            for key, value in settings.items():
-                setattr(changed, key, value)
-            model.model.layers[number] = layer_class(changed, number)
+            model.model.layers[number] = built(number, settings)
         layer = model.model.layers[number]
+        for part, keys in (item for block in blocks for item in family.parts(block).items()):
+            layer.set_submodule(part, built(number, keys).get_submodule(part))
         there = {family.sites[block.kind].norm for block in blocks}
         for norm in (each for each in norms if each not in there):
             sites = (site for site in family.sites.values() if site.norm == norm)
@@ -202,8 +208,7 @@ def disk_tensors(
     """The tensors of a built model under their names on disk, fused experts one by one."""
     state = model.state_dict()
     for parameter in parameters(architecture):
-        name, expert = place_of(parameter, architecture)
-        yield parameter.name, state[name] if expert is None else state[name][expert]
+        yield parameter.name, part_of(parameter, state[place_of(parameter, architecture)])
 
 
 def weight_formats(architecture: Architecture) -> dict[str, Format]:

@@ -12,14 +12,23 @@ from compress.model.families import family_of
 from compress.model.layout import Parameter
 
 
-def place_of(parameter: Parameter, architecture: Architecture) -> tuple[str, int | None]:
-    """The name of a checkpoint's tensor in the torch model, and its row of the fused experts."""
+def place_of(parameter: Parameter, architecture: Architecture) -> str:
+    """The name in the torch model of what a checkpoint's tensor is, or is a part of."""
     own = family_of(architecture.family).embedding.partition(".")[0] + "."
-    name, expert = parameter.name, parameter.expert
+    name, expert, part = parameter.name, parameter.expert, parameter.slot.part
     inside = "model." + name.removeprefix(own) if name.startswith(own) else name
     if expert is None:
-        return inside, None
-    return inside.replace(f"experts.{expert}.", "experts.").removesuffix(".weight"), expert
+        return inside
+    fused = inside.replace(f"experts.{expert}.", "experts.").removesuffix(".weight")
+    return fused if part is None else f"{fused.rpartition('.')[0]}.{part.whole}"
+
+
+def part_of(parameter: Parameter, whole: Tensor) -> Tensor:
+    """What of a tensor of the torch model a parameter is, as a view."""
+    if parameter.expert is None:
+        return whole
+    own, part = whole[parameter.expert], parameter.slot.part
+    return own if part is None else own.chunk(part.of)[part.number]
 
 
 def fill(
@@ -37,14 +46,14 @@ def fill(
     stacks: dict[str, Tensor] = {}
     for parameter, tensor in tensors:
         own = torch.float32 if parameter.slot.float32 else dtype
-        name, expert = place_of(parameter, architecture)
-        if expert is None:
+        name = place_of(parameter, architecture)
+        if parameter.expert is None:
             put(model, name, tensor.to(device, own))
             continue
         if name not in stacks:
             shape = inside(model, name)[2].shape
             stacks[name] = torch.empty(shape, device=device, dtype=own)
-        stacks[name][expert] = tensor
+        part_of(parameter, stacks[name])[:] = tensor
     for name, stack in stacks.items():
         put(model, name, stack)
 
@@ -71,7 +80,7 @@ def put(model: Any, name: str, tensor: Tensor) -> None:
 
 def empty(model: Any, architecture: Architecture, parameters: Iterable[Parameter]) -> None:
     """Take parameters out of a model again: they go back to ``meta``."""
-    for name in {place_of(parameter, architecture)[0] for parameter in parameters}:
+    for name in {place_of(parameter, architecture) for parameter in parameters}:
         put(model, name, inside(model, name)[2].detach().to("meta"))
 
 

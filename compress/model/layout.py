@@ -22,18 +22,29 @@ Dimension = tuple[Product, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
+class Part:
+    """A matrix of several of equal height that the torch model keeps as one, called ``whole``."""
+
+    whole: str
+    number: int
+    of: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Slot:
     """One weight as a family's table declares it.
 
     ``fused`` names the scale group of a quantizable linear layer: the block's weights of one group
     share format and tensor scale (q/k/v, gate/up, the experts). None: stays BF16. ``normalizes``
     are the axes a norm averages over, so that surgery can fold the changed width into the weight.
+    ``part``: it is rows of a larger matrix in the torch model.
     """
 
     shape: str
     fused: str | None = None
     normalizes: tuple[str, ...] = ()
     float32: bool = False
+    part: Part | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ Models are those that ``build_model`` gives, or transformers' own of the same fa
 is ``model.model`` and its layers ``model.model.layers``.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -18,6 +19,7 @@ from compress.model.layout import Slot
 # N tokens, V vocabulary, D hidden.
 
 EXPERT = ".{expert}."
+BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -111,9 +113,11 @@ def weights_of(
     found = {name: (layer.get_submodule(name).weight, slot) for name, slot in plain.items()}
     for name, slot in slots_of(architecture, block, experts=True).items():
         path, _, matrix = name.partition(EXPERT)
-        stacked = getattr(layer.get_submodule(path), matrix)
-        for expert in range(len(stacked)):
-            found[name.format(expert=expert)] = (stacked[expert], slot)
+        part = slot.part
+        stacked = getattr(layer.get_submodule(path), part.whole if part else matrix)
+        for expert, whole in enumerate(stacked):
+            own = whole.chunk(part.of)[part.number] if part else whole
+            found[name.format(expert=expert)] = (own, slot)
     return found
 
 
@@ -134,9 +138,56 @@ def routed(
 
     The arguments are those that the module is called with.
     """
-    for expert, up in enumerate(module.up_proj):
+    for expert in range(len(module.down_proj)):
         token, choice = torch.where(index == expert)
-        yield token, module.act_fn(x[token] @ up.T), weight[token, choice, None]
+        read = [x[token] @ matrix.T for matrix in readers(module, expert)]
+        yield token, neurons(module, read), weight[token, choice, None]
+
+
+def readers(module: Any, expert: int) -> tuple[Tensor, ...]:
+    """What one of the fused experts reads with, in the order of its table: up, or gate and up."""
+    gated: Tensor | None = getattr(module, "gate_up_proj", None)
+    return (module.up_proj[expert],) if gated is None else gated[expert].chunk(2)
+
+
+def neurons(module: Any, read: Sequence[Tensor]) -> Tensor:
+    """Neurons of an expert from what its ``readers`` give."""
+    first: Tensor = module.act_fn(read[0])
+    return first if len(read) == 1 else first * read[1]
+
+
+@contextmanager
+def routing_among(router: Any, kept: Tensor) -> Iterator[None]:
+    """A router whose other experts are not there, as their score before the choice is -inf.
+
+    Inside the visit of its layer: it changes what the layer's weights are.
+    """
+    bias: Tensor | None = getattr(router, BIAS, None)
+    if bias is not None:
+        gone = torch.ones_like(bias, dtype=torch.bool)
+        gone[kept.to(bias.device)] = False
+        setattr(router, BIAS, bias.masked_fill(gone, -torch.inf))
+    else:
+        # Scores are a softmax over all, which has to be over fewer.
+        weight = router.weight
+
+        def among(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            index = kept.to(weight.device)
+            router._parameters["weight"] = weight[index]
+            try:
+                logits, scores, chosen = type(router).forward(router, hidden)
+            finally:
+                router._parameters["weight"] = weight
+            return logits, scores, index[chosen]
+
+        router.forward = among
+    try:
+        yield
+    finally:
+        if bias is not None:
+            setattr(router, BIAS, bias)
+        else:
+            del router.forward  # the class's own shows again
 
 
 def slots_of(architecture: Architecture, block: Block, *, experts: bool) -> dict[str, Slot]:

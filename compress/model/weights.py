@@ -129,7 +129,8 @@ def check_tensors(
         architecture = replace(architecture, tied=False)
     if architecture.tied and head and not embedding:
         stored[family.embedding] = head
-    left = {name: tensor for name, tensor in stored.items() if not name.startswith(family.unread)}
+    unread = tuple(start.format(layers=architecture.layers) for start in family.unread)
+    left = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
     found: dict[str, Stored] = {}
     for parameter in parameters(architecture):
         if parameter.name not in left:

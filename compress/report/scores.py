@@ -8,7 +8,7 @@ from compress.core.terminal import note, table
 from compress.formats.table import FORMATS
 from compress.model.architecture import Block, block_name
 from compress.scores.costs import Scores, change, importance, kl_of, removed
-from compress.student.units import AXES, UNITS, unit_key
+from compress.student.units import AXES, unit_key, units_in
 
 
 def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
@@ -29,7 +29,7 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
         costs = {
             block_name(b): kl_of(change(scores, b, {}, format), scores.length)
             for b in blocks
-            if f"{unit_key(b, UNITS[b.kind][0])}/{format}" in scores.contributions
+            if f"{unit_key(b, units_in(b)[0])}/{format}" in scores.contributions
         }
         if costs:
             low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)

@@ -23,7 +23,7 @@ from compress.scores.ranking import activation_importance
 from compress.scores.taps import SQUARES
 from compress.student.candidate import Ranking
 from compress.student.masks import alive, summed
-from compress.student.units import AXES, UNITS, Units, array_of, unit_key
+from compress.student.units import Units, array_of, axes_in, unit_key, units_in
 
 
 @dataclass(frozen=True)
@@ -133,7 +133,7 @@ def priority(
     ``router`` ranks routed units, and is ``contribution`` elsewhere. ``keep`` is what the block
     keeps on axes that are decided already.
     """
-    if ranking == "router" and block is not None and AXES[block.kind][axis].routed:
+    if ranking == "router" and block is not None and axes_in(block)[axis].routed:
         return scores.rankings[f"{block_name(block)}/router"]
     if ranking != "activation":
         return saliency(scores, block, axis)
@@ -155,7 +155,7 @@ def choose(
     in those that are kept, and some rankings add it up over what is.
     """
     keep: dict[str, Tensor] = {}
-    for axis, rule in sorted(AXES[block.kind].items(), key=lambda item: item[1].within is not None):
+    for axis, rule in sorted(axes_in(block).items(), key=lambda item: item[1].within is not None):
         count = target.get(axis, sizes(block)[axis])
         values = priority(scores, block, axis, ranking, keep)
         if rule.within in keep:
@@ -172,7 +172,7 @@ def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: For
     """
     found = scores.contributions
     total = torch.zeros(len(found["hidden"]))
-    for units in UNITS[block.kind]:
+    for units in units_in(block):
         key = unit_key(block, units)
         mask = alive(block, units, keep).flatten()
         total -= found[key].flatten(1) @ (1 - mask)
@@ -190,7 +190,7 @@ def removed(scores: Scores, block: Block) -> float:
 
 def whole(scores: Scores, block: Block) -> Tensor:
     """Summed contributions [rows] of losing all units of a block."""
-    rows = [scores.contributions[unit_key(block, u)].flatten(1).sum(1) for u in UNITS[block.kind]]
+    rows = [scores.contributions[unit_key(block, u)].flatten(1).sum(1) for u in units_in(block)]
     return torch.stack(rows).sum(0)
 
 

@@ -73,7 +73,7 @@ def copied(model: Any, architecture: Architecture, block: Block) -> Iterator[Non
         (layer.get_submodule(n), "weight") for n in slots_of(architecture, block, experts=False)
     ]
     if experts := fused_experts(model, architecture, block):
-        owners += [(experts, name) for name in ("up_proj", "down_proj")]
+        owners += [(experts, name) for name, _ in experts.named_parameters(recurse=False)]
     with ExitStack() as back:
         for module, name in owners:
             own = getattr(module, name)

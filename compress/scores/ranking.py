@@ -18,7 +18,7 @@ from compress.model.architecture import Architecture, Block, block_name
 from compress.model.layout import parse
 from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, routed, slots_of
 from compress.student.candidate import Ranking
-from compress.student.units import AXES, Projection, array_of, projections, unit_key
+from compress.student.units import Projection, array_of, axes_in, projections, unit_key
 from compress.sweep.stack import Stack, final_states
 
 
@@ -171,7 +171,7 @@ def l2(values: Tensor, dim: int) -> Tensor:
 
 def require_ranked(architecture: Architecture, ranking: Ranking) -> None:
     """Refuse a ranking that has nothing to rank in a model; InputError says which do."""
-    axes = [axis for block in architecture.blocks for axis in AXES[block.kind].values()]
+    axes = [axis for block in architecture.blocks for axis in axes_in(block).values()]
     if ranking == "router" and not any(axis.routed for axis in axes):
         raise InputError(
             "ranking router ranks experts and this teacher has none; "

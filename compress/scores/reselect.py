@@ -19,7 +19,7 @@ from compress.scores.costs import Scores, saliency, top, unit_saliency
 from compress.scores.tangent import Tangent
 from compress.student.candidate import Candidate, block_keep
 from compress.student.masks import summed, unit_mask
-from compress.student.units import UNITS, Units, unit_key
+from compress.student.units import Units, unit_key, units_in
 
 # How far slopes are trusted at first and at last. Trusted whole, they prefer units that are better
 # for one kind of text and worse for another (measured: runs/LOG.md, "Units chosen again").
@@ -103,7 +103,7 @@ def moved(before: Candidate, after: Candidate, teacher: Architecture) -> int:
     if "hidden" in before.keep:
         count += int((~torch.isin(before.keep["hidden"], after.keep["hidden"])).sum())
     for number in before.keep["blocks"].tolist():
-        for units in UNITS[teacher.blocks[number].kind]:
+        for units in units_in(teacher.blocks[number]):
             lost = unit_mask(teacher, before.keep, number, units)
             lost *= 1 - unit_mask(teacher, after.keep, number, units)
             count += int(lost.sum())
@@ -129,7 +129,7 @@ def reselected(
     for number in keep["blocks"].tolist():
         block = teacher.blocks[number]
         own = block_keep(candidate.keep, block)
-        for units in UNITS[block.kind]:
+        for units in units_in(block):
             kept = unit_mask(teacher, candidate.keep, number, units)
             half = unit_saliency(scores, block, units) / trust
             values = gain_of_keeping(at.slope[unit_key(block, units)], half, kept, at.length)

@@ -17,7 +17,15 @@ from torch import Tensor, nn
 from compress.formats.table import Format
 from compress.model.architecture import Block, block_name, sizes
 from compress.model.layout import Slot, parse
-from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, slots_of
+from compress.model.modules import (
+    final_norm,
+    fused_experts,
+    layer_of,
+    neurons,
+    norm_of,
+    readers,
+    slots_of,
+)
 from compress.scores.gated import Errors, Gated
 from compress.student.masks import (
     Unmasked,
@@ -247,11 +255,11 @@ class Taps:
             self.add(unit_key(block, units) + suffix, part, expert, once=once)
 
     def experts_forward(self, number: int, module: Any, errors: Errors) -> Callable[..., Tensor]:
-        """The fused experts' forward, expert by expert, with taps on each one's two matrices."""
+        """The fused experts' forward, expert by expert, with taps on each one's matrices."""
         architecture = self.stack.architecture
         block = architecture.blocks[number]
         slots = slots_of(architecture, block, experts=True)
-        (up, up_slot), (down, down_slot) = slots.items()
+        *reading, (down, down_slot) = slots.items()
         kept = unit_mask(architecture, self.gated.keep, number, array_of(block, "expert"))
         kept = kept.to(self.stack.placement.device, self.stack.placement.dtype)
 
@@ -275,9 +283,10 @@ class Taps:
                     self.tap(block, slot, own, value, seen, put, gather, (expert, len(kept)))
 
                 seen = x[token]
-                before = seen @ module.up_proj[expert].T
-                tapped(up, up_slot, seen.detach(), seen, before)
-                inner = module.act_fn(before)
+                read = [seen @ matrix.T for matrix in readers(module, expert)]
+                for (name, slot), before in zip(reading, read, strict=True):
+                    tapped(name, slot, seen.detach(), seen, before)
+                inner = neurons(module, read)
                 value, inner = inner.detach(), inner * kept[expert]
                 after = inner @ module.down_proj[expert].T
                 tapped(down, down_slot, value, inner, after)

@@ -23,7 +23,7 @@ from compress.searches.space import (
     resized,
 )
 from compress.student.candidate import Candidate
-from compress.student.units import AXES, UNITS
+from compress.student.units import AXES, UNITS, axes_in
 
 FFN_AXES = {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
 # Shares of the uniform cut, in steps of 1/256 of a width.
@@ -129,7 +129,7 @@ def at_share(
     space = problem.space.model_copy(update={"formats": (format,)})
     for block in teacher.blocks:
         target = {}
-        for axis in AXES[block.kind]:
+        for axis in axes_in(block):
             size, step = sizes(block)[axis], step_of(axis, format)
             count = max(step, int(share * size) // step * step)
             if axis in axes and count < size and admissible(block, {axis: count}):

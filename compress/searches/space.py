@@ -14,7 +14,7 @@ from compress.formats.table import Format, KvFormat
 from compress.memory.footprint import block_takes
 from compress.model.architecture import Architecture, Attention, Block, sizes
 from compress.model.find import shipped
-from compress.student.units import AXES
+from compress.student.units import AXES, axes_in
 
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
@@ -103,7 +103,7 @@ def counts(axis: str, size: int, shares: tuple[float, ...]) -> list[int]:
 
 def admissible(block: Block, target: Mapping[str, int]) -> bool:
     """Whether routing still works: at least top-k experts, divisible by the routing groups."""
-    own, rules = sizes(block), AXES[block.kind]
+    own, rules = sizes(block), axes_in(block)
     return all(
         count >= own.get(rules[axis].least or "", 1)
         and count % own.get(rules[axis].multiple or "", 1) == 0
@@ -133,7 +133,7 @@ def block_options(
     """Every option of one block but removal. ``globals_`` are the chosen shares of global axes."""
     block = architecture.blocks[number]
     choices: list[list[tuple[str, int]]] = []
-    for axis in AXES[block.kind]:
+    for axis in axes_in(block):
         size = sizes(block)[axis]
         if axis not in space.axes:
             found = [size]

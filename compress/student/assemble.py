@@ -127,7 +127,7 @@ class BlockStore:
             if "hidden" not in candidate.keep:
                 with stack.head():
                     return {
-                        each.name: inside(stack.model, place_of(each, stack.architecture)[0])[2]
+                        each.name: inside(stack.model, place_of(each, stack.architecture))[2]
                         for each in stack.parts[None]
                     }
             found = cut_outside(self.teacher, candidate, stack.placement.device)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from compress.formats.table import Format, KvFormat
 from compress.model.architecture import Architecture, Block, block_name, sizes
-from compress.student.units import AXES
+from compress.student.units import axes_in
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -82,6 +82,6 @@ def expert_keep(
     survivors = keep["expert"].tolist() if "expert" in keep else range(sizes(block)["expert"])
     if expert not in survivors:
         return None
-    own = {axis for axis, rule in AXES[block.kind].items() if rule.within == "expert"}
+    own = {axis for axis, rule in axes_in(block).items() if rule.within == "expert"}
     row = survivors.index(expert)
     return {axis: index[row] if axis in own else index for axis, index in keep.items()}

@@ -20,13 +20,12 @@ from compress.model.modules import (
     mixer_of,
     norm_of,
     routed,
+    routing_among,
 )
 from compress.student.candidate import block_keep
 from compress.student.units import Units, array_of, projections
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
-
-BIAS = "e_score_correction_bias"
 
 
 def summed(values: Tensor, units: Units, axis: str) -> Tensor:
@@ -125,11 +124,7 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 mask = mask.to(stack.placement.device, stack.placement.dtype)
                 hooks.enter_context(replaced_forward(experts, narrow(experts, mask)))
             if whole and "expert" in own:
-                gate = mixer_of(model, block).gate
-                bias: Tensor = getattr(gate, BIAS)
-                gone = dropped(own["expert"], len(bias)).to(bias.device)
-                hooks.callback(setattr, gate, BIAS, bias)
-                setattr(gate, BIAS, bias.index_fill(0, gone, -torch.inf))
+                hooks.enter_context(routing_among(mixer_of(model, block).gate, own["expert"]))
         yield unmasked
 
 

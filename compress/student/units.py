@@ -79,6 +79,17 @@ AXES: Mapping[str, Mapping[str, Axis]] = {
 }
 
 
+def units_in(block: Block) -> list[Units]:
+    """The unit arrays of a block; without a shared expert it has none of that."""
+    own = sizes(block)
+    return [units for units in UNITS[block.kind] if own.keys() >= set(units.axes)]
+
+
+def axes_in(block: Block) -> dict[str, Axis]:
+    """The axes of a block that may shrink."""
+    return {name: axis for units in units_in(block) for name, axis in units.cut.items()}
+
+
 def unit_key(block: Block, units: Units) -> str:
     """Name of a unit array: ``layers.7.attention/kv_head.query``."""
     return f"{block_name(block)}/{'.'.join(units.axes)}"
@@ -86,12 +97,12 @@ def unit_key(block: Block, units: Units) -> str:
 
 def array_of(block: Block, axis: str) -> Units:
     """The unit array that an axis is one of."""
-    return next(units for units in UNITS[block.kind] if axis in units.axes)
+    return next(units for units in units_in(block) if axis in units.axes)
 
 
 def units_of(product: Sequence[str], block: Block) -> Units | None:
     """The unit array that a product of axes belongs to: the one with an axis that can be cut."""
-    return next((u for u in UNITS[block.kind] if not u.cut.keys().isdisjoint(product)), None)
+    return next((u for u in units_in(block) if not u.cut.keys().isdisjoint(product)), None)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +139,7 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
     """The output projections of a block: the weights that read the units it can lose."""
     table, axis_sizes = family_of(architecture.family).tensors(block), sizes(block)
     matrices = {name: parse(slot.shape) for name, slot in table.items()}
-    several = len(UNITS[block.kind]) > 1
+    several = len(units_in(block)) > 1 or "expert" in axis_sizes
     for name, slot in table.items():
         rows, columns = matrices[name][0], matrices[name][1:]
         if slot.fused is None or (units := units_of(columns[0][0], block)) is None:

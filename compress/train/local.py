@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from compress.core.errors import InputError
 from compress.model.architecture import Block
-from compress.model.fill import inside, place_of
+from compress.model.fill import inside, part_of, place_of
 from compress.model.modules import mixer_of, norm_of
 from compress.sweep.stack import Stack
 from compress.train.distill import DistillSettings, schedule, train_settings
@@ -201,10 +201,8 @@ def tensors_of(student: Stack, layer: int, blocks: set[int]) -> Iterator[tuple[s
     """Copies of the weights of some of a layer's blocks, as they are, by their names on disk."""
     for parameter in student.parts[layer]:
         if parameter.block in blocks:
-            name, expert = place_of(parameter, student.architecture)
-            tensor = inside(student.model, name)[2].detach()
-            own = tensor if expert is None else tensor[expert]
-            yield parameter.name, own.to("cpu", copy=True)
+            tensor = inside(student.model, place_of(parameter, student.architecture))[2].detach()
+            yield parameter.name, part_of(parameter, tensor).to("cpu", copy=True)
 
 
 @contextmanager

@@ -16,12 +16,14 @@ from compress.model.families.nemotron_h import NEMOTRON_H
 from compress.model.families.phi3 import PHI3
 from compress.model.families.qwen2 import QWEN2
 from compress.model.families.qwen3 import QWEN3
+from compress.model.families.qwen3_moe import QWEN3_MOE
 from compress.model.families.settings import require
 from compress.model.families.smollm3 import SMOLLM3
 from compress.model.layout import Parameter, shape
 
 DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, QWEN2, QWEN3, SMOLLM3)
-FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, NEMOTRON_H)}
+MIXED = (QWEN3_MOE, NEMOTRON_H)
+FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 
 
 def family_of(model_type: str) -> Family:

@@ -6,9 +6,16 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Attention, Block
 from compress.model.families import settings
-from compress.model.families.family import Config, Family, Site, by_layer, read_block
+from compress.model.families.family import (
+    Config,
+    Family,
+    Site,
+    by_layer,
+    fixed_keys,
+    read_block,
+)
 from compress.model.families.settings import Kind
-from compress.model.layout import Slot
+from compress.model.layout import Part, Slot
 
 MODEL = {
     "model.embed_tokens.weight": Slot(shape="vocab hidden"),
@@ -38,9 +45,18 @@ FFN = FFN_NORM | {
     "mlp.up_proj.weight": Slot(shape="ffn hidden", fused="gate_up"),
     "mlp.down_proj.weight": Slot(shape="hidden ffn", fused="down"),
 }
+# In the torch model one matrix of all experts, gate first.
+GATE, UP = (Part(whole="gate_up_proj", number=number, of=2) for number in range(2))
+EXPERT = "mlp.experts.{expert}"
+EXPERTS = {
+    f"{EXPERT}.gate_proj.weight": Slot(shape="expert_ffn hidden", fused="experts_up", part=GATE),
+    f"{EXPERT}.up_proj.weight": Slot(shape="expert_ffn hidden", fused="experts_up", part=UP),
+    f"{EXPERT}.down_proj.weight": Slot(shape="hidden expert_ffn", fused="experts_down"),
+}
 SITES = {
     "attention": Site(mixer="self_attn", norm="input_layernorm", pair=True),
     "ffn": Site(mixer="mlp", norm="post_attention_layernorm"),
+    "moe": Site(mixer="mlp", norm="post_attention_layernorm"),
 }
 READS = (
     settings.COMMON
@@ -62,11 +78,15 @@ TYPES = {False: "full_attention", True: "sliding_attention"}
 
 
 def read(
-    config: Config, family: str, partial: Sequence[str] = ("default", "proportional")
+    config: Config,
+    family: str,
+    partial: Sequence[str] = ("default", "proportional"),
+    second: Callable[[int], str] = lambda layer: "ffn",
 ) -> Architecture:
     """Architecture of a config; windows and missing positions are by layer where it says so.
 
-    ``partial`` are the rope types that may turn a part of the channels only.
+    ``partial`` are the rope types that may turn a part of the channels only, ``second`` gives the
+    kind of a layer's second block.
     """
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # Its own key: hidden // heads is only the default.
@@ -86,7 +106,8 @@ def read(
         own: dict[str, Any] = {"rope": turns is None or bool(turns[layer])}
         if "sliding_window" in config and kinds is not None:
             own["sliding_window"] = window_of(config, kinds[layer])
-        blocks += (read_block(whole | own, kind, layer, gated=True) for kind in SITES)
+        for kind in ("attention", second(layer)):
+            blocks.append(read_block(whole | own, kind, layer, gated=True))
     return Architecture(
         family=family,
         vocab=config["vocab_size"],
@@ -153,6 +174,8 @@ def decoder(
     reads: Mapping[str, Kind] = READS,
     normal: Callable[[Config], dict[str, Any]] = dict,
     refused: Mapping[str, bool] | None = None,
+    fixed: Callable[[Block], dict[str, Any]] = fixed_keys,
+    parts: Callable[[Block], dict[str, dict[str, Any]]] = lambda _: {},
     lists: Callable[[Architecture], dict[str, Any]] = lambda _: {},
     stock: Callable[[Architecture], bool] = lambda _: True,
 ) -> Family:
@@ -173,6 +196,8 @@ def decoder(
         modules=(module, f"{prefix}ForCausalLM", f"{prefix}DecoderLayer"),
         final_norm="norm",
         sites=SITES,
+        fixed=fixed,
+        parts=parts,
         lists=lists,
         stock=stock,
     )

@@ -25,39 +25,6 @@ class Site:
     pair: bool = False
 
 
-@dataclass(frozen=True, kw_only=True)
-class Family:
-    """One model family. Tensor names are those of the checkpoint on disk.
-
-    ``normal`` is a config under the family's own names, ``reads`` the keys that its model code
-    reads and their kinds: the others are ignored; ``refused`` are switches that no table expresses.
-    ``write`` gives the keys that the whole architecture fixes, ``lists`` those that speak of layers
-    by their numbers. ``modules`` is where transformers keeps the family: module path, model class,
-    layer class; ``stock`` says whether its config class takes an architecture whose layers agree.
-    ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
-    """
-
-    model_type: str
-    normal: Callable[[Config], dict[str, Any]]
-    reads: Mapping[str, Kind]
-    refused: Mapping[str, bool]
-    read: Callable[[Config], Architecture]
-    model: Mapping[str, Slot]
-    head: str
-    embedding: str
-    layer: str
-    tensors: Callable[[Block], Mapping[str, Slot]]
-    write: Callable[[Config, Architecture], dict[str, Any]]
-    modules: tuple[str, str, str]
-    final_norm: str
-    sites: Mapping[str, Site]
-    kernels: tuple[str, ...] = ()
-    lists: Callable[[Architecture], dict[str, Any]] = lambda _: {}
-    stock: Callable[[Architecture], bool] = lambda _: True
-    # Tensors on disk that transformers leaves out, by the beginning of their names.
-    unread: tuple[str, ...] = ()
-
-
 def by_layer(architecture: Architecture, entry: Callable[[list[Block]], Any]) -> list[Any]:
     """An entry for every layer, of its blocks."""
     layers = itertools.groupby(architecture.blocks, key=lambda block: block.layer)
@@ -92,10 +59,11 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
         layer=layer,
         expert=config["n_routed_experts"],
         expert_ffn=config["moe_intermediate_size"],
-        shared_ffn=config["moe_shared_expert_intermediate_size"],
+        shared_ffn=config.get("moe_shared_expert_intermediate_size"),
         top_k=config["num_experts_per_tok"],
-        routing_group=config["n_group"],
+        routing_group=config.get("n_group", 1),
         latent=config.get("moe_latent_size"),
+        gated=gated,
     )
 
 
@@ -116,3 +84,41 @@ def fixed_keys(block: Block) -> dict[str, Any]:
         "moe_intermediate_size": block.expert_ffn,
         "moe_shared_expert_intermediate_size": block.shared_ffn,
     }
+
+
+@dataclass(frozen=True, kw_only=True)
+class Family:
+    """One model family. Tensor names are those of the checkpoint on disk.
+
+    ``normal`` is a config under the family's own names, ``reads`` the keys that its model code
+    reads and their kinds: the others are ignored; ``refused`` are switches that no table expresses.
+    ``write`` gives the keys that the whole architecture fixes, ``lists`` those that speak of layers
+    by their numbers, ``fixed`` those that a block fixes, ``parts`` those that modules of its layer
+    need to be other than ``fixed`` says. ``modules`` is where transformers keeps the family: module
+    path, model class, layer class; ``stock`` says whether its config class takes an architecture
+    whose layers agree.
+    ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
+    """
+
+    model_type: str
+    normal: Callable[[Config], dict[str, Any]]
+    reads: Mapping[str, Kind]
+    refused: Mapping[str, bool]
+    read: Callable[[Config], Architecture]
+    model: Mapping[str, Slot]
+    head: str
+    embedding: str
+    layer: str
+    tensors: Callable[[Block], Mapping[str, Slot]]
+    write: Callable[[Config, Architecture], dict[str, Any]]
+    modules: tuple[str, str, str]
+    final_norm: str
+    sites: Mapping[str, Site]
+    fixed: Callable[[Block], dict[str, Any]] = fixed_keys
+    kernels: tuple[str, ...] = ()
+    parts: Callable[[Block], dict[str, dict[str, Any]]] = lambda _: {}
+    lists: Callable[[Architecture], dict[str, Any]] = lambda _: {}
+    stock: Callable[[Architecture], bool] = lambda _: True
+    # Tensors on disk that transformers leaves out, by the beginning of their names; ``{layers}`` is
+    # the number of layers. A student has none of them.
+    unread: tuple[str, ...] = ()

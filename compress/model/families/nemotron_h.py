@@ -149,10 +149,8 @@ def read(config: Config) -> Architecture:
 def require_routing(config: Config) -> None:
     """InputError where a router would have to choose more than there is."""
     experts, groups = config["n_routed_experts"], config["n_group"]
-    if (chosen := config["num_experts_per_tok"]) > experts:
-        raise InputError(f"num_experts_per_tok {chosen} is above n_routed_experts {experts}")
-    if (taken := config.get("topk_group", 1)) > groups:
-        raise InputError(f"topk_group {taken} is above n_group {groups}")
+    settings.require_least(config, ("n_routed_experts", "num_experts_per_tok"))
+    settings.require_least({"topk_group": 1, **config}, ("n_group", "topk_group"))
     if experts < 2 * groups:
         raise InputError(f"n_group {groups} leaves n_routed_experts {experts} no two of a group")
 

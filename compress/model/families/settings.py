@@ -50,6 +50,7 @@ SWITCH = Kind("true or false", lambda value: type(value) is bool)
 TOKEN = Kind("a token id", lambda value: type(value) is int).or_null
 TOKENS = Kind("a token id, a list of them or null", lambda v: TOKEN.takes(v) or is_list(v, of=int))
 FLAGS = Kind("a list of 0 and 1", lambda v: is_list(v, of=int) and set(v) <= {0, 1})
+NUMBERS = Kind("a list of whole numbers", lambda value: is_list(value, of=int))
 NAMES = Kind("a list of names", lambda value: is_list(value, of=str))
 WIDTHS = ("vocab_size", "hidden_size", "intermediate_size", "num_attention_heads")
 # What every family reads.
@@ -75,6 +76,13 @@ def require_divides(settings: Mapping[str, Any], *pairs: tuple[str, str]) -> Non
         if settings.get(whole) and settings.get(part) and settings[whole] % settings[part]:
             said = f"is not a multiple of {part} {settings[part]}"
             raise InputError(f"{whole} {settings[whole]} {said}")
+
+
+def require_least(settings: Mapping[str, Any], *pairs: tuple[str, str]) -> None:
+    """InputError unless the first of each pair is at least the second."""
+    for whole, part in pairs:
+        if settings[part] > settings[whole]:
+            raise InputError(f"{part} {settings[part]} is above {whole} {settings[whole]}")
 
 
 FACTORS = Kind("a list of numbers", lambda v: isinstance(v, list) and all(map(is_number, v)))
