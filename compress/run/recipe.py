@@ -221,6 +221,8 @@ def complete(recipe: Recipe, source: str) -> Recipe:
     for budget, limit in zip(recipe.budgets, recipe.limits, strict=True):
         if recipe.limits.count(limit) > 1:
             raise InputError(f"{source}: budget {recipe.budget!r} names {budget} twice")
+    if not (recipe.local_tokens or recipe.distill_tokens):
+        raise InputError(f"{source}: local_tokens and distill_tokens are both 0: nothing to train")
     if recipe.baselines not in (None, "all", "none"):
         asked_kinds(recipe.baselines)
     return recipe

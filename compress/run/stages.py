@@ -5,7 +5,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from compress.core.errors import InputError
 from compress.core.files import read_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
@@ -66,8 +65,6 @@ def distill(run: Run, recipe: Recipe, name: str | None = None) -> None:
 def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
     """Train a candidate; its teacher's states stay for the next one."""
     session = Session(run, recipe)
-    if not (recipe.local_tokens or recipe.distill_tokens):
-        raise InputError("local_tokens and distill_tokens are both 0: there is nothing to train")
     require_optimizer(recipe.optimizer, session.placement)
     candidate, _ = students.find_candidate(session, name)
     text = session.reference(session.rows("select", 2 * recipe.select_tokens))

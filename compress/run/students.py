@@ -198,7 +198,13 @@ def train(
         inputs = train_inputs(session, candidate, 0, local_tokens)
         begins = localized(session, candidate, begins, directory / LOCAL, local_tokens, inputs)
     if tokens:
-        tensors = trained_tensors(session, candidate, tokens, begins, directory)
+        start = fingerprint(train_inputs(session, candidate, tokens, local_tokens))
+        settings = DistillSettings(
+            tokens=tokens, batch_tokens=session.recipe.distill_batch_tokens,
+            learning_rate=session.recipe.learning_rate, seed=session.recipe.seed,
+            optimizer=session.recipe.optimizer, start=start,
+        )  # fmt: skip
+        tensors = trained_tensors(session, candidate, settings, begins, directory)
     else:
         tensors = open_checkpoint(begins).items()
     architecture = candidate.architecture
@@ -213,15 +219,11 @@ def train(
 
 
 def trained_tensors(
-    session: Session, candidate: Candidate, tokens: int, begins: Path, directory: Path
+    session: Session, candidate: Candidate, settings: DistillSettings, begins: Path, directory: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a student after so many tokens of distillation from where it begins."""
+    """The tensors of a student after a distillation from where it begins."""
     recipe, placement = session.recipe, session.placement
-    settings = DistillSettings(
-        tokens=tokens, batch_tokens=recipe.distill_batch_tokens,
-        learning_rate=recipe.learning_rate, seed=recipe.seed, optimizer=recipe.optimizer,
-    )  # fmt: skip
-    rows = session.training_rows(tokens, recipe.distill_length)
+    rows = session.training_rows(settings.tokens, recipe.distill_length)
     states = teacher_states(session, rows)
     # From here on the student is alone in memory.
     session.stack.release()

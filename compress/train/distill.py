@@ -35,7 +35,10 @@ ACTIVATION_SHARE = 0.5
 
 @dataclass(frozen=True, kw_only=True)
 class DistillSettings:
-    """How long and how hard; rates rise over ``warmup_share`` of the steps, then fall to zero."""
+    """How long and how hard; rates rise over ``warmup_share`` of the steps, then fall to zero.
+
+    ``start`` is as in ``TrainSettings``.
+    """
 
     tokens: int
     batch_tokens: int
@@ -45,6 +48,7 @@ class DistillSettings:
     seed: int = 0
     optimizer: OptimizerName = "adamw"
     checkpoint_seconds: float = 100.0
+    start: str = ""
 
 
 @dataclass(frozen=True)
@@ -133,6 +137,7 @@ def train_settings(rows: Tensor, settings: DistillSettings) -> TrainSettings:
         optimizer=settings.optimizer,
         checkpoint_seconds=settings.checkpoint_seconds,
         data=digest(rows),
+        start=settings.start,
     )
 
 

@@ -11,6 +11,7 @@ come closer on rows held out stays as it was. Where hidden channels are cut, the
 that are kept and is compared in them; its norm is folded as surgery does.
 """
 
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -131,11 +132,15 @@ class Flow:
 def in_flight(stack: Stack, rows: Tensor, directory: Path) -> Tensor:
     """Room for the hidden states [N, T, D] of rows: a file without a name, not memory of ours."""
     directory.mkdir(parents=True, exist_ok=True)
-    shape = (*rows.shape, stack.architecture.hidden)
-    file = directory / "in-flight"
-    dtype = stack.placement.dtype
-    found = torch.from_file(str(file), shared=True, size=torch.Size(shape).numel(), dtype=dtype)
-    file.unlink()
+    shape = torch.Size((*rows.shape, stack.architecture.hidden))
+    file, dtype = directory / "in-flight", stack.placement.dtype
+    try:
+        with file.open("wb") as room:
+            # A full disk is an error here, not a crash at some later write.
+            os.posix_fallocate(room.fileno(), 0, shape.numel() * dtype.itemsize)
+        found = torch.from_file(str(file), shared=True, size=shape.numel(), dtype=dtype)
+    finally:
+        file.unlink(missing_ok=True)
     return found.view(shape)
 
 

@@ -38,6 +38,7 @@ Progress = Callable[[int, int, dict[str, float]], None]
 class TrainSettings:
     """How one training runs; ``data`` is a digest of what it runs on, to recognize a checkpoint.
 
+    ``start`` names the weights it begins with; empty, they are digested.
     A checkpoint is written every ``checkpoint_every`` steps, but not before ``checkpoint_seconds``
     have passed since the last, and so many times what writing that one took.
     """
@@ -53,6 +54,7 @@ class TrainSettings:
     checkpoint_seconds: float = 0.0
     optimizer: OptimizerName = "adamw"
     data: str = ""
+    start: str = ""
 
 
 # A step's loss, or parts of it that add up.
@@ -242,7 +244,7 @@ def identity_of(model: nn.Module, settings: TrainSettings) -> str:
     """
     asked = dataclasses.asdict(settings)
     asked = {key: value for key, value in asked.items() if not key.startswith("checkpoint")}
-    weights = {name: digest(tensor) for name, tensor in kept(model).items()}
+    weights = {} if settings.start else {name: digest(w) for name, w in kept(model).items()}
     return fingerprint({"settings": asked, "weights": weights})
 
 

@@ -87,6 +87,19 @@ def test_interrupted_and_resumed_is_uninterrupted_bit_for_bit(
         assert torch.equal(weight, resumed.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_in_bf16_are_near_those_in_fp32(tiny: Path, dtype: torch.dtype) -> None:
+    curves = []
+    for place in (Placement(), Placement(dtype=torch.bfloat16, memory=0)):
+        student = load_model(tiny, torch.float32 if place.memory is None else dtype)
+        torch.nn.init.normal_(
+            student.lm_head.weight, std=0.2, generator=torch.Generator().manual_seed(1)
+        )
+        curve = distill(taught(tiny, tokens()), student, tokens(), SETTINGS, place, progress=quiet)
+        curves.append([point.loss for point in curve])
+    assert curves[1] == pytest.approx(curves[0], rel=0.03)
+
+
 def test_computing_layers_again_changes_nothing(tiny: Path) -> None:
     trained = []
     for memory in (None, 0):
