@@ -50,7 +50,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 @app.command()
-@flags.settings(*flags.SERVED)
+@flags.settings(*flags.SERVED, "memory", "optimizer", "local_tokens")
 def plan(
     model: Annotated[
         str, typer.Argument(help="A directory, a config.json, a short name or a hub id.")
@@ -58,6 +58,12 @@ def plan(
     *,
     format: Annotated[Format | None, typer.Option(help="Format of every block.")] = None,
     kv_format: Annotated[KvFormat | None, typer.Option(help="Format of the KV cache.")] = None,
+    work: Annotated[
+        bool, typer.Option("--work", help="Memory and time of score, search, distill and export.")
+    ] = False,
+    on: Annotated[
+        str | None, typer.Option(help="Preset that the work is done on. [default: this CPU]")
+    ] = None,
     json: Json = False,
     **given: Any,
 ) -> None:
@@ -66,14 +72,20 @@ def plan(
     Reads config.json only: bytes by block and format, and the largest context.
     """
     from compress.api import planned
-    from compress.report.plan import print_plan
+    from compress.report.plan import print_plan, print_work
+    from compress.run.work import machine_of, works_json, works_of
 
     recipe = check({"model": model} | given, "command line")
     made = planned(model, recipe, format, kv_format)
+    machine = machine_of(recipe, on) if work or on else None
+    works = works_of(made.architecture, recipe, machine) if machine else []
     if json:
-        print(jsonlib.dumps(made.to_json()))
+        added = {"work": works_json(works, machine)} if machine else {}
+        print(jsonlib.dumps(made.to_json() | added))
         return
     print_plan(model, made)
+    if machine:
+        print_work(works, machine)
     if made.quantized:
         note(f"next: compress eval TEACHER {model}, with what it was made from as TEACHER")
         return

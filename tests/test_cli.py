@@ -122,6 +122,22 @@ def test_plan_answers_in_json_without_torch(config: str) -> None:
     }
 
 
+def test_plan_says_what_the_work_takes_without_torch(config: str) -> None:
+    command = ("plan", config, "--work", "--on", "a10g")
+    output, imported, _ = in_fresh_process(*command, "--json")
+    assert imported == set()
+    work = json.loads(output)["work"]
+    assert work["machine"]["name"] == "a10g"
+    fits = {stage["stage"]: stage["fits"] for stage in work["stages"]}
+    assert fits == {"score": True, "search": False, "distill": False, "export": True}
+    printed, imported, _ = in_fresh_process(*command)
+    assert imported == set()
+    lines = printed.splitlines()
+    table = lines[next(at for at, line in enumerate(lines) if "the work on a10g" in line) :]
+    assert [word for word in fits if any(word in line for line in table)] == list(fits)
+    assert all(len(line.rstrip()) <= 80 for line in table if "│" in line)
+
+
 def test_plan_prints_a_row_for_all_blocks_that_are_alike(
     config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

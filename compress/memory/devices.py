@@ -16,18 +16,23 @@ Compute = Literal["auto", "cpu", "cuda"]
 class Device:
     """``count`` equal cards. ``visible_bytes`` is what they offer together.
 
-    ``kv_formats`` run in every attention backend of the card.
+    ``kv_formats`` run in every attention backend of the card; ``tflops`` are dense products in BF16
+    with fp32 sums, by its data sheet.
     """
 
     name: str
     visible_bytes: int
+    tflops: float
     kv_formats: tuple[KvFormat, ...] = KV_FORMATS
     count: int = 1
 
 
-def card(name: str, visible_gib: float, kv_formats: tuple[KvFormat, ...] = KV_FORMATS) -> Device:
+def card(
+    name: str, visible_gib: float, tflops: float, kv_formats: tuple[KvFormat, ...] = KV_FORMATS
+) -> Device:
     """One card; ``visible_gib`` is rounded down to whole bytes."""
-    return Device(name=name, visible_bytes=int(visible_gib * 2**30), kv_formats=kv_formats)
+    visible = int(visible_gib * 2**30)
+    return Device(name=name, visible_bytes=visible, tflops=tflops, kv_formats=kv_formats)
 
 
 # Visible memory is what the driver leaves a process, ECC and reserved pages gone, and so below the
@@ -41,16 +46,16 @@ def card(name: str, visible_gib: float, kv_formats: tuple[KvFormat, ...] = KV_FO
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        card("a10g", 22.06, kv_formats=("bf16",)),
-        card("l4", 22.03),
-        card("l40s", 44.39),
-        card("rtx4090", 23.52),
-        card("rtx5090", 31.36),
-        card("a100-40", 39.38, kv_formats=("bf16",)),
-        card("a100-80", 79.10, kv_formats=("bf16",)),
-        card("h100", 79.10),
-        card("h200", 139.72),
-        card("b200", 178.35),
+        card("a10g", 22.06, 70, kv_formats=("bf16",)),
+        card("l4", 22.03, 60),
+        card("l40s", 44.39, 181),
+        card("rtx4090", 23.52, 165),
+        card("rtx5090", 31.36, 209),
+        card("a100-40", 39.38, 312, kv_formats=("bf16",)),
+        card("a100-80", 79.10, 312, kv_formats=("bf16",)),
+        card("h100", 79.10, 989),
+        card("h200", 139.72, 989),
+        card("b200", 178.35, 2250),
     )
 }
 
@@ -67,4 +72,7 @@ def find_device(text: str) -> Device:
         )
     one, count = DEVICES[found[2]], int(found[1] or 1)
     name = one.name if count == 1 else f"{count}x{one.name}"
-    return replace(one, name=name, visible_bytes=count * one.visible_bytes, count=count)
+    return replace(
+        one, name=name, visible_bytes=count * one.visible_bytes, tflops=count * one.tflops,
+        count=count,
+    )  # fmt: skip

@@ -7,7 +7,9 @@ from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import block_bytes, outside_bytes, state_bytes
+from compress.memory.machine import PROCESS, Machine
 from compress.memory.plan import Option, Plan
+from compress.memory.work import Work
 from compress.model.architecture import Architecture, sizes
 from compress.model.families import count_active, count_parameters, parameters
 
@@ -34,6 +36,41 @@ def print_plan(name: str, plan: Plan) -> None:
         lines.append(f"largest context that fits: {context_text(plan.largest_context)}")
     for line in (*lines, *plan.notes):
         console().print(line, markup=False, soft_wrap=True)
+
+
+def print_work(works: Sequence[Work], machine: Machine) -> None:
+    """Print what every stage takes on a machine, on stdout."""
+    rate = f"{machine.flops / 1e9:,.0f} GFLOP/s"
+    table(
+        f"the work on {machine.name}: {format_bytes(machine.memory)}, "
+        f"{8 * machine.number_bytes} bits, {rate}",
+        ("stage", "takes at least", "takes here", "fits", "about", "most of it"),
+        [
+            (
+                work.stage,
+                format_bytes(work.least),
+                format_bytes(work.takes(machine)),
+                "yes" if work.least <= machine.memory else "no",
+                duration(work.seconds(machine)),
+                max(work.parts, key=lambda part: work.parts[part]),
+            )
+            for work in works
+        ],
+    )
+    own = format_bytes(PROCESS)
+    lines = [f"the process itself takes {own} more; what does not stay in memory is read again"]
+    if host := max(work.host for work in works):
+        lines.append(f"beside it up to {format_bytes(host)} of the host's memory")
+    for line in lines:
+        console().print(line, markup=False, soft_wrap=True)
+
+
+def duration(seconds: float) -> str:
+    """A rough time in words."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:,.0f} {unit}"
+    return f"{max(seconds, 1):.0f} s"
 
 
 def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:

@@ -19,6 +19,7 @@ from compress.model.architecture import Architecture
 from compress.model.tensor_files import save_tensors
 from compress.run.recipe import Recipe, keep_recipe
 from compress.run.session import Session
+from compress.run.work import require_stage
 from compress.scores.contributions import Progress, contributions
 from compress.scores.costs import Scores, load_scores
 from compress.scores.kv import kv_costs
@@ -68,6 +69,7 @@ def score(session: Session) -> Scores:
     keep_recipe(recipe, run)
     if run.stage_done(STAGE, inputs, file):
         return load_scores(file)
+    require_stage("score", session.architecture, recipe, session.placement)
     rows = session.rows("score", recipe.score_tokens, recipe.score_length)
     # Its own directory for these inputs: parts of another scoring are never mixed in.
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"

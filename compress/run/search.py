@@ -13,6 +13,7 @@ from compress.export.targets import restricted
 from compress.measure.kl import Reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
+from compress.memory.work import STUDENT
 from compress.report.rows import (
     CANDIDATES,
     Student,
@@ -28,6 +29,7 @@ from compress.run.recipe import Recipe
 from compress.run.session import Session
 from compress.run.students import forget_states, keep_students, require_replaceable
 from compress.run.together import alone, helped, joined
+from compress.run.work import require_stage
 from compress.scores.ranking import require_ranked
 from compress.scores.reselect import FEWEST
 from compress.searches import baselines
@@ -149,6 +151,8 @@ def require_searchable(session: Session, space: Space) -> None:
     for one in session.at_each_budget():
         sizes = one.architecture, None, space, one.recipe.deployment, one.budget.bytes
         require_feasible(Problem(*sizes, active=recipe.active))
+        share = min(STUDENT, one.budget.bytes / one.teacher_bytes)
+        require_stage("search", one.architecture, recipe, session.placement, share)
     require_ranked(session.architecture, recipe.ranking)
     require_optimizer(recipe.optimizer, session.placement)
     session.rows("score", recipe.score_tokens)

@@ -23,6 +23,7 @@ from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, check
 from compress.run.session import Session
+from compress.run.work import require_stage
 from compress.student.candidate import repair_note
 from compress.train.optimizers import require as require_optimizer
 
@@ -67,6 +68,9 @@ def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
     session = Session(run, recipe)
     require_optimizer(recipe.optimizer, session.placement)
     candidate, _ = students.find_candidate(session, name)
+    for stage, tokens in (("local", recipe.local_tokens), ("distill", recipe.distill_tokens)):
+        if tokens:
+            require_stage(stage, candidate.architecture, recipe, session.placement, 1.0)
     text = session.reference(session.rows("select", 2 * recipe.select_tokens))
     asked = candidate.id, text, recipe.local_tokens
     before, after = students.trained(session, candidate, recipe.distill_tokens, *asked)
@@ -119,6 +123,7 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
         "student": str(directory.relative_to(run.path)),
     }
     architecture = candidate.architecture
+    require_stage("export", architecture, recipe, session.placement)
     if candidate.repaired:
         card["repair"] = repair_note(len(candidate.repaired), len(architecture.blocks))
     calibration = session.rows("score", recipe.score_tokens)[:8]

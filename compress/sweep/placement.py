@@ -1,6 +1,5 @@
 """Where the work is done: device, number type, and the bytes of weights that may stay there."""
 
-import os
 from dataclasses import dataclass
 
 import torch
@@ -8,6 +7,7 @@ import torch
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
 from compress.memory.devices import Compute
+from compress.memory.machine import free_memory
 
 CPU = torch.device("cpu")
 
@@ -54,13 +54,3 @@ def placement(compute: Compute, memory: int | None) -> Placement:
             f"{device.type} has free"
         )
     return Placement(device, dtype, free if memory is None else memory)
-
-
-def free_memory() -> int:
-    """Bytes of this machine's memory that are available, as the kernel counts them."""
-    try:
-        with open("/proc/meminfo", encoding="ascii") as file:
-            fields = dict(line.split(":", 1) for line in file)
-        return int(fields["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError):
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
