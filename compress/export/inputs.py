@@ -33,10 +33,11 @@ def input_ranges(stack: Stack, rows: Tensor) -> dict[Group, Tensor]:
         note(number, slot, args[0])
 
     def experts(number: int, slots: list[Slot], module: Any, args: tuple[Tensor, ...]) -> None:
-        first, second = slots
-        note(number, first, args[0])
+        *readers, writer = slots
+        for slot in readers:
+            note(number, slot, args[0])
         for _, inner, _ in routed(module, *args):
-            note(number, second, inner)
+            note(number, writer, inner)
 
     with ExitStack() as hooks:
         for number, block in enumerate(stack.architecture.blocks):
