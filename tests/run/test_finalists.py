@@ -68,6 +68,23 @@ def test_other_finalists_or_tokens_leave_nothing_behind(alone_copy: Path) -> Non
     assert same(rows_of(alone_copy), before)
 
 
+def test_finalists_share_their_teachers_states(
+    alone_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stored, seen = students.stored_states, list[tuple[Path, bool]]()
+
+    def watched(stack: Any, rows: Any, file: Path, progress: Any) -> Any:
+        seen.append((file, file.is_file()))
+        return stored(stack, rows, file, progress)
+
+    monkeypatch.setattr(students, "stored_states", watched)
+    again(alone_copy, finalists=3, short_distill_tokens=TOKENS)
+    assert len({file for file, _ in seen}) == 1
+    assert [known for _, known in seen] == [False] + [True] * (len(seen) - 1)
+    assert len(seen) > 1
+    assert not (alone_copy / "states").exists()
+
+
 def test_whom_training_makes_worse_stays_as_it_was_cut(
     run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
