@@ -5,13 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from cuts import candidate
 from tiny_models import LLAMA, write_tiny
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.model.build import load_model
+from compress.model.build import build_model, load_model, student_config
 from compress.model.checkpoint import open_checkpoint
 from compress.model.modules import final_hidden, head_of
+from compress.student.surgery import student_tensors
 from compress.sweep.placement import Placement
 from compress.sweep.stack import stack_of
 from compress.sweep.states import stored_states
@@ -111,6 +113,21 @@ def test_computing_layers_again_changes_nothing(tiny: Path) -> None:
         curve = distill(taught(tiny, tokens()), student, tokens(), SETTINGS, place, progress=quiet)
         trained.append((curve, student.state_dict()))
         assert not student.is_activation_checkpointing
+    assert trained[0][0] == trained[1][0]
+    assert all(torch.equal(w, trained[1][1][name]) for name, w in trained[0][1].items())
+
+
+def test_nor_does_it_where_layers_differ_and_blocks_are_gone(tiny_llama: Path) -> None:
+    checkpoint = open_checkpoint(tiny_llama)
+    keep = {"blocks": torch.tensor([0, 1, 3, 4]), "layers.0.ffn/ffn": torch.arange(48)}
+    cut = candidate(checkpoint.architecture, keep)
+    trained = []
+    for memory in (None, 0):
+        config = student_config(checkpoint.config, cut.architecture)
+        student = build_model(config, cut.architecture, student_tensors(checkpoint, cut))
+        asked = tokens(), SETTINGS, Placement(memory=memory)
+        curve = distill(taught(tiny_llama, tokens()), student, *asked, progress=quiet)
+        trained.append((curve, student.state_dict()))
     assert trained[0][0] == trained[1][0]
     assert all(torch.equal(w, trained[1][1][name]) for name, w in trained[0][1].items())
 
