@@ -44,7 +44,6 @@ def main() -> None:
         final_tokens={"type": int, "default": 8192},
     )
     found = subject(settings)
-    model = found.model
     rows = found.rows("score", settings.score_tokens)
     scored = contributions(found.stack, rows, 2, [], settings.seed)
     scores = Scores(scored, {}, {}, rows.shape[1])

@@ -243,7 +243,12 @@ def load(path: str | Path) -> PreTrainedModel:
     """
     directory = Path(path)
     model = load_model(directory)
-    if (directory / GENERATION).is_file():
-        model.generation_config = GenerationConfig.from_pretrained(directory)
+    generates(model, directory)
     set_kv_format(model, architecture_of(directory, read_config(directory)).kv_format)
     return model
+
+
+def generates(model: PreTrainedModel, directory: Path) -> None:
+    """Let a model generate as its directory says."""
+    if (directory / GENERATION).is_file():
+        model.generation_config = GenerationConfig.from_pretrained(directory)

@@ -1,6 +1,6 @@
 """From tensors on disk to the modules of a torch model, one parameter at a time."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -41,7 +41,8 @@ def fill(
     """Put tensors into a model whose parameters may be on ``meta``, frozen.
 
     They are cast to ``dtype`` (fp32 where the family's table says so) and moved; one that is so
-    already is used as it is, not copied. Fused experts have to come whole.
+    already is used as it is, not copied. Fused experts have to come whole; views of what they are
+    to be (``fused``) are not copied either.
     """
     stacks: dict[str, Tensor] = {}
     for parameter, tensor in tensors:
@@ -51,11 +52,37 @@ def fill(
             put(model, name, tensor.to(device, own))
             continue
         if name not in stacks:
-            shape = inside(model, name)[2].shape
-            stacks[name] = torch.empty(shape, device=device, dtype=own)
-        part_of(parameter, stacks[name])[:] = tensor
+            empty = torch.empty_like(inside(model, name)[2], device=device, dtype=own)
+            stacks[name] = whole_of(tensor, empty)
+        part = part_of(parameter, stacks[name])
+        if part.data_ptr() != tensor.data_ptr():
+            part[:] = tensor
     for name, stack in stacks.items():
         put(model, name, stack)
+
+
+def whole_of(view: Tensor, empty: Tensor) -> Tensor:
+    """What a tensor is a view of where that can take the place of ``empty``, which it is else."""
+    base = view._base
+    if base is None or base.shape != empty.shape or base.dtype != empty.dtype:
+        return empty
+    return base if base.device == empty.device else empty
+
+
+def fused(tensors: Sequence[tuple[Parameter, Tensor]], architecture: Architecture) -> list[Tensor]:
+    """Tensors of one block, those of fused experts as views of what ``fill`` then takes whole."""
+    experts = 1 + max(each.expert or 0 for each, _ in tensors)
+    wholes: dict[str, Tensor] = {}
+    found = []
+    for parameter, tensor in tensors:
+        if parameter.expert is not None:
+            rows = len(tensor) * (parameter.slot.part.of if parameter.slot.part else 1)
+            name = place_of(parameter, architecture)
+            if name not in wholes:
+                wholes[name] = tensor.new_empty(experts, rows, *tensor.shape[1:])
+            tensor = part_of(parameter, wholes[name]).copy_(tensor)
+        found.append(tensor)
+    return found
 
 
 def inside(model: Any, name: str) -> tuple[nn.Module, str, Tensor]:

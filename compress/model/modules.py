@@ -58,7 +58,8 @@ def product(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
     """X W^T in fp32. Two BF16 matrices are multiplied as they are, summed in fp32, off the CPU."""
     both = {x_ND.dtype, weight_VD.dtype}
     if both == {torch.bfloat16} and x_ND.device.type != "cpu":
-        return torch.mm(x_ND, weight_VD.T, out_dtype=torch.float32)
+        found: Tensor = torch.mm(x_ND.flatten(0, -2), weight_VD.T, out_dtype=torch.float32)
+        return found.view(*x_ND.shape[:-1], -1)
     return x_ND.float() @ weight_VD.float().T
 
 

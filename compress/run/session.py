@@ -14,7 +14,6 @@ from compress.measure.kl import Reference, reference
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
 from compress.memory.footprint import footprint
 from compress.model.architecture import Architecture
-from compress.model.build import load
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import is_export, read_config
 from compress.model.families import count_active
@@ -32,7 +31,7 @@ from compress.text.tokenizer import load_tokenizer
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
 SHARED = (
-    *("path", "files", "checkpoint", "architecture", "model", "placement", "stack", "store"),
+    *("path", "files", "checkpoint", "architecture", "placement", "stack", "store"),
     *("tokenizer", "splits"),
 )
 # Of a teacher's files besides its weights, those that decide what it computes of a text.
@@ -76,11 +75,6 @@ class Session:
     def architecture(self) -> Architecture:
         """The teacher's."""
         return planned_architecture(self.path, read_config(self.path))
-
-    @cached_property
-    def model(self) -> Any:
-        """The teacher in fp32; one of our quantized exports dequantized, with its KV cache."""
-        return load(self.path)
 
     @cached_property
     def placement(self) -> Placement:

@@ -4,7 +4,7 @@ A step of a search changes a few blocks of a student: the others are in the stor
 """
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import replace
 from threading import RLock
 
@@ -13,10 +13,10 @@ from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block
 from compress.model.architecture import Architecture
-from compress.model.build import student_config
+from compress.model.build import generates, student_config
 from compress.model.checkpoint import Checkpoint
-from compress.model.families import experts_of, family_of, parameters
-from compress.model.fill import inside, place_of
+from compress.model.families import family_of, parameters
+from compress.model.fill import fused, inside, place_of
 from compress.model.layout import Parameter
 from compress.student.candidate import Candidate, block_keep
 from compress.student.grams import Grams
@@ -82,15 +82,15 @@ class BlockStore:
     def student(self, candidate: Candidate, grams: Grams | None = None) -> Stack:
         """A candidate in its formats; a repaired one needs its teacher's Gram matrices."""
         architecture, keys = candidate.architecture, self.keys(candidate, grams)
-        numbers = candidate.keep["blocks"].tolist()
-        prefix = family_of(architecture.family).layer
+        blocks: dict[int | None, list[Parameter]] = {}
+        for each in parameters(architecture):
+            blocks.setdefault(each.block, []).append(each)
 
         def read(parameter: Parameter) -> Tensor:
             if (at := parameter.block) is None:
                 return self.outside(candidate)[parameter.name]
-            found = self.get(keys[at], lambda: self.block(candidate, at, numbers[at], grams))
-            own = prefix.format(layer=architecture.blocks[at].layer)
-            return found[parameter.name.removeprefix(own)]
+            found = self.get(keys[at], lambda: self.block(candidate, at, blocks[at], grams))
+            return found[local_name(parameter, architecture)]
 
         place = self.stack.placement
         # What a student's stack keeps is what the store holds.
@@ -99,25 +99,22 @@ class BlockStore:
         return Stack(config, architecture, read, replace(place, memory=memory))
 
     def block(
-        self, candidate: Candidate, at: int, number: int, grams: Grams | None
-    ) -> dict[str, Tensor]:
-        """The candidate's block ``at``, the teacher's ``number``, by names within its layer."""
-        block, place = candidate.architecture.blocks[at], self.stack.placement
-        cut = dict(cut_block(self.teacher, candidate, number, grams, place.device))
-        table = family_of(candidate.architecture.family).tensors(block)
-        slots = {
-            name.format(expert=expert): slot
-            for name, slot in table.items()
-            for expert in experts_of(name, block)
-        }
-        if block.format != "bf16":
-            fused = {name: slot.fused for name, slot in slots.items()}
-            wide = {name: tensor.float() for name, tensor in cut.items()}
-            cut = fake_quantize_block(wide, fused, block.format)
-        return {
-            name: tensor.to(torch.float32 if slots[name].float32 else place.dtype)
-            for name, tensor in cut.items()
-        }
+        self, candidate: Candidate, at: int, own: Sequence[Parameter], grams: Grams | None
+    ) -> Tensors:
+        """The candidate's block ``at``, whose parameters are ``own``, by names in its layer."""
+        architecture, place = candidate.architecture, self.stack.placement
+        number, format = int(candidate.keep["blocks"][at]), architecture.blocks[at].format
+        made = dict(cut_block(self.teacher, candidate, number, grams, place.device))
+        known = {local_name(each, architecture): each for each in own}
+        if format != "bf16":
+            groups = {name: each.slot.fused for name, each in known.items()}
+            wide = {name: tensor.float() for name, tensor in made.items()}
+            made = fake_quantize_block(wide, groups, format)
+        cast = [
+            (each, made[name].to(torch.float32 if each.slot.float32 else place.dtype))
+            for name, each in known.items()
+        ]
+        return dict(zip(known, fused(cast, architecture), strict=True))
 
     def outside(self, candidate: Candidate) -> Tensors:
         """Embedding, final norm and head: the teacher's own, or their kept hidden channels."""
@@ -141,6 +138,13 @@ def units_of(keep: Tensors, *axes: str) -> Hashable:
     return tuple((axis, keep[axis].numpy().tobytes()) for axis in axes or keep if axis in keep)
 
 
+def local_name(parameter: Parameter, architecture: Architecture) -> str:
+    """What a block's parameter is called within its layer."""
+    assert parameter.block is not None
+    layer = architecture.blocks[parameter.block].layer
+    return parameter.name.removeprefix(family_of(architecture.family).layer.format(layer=layer))
+
+
 def size_of(tensors: Tensors) -> int:
     """Bytes of tensors."""
     return sum(tensor.nbytes for tensor in tensors.values())
@@ -154,4 +158,6 @@ def stack_in_formats(
     def stored(parameter: Parameter) -> Tensor:
         return checkpoint[parameter.name].to(placement.device)
 
-    return Stack(checkpoint.config, architecture, rounded(stored, architecture), placement)
+    stack = Stack(checkpoint.config, architecture, rounded(stored, architecture), placement)
+    generates(stack.model, checkpoint.path)
+    return stack

@@ -17,7 +17,7 @@ from torch.nn.functional import embedding
 from compress.formats.kv import set_kv_format
 from compress.formats.packed import Packed
 from compress.model.architecture import Architecture
-from compress.model.build import skeleton, weight_formats
+from compress.model.build import generates, skeleton, weight_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters
@@ -210,7 +210,9 @@ def stack_of(checkpoint: Checkpoint, placement: Placement = REFERENCE) -> Stack:
     def read(parameter: Parameter) -> Tensor:
         return checkpoint[parameter.name]
 
-    return Stack(checkpoint.config, checkpoint.architecture, read, placement)
+    stack = Stack(checkpoint.config, checkpoint.architecture, read, placement)
+    generates(stack.model, checkpoint.path)
+    return stack
 
 
 def stack_at(path: Path, placement: Placement = REFERENCE) -> Stack:
@@ -220,7 +222,9 @@ def stack_at(path: Path, placement: Placement = REFERENCE) -> Stack:
         return stack_of(open_checkpoint(path), placement)
     architecture = architecture_of(path, config)
     packed = Packed(path, weight_formats(architecture))
-    return Stack(config, architecture, lambda parameter: packed[parameter.name], placement)
+    stack = Stack(config, architecture, lambda parameter: packed[parameter.name], placement)
+    generates(stack.model, path)
+    return stack
 
 
 @torch.no_grad()

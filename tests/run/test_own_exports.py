@@ -46,7 +46,8 @@ def test_eval_measures_our_exports_as_load_reads_them(
     assert found["kl"] > 0
     session = Session(Run(tmp_path / "run"), recipe.changed(model=str(out)))
     rows = token_rows(architecture)
-    assert torch.equal(session.model(rows).logits, load(out)(rows).logits)
+    with torch.no_grad(), session.stack.whole() as model:
+        assert torch.equal(model(rows).logits, load(out)(rows).logits)
     with pytest.raises(InputError, match=rf"quantized \({format}\).*take its teacher"):
         open_checkpoint(session.path)
     plan = make_plan(out, Deployment(context=64))

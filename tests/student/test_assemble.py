@@ -110,15 +110,15 @@ def test_a_changed_block_is_made_and_the_others_are_found(tiny_llama: Path) -> N
     assert changed == {name for name in one if "layers.1.mlp" in name or ".1.post_att" in name}
 
 
-def test_what_needs_no_cut_and_no_copy_is_the_teachers_own(tiny_llama: Path) -> None:
-    store = store_of(tiny_llama)
-    stack = store.student(student_of(store.teacher, ["bf16"]))
+@pytest.mark.parametrize("formats", [["bf16"], ["fp8"]])
+def test_a_stack_copies_nothing_of_its_store(formats: list[Format], tiny: Path) -> None:
+    store = store_of(tiny)
+    stack = store.student(student_of(store.teacher, formats))
     with stack.head() as head, store.stack.head() as teachers:
         assert head.weight.data_ptr() == teachers.weight.data_ptr()
-    with stack.layer(0) as layer:
-        made = store.get(store.keys(student_of(store.teacher, ["bf16"]))[0], dict)
-        weight = layer.self_attn.q_proj.weight
-        assert weight.data_ptr() == made["self_attn.q_proj.weight"].data_ptr()
+    for _, layer in stack.visits(range(stack.layers)):
+        held = {tensor.data_ptr() for made in store.held.values() for tensor in made.values()}
+        assert {weight.data_ptr() for weight in layer.parameters()} <= held
 
 
 def test_a_store_holds_the_latest_blocks_within_its_limit(tiny: Path) -> None:
