@@ -34,7 +34,10 @@ class Head:
     softcap: float | None = None
 
     def logits(self, hidden_ND: Tensor) -> Tensor:
-        """Logits [N, V] in fp32, whatever the inputs and the surrounding autocast."""
+        """Logits [N, V] in fp32, whatever the inputs and the surrounding autocast.
+
+        Not to be differentiated through: the losses know their gradients.
+        """
         with torch.autocast(hidden_ND.device.type, enabled=False):
             logits_NV = product(hidden_ND, self.weight)
         if self.scale != 1:
