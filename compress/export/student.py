@@ -131,10 +131,10 @@ def without_formats(architecture: Architecture) -> Architecture:
 
 @torch.no_grad()
 def logits(stack: Stack, rows: Tensor) -> Tensor:
-    """Logits of token rows, fp32, where the stack is."""
+    """Logits [N, V] of token rows, fp32, where the stack is."""
     [hidden_BTD] = final_states(stack, [rows])
     with stack.head() as head:
-        return head.logits(hidden_BTD)
+        return head.logits(hidden_BTD.flatten(0, 1))
 
 
 def write_student(
@@ -209,10 +209,12 @@ def verify(
 
 @torch.no_grad()
 def stock_logits(directory: Path, rows: Tensor, placement: Placement) -> Tensor:
-    """Logits of token rows of the model that transformers reads, fp32."""
+    """Logits [N, V] of token rows of the model that transformers reads, fp32."""
     read: Any = AutoModelForCausalLM.from_pretrained
     model = read(directory, dtype=torch.float32, trust_remote_code=False).to(placement.device)
-    found: Tensor = model(input_ids=rows.to(placement.device), use_cache=False).logits.float()
+    found: Tensor = (
+        model(input_ids=rows.to(placement.device), use_cache=False).logits.float().flatten(0, 1)
+    )
     return found
 
 
