@@ -76,9 +76,10 @@ def sequence_kl(stack: Stack, text: Reference, name: str = "the student") -> Ite
     Raises:
         InputError: it is not finite; ``name`` is what to call the student.
     """
-    for part in text.batches():
-        [hidden] = final_states(stack, [part.tokens])
-        with stack.head() as head:
+    parts = list(text.batches())
+    found = final_states(stack, [part.tokens for part in parts])
+    with stack.head() as head:
+        for part, hidden in zip(parts, found, strict=True):
             states = hidden.flatten(0, 1), head, part.hidden.flatten(0, 1), part.head
             yield by_sequence(kl_from_hidden(*states), part, name)
 
@@ -92,26 +93,39 @@ def mean_kl(stack: Stack, text: Reference) -> float:
 def measure(candidate: Candidate, text: Reference, grams: Grams | None = None) -> Iterator[Tensor]:
     """Per-sequence KL of a candidate, a batch at a time; a repaired one needs Gram matrices.
 
-    Starts where it begins to differ from the best candidate measured on the text so far.
+    Starts where it begins to differ from the best candidate measured on the text so far. Where the
+    student's layers do not stay in memory, all batches after the first are one sweep.
     """
     stack, kept = text.store.student(candidate, grams), candidate.keep.get("hidden")
     state_bytes = text.tokens.numel() * candidate.architecture.hidden * text.hidden.itemsize
     walk = text.best.begin(text.store.layer_keys(candidate, grams), state_bytes)
-    values = []
-    for batch, part in enumerate(text.batches()):
-        known = [layer for at, layer in walk.states if at == batch]
-        first = max(known, default=0)
-        hidden = walk.states[batch, first] if known else stack.embed(part.tokens)
+    parts, values = list(text.batches()), list[Tensor]()
+    first = max((layer for _, layer in walk.states), default=0)
+    for batches in sweeps(stack, len(parts)):
+        hidden = {
+            at: walk.states[at, first] if first else stack.embed(parts[at].tokens) for at in batches
+        }
         for number, layer in stack.visits(range(first, stack.layers)):
-            walk.keep(batch, number, hidden)
-            hidden = stack.run(number, layer, hidden)
-        walk.keep(batch, stack.layers, hidden)
+            for at, states in hidden.items():
+                walk.keep(at, number, states)
+                hidden[at] = stack.run(number, layer, states)
+        found = []
         with stack.head() as head:
-            states = stack.normed(hidden).flatten(0, 1)
-            kl = kl_of_student(states, head, part, kept)
-        values.append(by_sequence(kl, part, f"candidate {candidate.id}"))
-        yield values[-1]
+            for at, states in hidden.items():
+                walk.keep(at, stack.layers, states)
+                states_ND = stack.normed(states).flatten(0, 1)
+                kl = kl_of_student(states_ND, head, parts[at], kept)
+                found.append(by_sequence(kl, parts[at], f"candidate {candidate.id}"))
+        values += found
+        yield from found
     text.best.offer(walk, float(torch.cat(values).mean()))
+
+
+def sweeps(stack: Stack, batches: int) -> list[range]:
+    """The batches of each sweep: one where the layers stay, else the first and all others."""
+    if stack.stays.issuperset(stack.parts):
+        return [range(at, at + 1) for at in range(batches)]
+    return [range(min(1, batches)), range(1, batches)]
 
 
 def kl_of_student(

@@ -169,11 +169,13 @@ class Stack:
 def staying(parts: Mapping[int | None, Sequence[Parameter]], place: Placement) -> Iterator[Any]:
     """The parts whose weights stay where they are once they are there, first come first served."""
     left = place.resident_bytes
+    if left is None:
+        yield from parts
+        return
     for number, tensors in parts.items():
-        size = part_bytes(tensors, place.dtype)
-        if left is not None and size > left:
+        left -= part_bytes(tensors, place.dtype)
+        if left < 0:
             return
-        left = None if left is None else left - size
         yield number
 
 
