@@ -79,7 +79,14 @@ def test_columns_that_were_never_active_count_neither_for_the_ridge_nor_for_the_
     kept = torch.arange(0, 48)
     found = refit(WEIGHT, gram, kept, RIDGE)
     torch.testing.assert_close(found[:, dead], WEIGHT[:, dead])
-    assert damping(torch.zeros(4, 4), RIDGE) == 0
+
+
+def test_what_was_never_active_where_it_is_fitted_keeps_its_weights() -> None:
+    nothing, check, kept = torch.zeros(WIDTH, WIDTH).double(), CHECK.T @ CHECK, NESTED[2]
+    assert torch.equal(refit(WEIGHT, nothing, kept, RIDGE), WEIGHT[:, kept])
+    change = torch.full((1, WIDTH), -1.0).double().index_fill_(1, kept, 0)
+    found = refit_errors(WEIGHT, nothing, check, [kept], RIDGE)
+    assert found == pytest.approx(cut_errors(WEIGHT, check, change))
 
 
 def test_a_cut_misses_what_its_columns_put_out() -> None:
