@@ -145,6 +145,41 @@ SMOLLM3_3B: dict[str, Any] = {
     "num_key_value_heads": 4,
     "rms_norm_eps": 1e-6,
 }
+QWEN3_30B = QWEN3_8B | {
+    "model_type": "qwen3_moe",
+    "hidden_size": 2048,
+    "intermediate_size": 6144,
+    "num_hidden_layers": 48,
+    "num_key_value_heads": 4,
+    "moe_intermediate_size": 768,
+    "num_experts": 128,
+    "num_experts_per_tok": 8,
+    "norm_topk_prob": True,
+    "decoder_sparse_step": 1,
+    "mlp_only_layers": [],
+}
+GLM_AIR: dict[str, Any] = {
+    "model_type": "glm4_moe",
+    "vocab_size": 151552,
+    "hidden_size": 4096,
+    "intermediate_size": 10944,
+    "num_hidden_layers": 46,
+    "num_attention_heads": 96,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "attention_bias": True,
+    "use_qk_norm": False,
+    "partial_rotary_factor": 0.5,
+    "moe_intermediate_size": 1408,
+    "n_routed_experts": 128,
+    "n_shared_experts": 1,
+    "num_experts_per_tok": 8,
+    "first_k_dense_replace": 1,
+    "n_group": 1,
+    "topk_group": 1,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 PUBLISHED = {
     "Nemotron-H-8B": (HYBRID_8B, 8_100_852_736),
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
@@ -159,4 +194,6 @@ PUBLISHED = {
     "Mistral-7B-v0.3": (MISTRAL_7B, 7_248_023_552),
     "Phi-4-mini": (PHI4_MINI, 3_836_021_760),
     "SmolLM3-3B": (SMOLLM3_3B, 3_075_098_624),
+    "Qwen3-30B-A3B": (QWEN3_30B, 30_532_122_624),
+    "GLM-4.5-Air": (GLM_AIR, 106_852_251_264),
 }

@@ -116,6 +116,18 @@ ROUTED = {"num_experts_per_tok": 2, "moe_intermediate_size": 32, "norm_topk_prob
 MORE["qwen3_moe"] = tiny_config(
     "qwen3_moe", "Qwen3Moe", num_experts=6, decoder_sparse_step=1, mlp_only_layers=[2], **ROUTED
 )
+MORE["glm4_moe"] = tiny_config(
+    "glm4_moe",
+    "Glm4Moe",
+    n_routed_experts=6,
+    n_shared_experts=2,
+    first_k_dense_replace=2,
+    routed_scaling_factor=1.5,
+    attention_bias=True,
+    use_qk_norm=True,
+    num_nextn_predict_layers=0,
+    **ROUTED,
+)
 EVERY = TINY | MORE
 
 

@@ -23,7 +23,8 @@ STRICT = ConfigDict(extra="forbid", strict=True)
 class Attention:
     """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``.
 
-    ``window`` limits how many tokens it sees; without ``rope`` it knows no positions.
+    ``window`` limits how many tokens it sees; without ``rope`` it knows no positions. ``qkv_bias``
+    and ``qk_norm`` say what a config may choose to have, in families where it may.
     """
 
     kind: Literal["attention"] = "attention"
@@ -33,6 +34,8 @@ class Attention:
     head_dim: int
     window: int | None = None
     rope: bool = True
+    qkv_bias: bool = False
+    qk_norm: bool = False
     format: Format = "bf16"
 
 

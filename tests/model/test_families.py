@@ -16,7 +16,6 @@ from compress.model.families import (
     parameters,
     read_architecture,
 )
-from compress.model.families.family import fixed_keys
 
 NAMES = list(PUBLISHED)
 
@@ -40,7 +39,7 @@ def test_what_is_written_reads_as_the_same_architecture(name: str) -> None:
     family = family_of(architecture.family)
     written: dict[str, Any] = {}
     for block in architecture.blocks:
-        written |= fixed_keys(block)
+        written |= family.fixed(block)
     written |= family.write(config, architecture) | family.lists(architecture)
     for key in config.keys() & written.keys():
         assert written[key] == config[key], key

@@ -9,6 +9,7 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.family import Family
+from compress.model.families.glm4_moe import GLM4_MOE
 from compress.model.families.llama import LLAMA
 from compress.model.families.ministral3 import MINISTRAL3
 from compress.model.families.mistral import MINISTRAL, MISTRAL
@@ -22,7 +23,7 @@ from compress.model.families.smollm3 import SMOLLM3
 from compress.model.layout import Parameter, shape
 
 DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, QWEN2, QWEN3, SMOLLM3)
-MIXED = (QWEN3_MOE, NEMOTRON_H)
+MIXED = (GLM4_MOE, QWEN3_MOE, NEMOTRON_H)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 
 

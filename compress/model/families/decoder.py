@@ -150,6 +150,11 @@ def write(config: Config, student: Architecture) -> dict[str, Any]:
     }
 
 
+def by_kind(**tables: Mapping[str, Slot]) -> Callable[[Block], Mapping[str, Slot]]:
+    """The table of a block by its kind."""
+    return lambda block: tables[block.kind]
+
+
 def heads_divide(architecture: Architecture) -> bool:
     """Whether every block's heads divide the hidden size, as some config classes want."""
     attentions = (block for block in architecture.blocks if isinstance(block, Attention))
@@ -168,7 +173,7 @@ def heads_fill(architecture: Architecture) -> bool:
 def decoder(
     model_type: str,
     prefix: str,
-    tables: Mapping[str, Mapping[str, Slot]],
+    tensors: Callable[[Block], Mapping[str, Slot]],
     *,
     read: Callable[[Config], Architecture],
     reads: Mapping[str, Kind] = READS,
@@ -178,6 +183,7 @@ def decoder(
     parts: Callable[[Block], dict[str, dict[str, Any]]] = lambda _: {},
     lists: Callable[[Architecture], dict[str, Any]] = lambda _: {},
     stock: Callable[[Architecture], bool] = lambda _: True,
+    unread: tuple[str, ...] = (),
 ) -> Family:
     """A family whose modules sit where llama's do; its classes begin with ``prefix``."""
     module = f"transformers.models.{model_type}.modeling_{model_type}"
@@ -191,7 +197,7 @@ def decoder(
         head="lm_head.weight",
         embedding="model.embed_tokens.weight",
         layer="model.layers.{layer}.",
-        tensors=lambda block: tables[block.kind],
+        tensors=tensors,
         write=write,
         modules=(module, f"{prefix}ForCausalLM", f"{prefix}DecoderLayer"),
         final_norm="norm",
@@ -200,4 +206,5 @@ def decoder(
         parts=parts,
         lists=lists,
         stock=stock,
+        unread=unread,
     )

@@ -42,6 +42,8 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
             head_dim=config["head_dim"],
             window=config.get("sliding_window"),
             rope=config.get("rope", True),
+            qkv_bias=config.get("qkv_bias", False),
+            qk_norm=config.get("qk_norm", False),
         )
     if kind == "ffn":
         return Ffn(layer=layer, ffn=config["intermediate_size"], gated=gated)

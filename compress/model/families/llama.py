@@ -15,7 +15,7 @@ def read(config: Config) -> Architecture:
 LLAMA = shared.decoder(
     "llama",
     "Llama",
-    {"attention": shared.ATTENTION, "ffn": shared.FFN},
+    shared.by_kind(attention=shared.ATTENTION, ffn=shared.FFN),
     read=read,
     refused={"attention_bias": True, "mlp_bias": True},
     stock=shared.heads_divide,

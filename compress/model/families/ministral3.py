@@ -36,7 +36,7 @@ def read(config: Config) -> Architecture:
 MINISTRAL3 = shared.decoder(
     "ministral3",
     "Ministral3",
-    mistral.TABLES,
+    mistral.TENSORS,
     read=read,
     reads=mistral.READS | {"head_dim": settings.SIZE},
     normal=normal,

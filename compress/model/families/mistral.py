@@ -7,7 +7,7 @@ from compress.model.families import decoder as shared
 from compress.model.families import settings
 from compress.model.families.family import Config
 
-TABLES = {"attention": shared.ATTENTION, "ffn": shared.FFN}
+TENSORS = shared.by_kind(attention=shared.ATTENTION, ffn=shared.FFN)
 READS = shared.READS | shared.WINDOW | {"num_key_value_heads": settings.SIZE}
 DEFAULTS = {"num_key_value_heads": 8, "sliding_window": 4096}
 
@@ -32,11 +32,11 @@ def read_ministral(config: Config) -> Architecture:
     return shared.read(config, "ministral")
 
 
-MISTRAL = shared.decoder("mistral", "Mistral", TABLES, read=read, reads=READS, normal=normal)
+MISTRAL = shared.decoder("mistral", "Mistral", TENSORS, read=read, reads=READS, normal=normal)
 MINISTRAL = shared.decoder(
     "ministral",
     "Ministral",
-    TABLES,
+    TENSORS,
     read=read_ministral,
     reads=READS,
     normal=normal_ministral,

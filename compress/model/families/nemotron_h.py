@@ -135,7 +135,7 @@ def read(config: Config) -> Architecture:
     )
     kinds = [KINDS[name] for name in config["layers_block_type"]]
     if "moe" in kinds:
-        require_routing(config)
+        settings.require_routing(config)
     return Architecture(
         family="nemotron_h",
         vocab=config["vocab_size"],
@@ -144,15 +144,6 @@ def read(config: Config) -> Architecture:
         tied=False,
         blocks=tuple(read_block(config, kind, n, gated=False) for n, kind in enumerate(kinds)),
     )
-
-
-def require_routing(config: Config) -> None:
-    """InputError where a router would have to choose more than there is."""
-    experts, groups = config["n_routed_experts"], config["n_group"]
-    settings.require_least(config, ("n_routed_experts", "num_experts_per_tok"))
-    settings.require_least({"topk_group": 1, **config}, ("n_group", "topk_group"))
-    if experts < 2 * groups:
-        raise InputError(f"n_group {groups} leaves n_routed_experts {experts} no two of a group")
 
 
 def tensors(block: Block) -> Mapping[str, Slot]:

@@ -49,7 +49,7 @@ def read(config: Config) -> Architecture:
 PHI3 = shared.decoder(
     "phi3",
     "Phi3",
-    {"attention": ATTENTION, "ffn": FFN},
+    shared.by_kind(attention=ATTENTION, ffn=FFN),
     read=read,
     reads=shared.READS | shared.WINDOW,
     normal=normal,

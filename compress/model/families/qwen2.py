@@ -43,7 +43,7 @@ def read(config: Config, family: str = "qwen2") -> Architecture:
 QWEN2 = shared.decoder(
     "qwen2",
     "Qwen2",
-    {"attention": shared.ATTENTION | shared.QKV_BIASES, "ffn": shared.FFN},
+    shared.by_kind(attention=shared.ATTENTION | shared.QKV_BIASES, ffn=shared.FFN),
     read=read,
     reads=READS,
     normal=normal,

@@ -23,7 +23,7 @@ def read(config: Config) -> Architecture:
 QWEN3 = shared.decoder(
     "qwen3",
     "Qwen3",
-    {"attention": ATTENTION, "ffn": shared.FFN},
+    shared.by_kind(attention=ATTENTION, ffn=shared.FFN),
     read=read,
     reads=qwen2.READS | {"head_dim": settings.SIZE},
     normal=normal,

@@ -70,7 +70,7 @@ def lists(architecture: Architecture) -> dict[str, Any]:
 QWEN3_MOE = shared.decoder(
     "qwen3_moe",
     "Qwen3Moe",
-    {"attention": ATTENTION, "ffn": shared.FFN, "moe": MOE},
+    shared.by_kind(attention=ATTENTION, ffn=shared.FFN, moe=MOE),
     read=read,
     reads=READS,
     normal=normal,

@@ -85,6 +85,15 @@ def require_least(settings: Mapping[str, Any], *pairs: tuple[str, str]) -> None:
             raise InputError(f"{part} {settings[part]} is above {whole} {settings[whole]}")
 
 
+def require_routing(settings: Mapping[str, Any]) -> None:
+    """InputError where a router would have to choose more than there is."""
+    experts, groups = settings["n_routed_experts"], settings["n_group"]
+    require_least(settings, ("n_routed_experts", "num_experts_per_tok"))
+    require_least({"topk_group": 1, **settings}, ("n_group", "topk_group"))
+    if experts < 2 * groups:
+        raise InputError(f"n_group {groups} leaves n_routed_experts {experts} no two of a group")
+
+
 FACTORS = Kind("a list of numbers", lambda v: isinstance(v, list) and all(map(is_number, v)))
 POSITIVE = Kind("a number above 0", lambda value: is_number(value) and value > 0)
 # What each rope type needs, and what may be there besides (transformers 5.23).

@@ -58,7 +58,7 @@ def lists(architecture: Architecture) -> dict[str, Any]:
 SMOLLM3 = shared.decoder(
     "smollm3",
     "SmolLM3",
-    {"attention": shared.ATTENTION, "ffn": shared.FFN},
+    shared.by_kind(attention=shared.ATTENTION, ffn=shared.FFN),
     read=read,
     reads=READS,
     normal=normal,

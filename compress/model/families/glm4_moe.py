@@ -1,0 +1,129 @@
+"""GLM-4.5 and its kin: dense layers, then gated experts with a shared one, sigmoid routing."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from compress.model.architecture import Architecture, Attention, Block, Moe
+from compress.model.families import decoder as shared
+from compress.model.families import settings
+from compress.model.families.family import Config, fixed_keys
+from compress.model.layout import Slot
+
+MOE = (
+    shared.FFN_NORM
+    | {
+        "mlp.gate.weight": Slot(shape="expert hidden"),
+        "mlp.gate.e_score_correction_bias": Slot(shape="expert", float32=True),
+    }
+    | shared.EXPERTS
+    | {
+        "mlp.shared_experts.gate_proj.weight": Slot(shape="shared_ffn hidden", fused="shared_up"),
+        "mlp.shared_experts.up_proj.weight": Slot(shape="shared_ffn hidden", fused="shared_up"),
+        "mlp.shared_experts.down_proj.weight": Slot(shape="hidden shared_ffn", fused="shared_down"),
+    }
+)
+SIZES = (
+    *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
+    *("n_group", "topk_group", "num_key_value_heads"),
+)
+READS = (
+    shared.READS
+    | dict.fromkeys(SIZES, settings.SIZE)
+    | {
+        "first_k_dense_replace": settings.COUNT,
+        "routed_scaling_factor": settings.NUMBER,
+        "norm_topk_prob": settings.SWITCH,
+        "use_qk_norm": settings.SWITCH,
+    }
+)
+DEFAULTS = {
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-5,
+    "attention_bias": False,
+    "use_qk_norm": False,
+    "moe_intermediate_size": 1408,
+    "num_experts_per_tok": 8,
+    "n_shared_experts": 1,
+    "n_routed_experts": 128,
+    "n_group": 1,
+    "topk_group": 1,
+    "first_k_dense_replace": 1,
+}
+
+
+def normal(config: Config) -> dict[str, Any]:
+    """A config with what transformers takes where it is silent."""
+    own = DEFAULTS | {key: value for key, value in config.items() if key != "layer_types"}
+    if "num_local_experts" in own:
+        own["n_routed_experts"] = own.pop("num_local_experts")
+    return own
+
+
+def read(config: Config) -> Architecture:
+    """Architecture of a GLM-4 MoE config; layers that predict further tokens are not counted."""
+    settings.require_routing(config)
+    wide = config["moe_intermediate_size"] * config["n_shared_experts"]
+    named = {
+        **config,
+        "moe_shared_expert_intermediate_size": wide,
+        "qkv_bias": config["attention_bias"],
+        "qk_norm": config["use_qk_norm"],
+    }
+    dense = config["first_k_dense_replace"]
+    return shared.read(named, "glm4_moe", second=lambda layer: "ffn" if layer < dense else "moe")
+
+
+def tensors(block: Block) -> Mapping[str, Slot]:
+    """The table of a block; biases and norms of heads are a config's choice."""
+    if isinstance(block, Attention):
+        biases = shared.QKV_BIASES if block.qkv_bias else {}
+        return shared.ATTENTION | biases | (shared.QK_NORMS if block.qk_norm else {})
+    return MOE if isinstance(block, Moe) else shared.FFN
+
+
+def fixed(block: Block) -> dict[str, Any]:
+    """Config keys that one block fixes; the shared expert is as wide as some routed ones."""
+    if not isinstance(block, Moe):
+        return fixed_keys(block)
+    return {
+        "n_routed_experts": block.expert,
+        "moe_intermediate_size": block.expert_ffn,
+        "n_shared_experts": max(1, (block.shared_ffn or 0) // block.expert_ffn),
+    }
+
+
+def parts(block: Block) -> dict[str, dict[str, Any]]:
+    """The shared expert of any width."""
+    if not isinstance(block, Moe):
+        return {}
+    wide = {"moe_intermediate_size": block.shared_ffn, "n_shared_experts": 1}
+    return {"mlp.shared_experts": wide}
+
+
+def lists(architecture: Architecture) -> dict[str, Any]:
+    """How many layers there are before the first with experts; none predicts further tokens."""
+    routed = [block.layer for block in architecture.blocks if isinstance(block, Moe)]
+    dense = min(routed, default=architecture.layers)
+    return {"first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
+
+
+def stock(architecture: Architecture) -> bool:
+    """Whether shared experts are as wide as whole routed ones."""
+    moes = (block for block in architecture.blocks if isinstance(block, Moe))
+    return not any((block.shared_ffn or 0) % block.expert_ffn for block in moes)
+
+
+GLM4_MOE = shared.decoder(
+    "glm4_moe",
+    "Glm4Moe",
+    tensors,
+    read=read,
+    reads=READS,
+    normal=normal,
+    fixed=fixed,
+    parts=parts,
+    lists=lists,
+    stock=stock,
+    # One layer more, which predicts further tokens.
+    unread=("model.layers.{layers}.",),
+)
