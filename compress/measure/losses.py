@@ -4,7 +4,6 @@ N tokens, V vocabulary, D hidden (student and teacher may differ). All arithmeti
 full vocabulary, also under autocast.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -69,25 +68,6 @@ def kl_from_hidden(
     apply: Any = _FromHidden.apply
     kl_N: Tensor = apply(student_hidden_ND, student_head.weight, student_head, teacher, chunk)
     return kl_N
-
-
-@torch.no_grad()
-def kl_of_many(
-    students_ND: Sequence[Tensor], teacher_ND: Tensor, head: Head, chunk: int = CHUNK
-) -> list[Tensor]:
-    """KL(teacher || student) of every token [N], in nats, of many students that share its head.
-
-    As ``kl_from_hidden``, but the teacher's probabilities are made once.
-    """
-    found: list[list[Tensor]] = [[] for _ in students_ND]
-    for start in range(0, len(teacher_ND), chunk):
-        rows = slice(start, start + chunk)
-        teacher_NV = log_probabilities(teacher_ND[rows], head)
-        probability_NV = teacher_NV.exp()
-        for pieces, student in zip(found, students_ND, strict=True):
-            student_NV = log_probabilities(student[rows], head)
-            pieces.append((probability_NV * (teacher_NV - student_NV)).sum(-1))
-    return [torch.cat(pieces) for pieces in found]
 
 
 def check_finite(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.files import read_json, write_json
-from compress.measure.losses import kl_of_many
+from compress.measure.predictions import kl_of_many
 from compress.model.architecture import block_name
 from compress.model.modules import mixer_of
 from compress.scores.contributions import Progress
@@ -170,8 +170,7 @@ def sweep(
                     students[name] = stack.run(number, layer, entering)
         passed((number + 1) * len(variants) * len(ids_BT))
     with stack.head() as head:
-        for name, hidden in students.items():
-            students[name] = stack.normed(hidden).flatten(0, 1)
-        kls = kl_of_many(list(students.values()), stack.normed(teacher).flatten(0, 1), head)
-    means = (kl.view(ids_BT.shape).mean(1).cpu() for kl in kls)
+        finals = (stack.normed(hidden).flatten(0, 1) for hidden in students.values())
+        kls = kl_of_many(finals, stack.normed(teacher).flatten(0, 1), head)
+    means = (kl.view(ids_BT.shape).mean(1).float().cpu() for kl in kls)
     return dict(zip(students, means, strict=True))
