@@ -139,8 +139,6 @@ def skeleton(config: Mapping[str, Any], architecture: Architecture) -> PreTraine
     stock: type[PreTrainedModel] = getattr(modeling(architecture.family), model_name)
     built = built_config(config.get("base_config", config), architecture)
     built.architectures = [model_name]
-    # Looping over the experts is faster on a CPU than one grouped product, and simpler to hook.
-    built._experts_implementation = "eager"
     with torch.device("meta"), no_init_weights():
         model: Any = stock(built)
         set_layers(model, architecture)

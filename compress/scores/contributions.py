@@ -39,7 +39,8 @@ def contributions(
     """The contribution matrix [sequences * draws, *units] of every gate, fp32, on the CPU.
 
     Squares (``taps.SQUARES``) are sums over all rows, [1, *units]. Activations and gradients are in
-    the placement's number type, sums over tokens in fp32.
+    the placement's number type, sums over tokens in fp32: BF16 moves the rows of a gradient by 5 %
+    of their norm, 16 % at most (SmolLM2-135M and the embedded teacher).
 
     Args:
         stack: the teacher.
@@ -50,7 +51,8 @@ def contributions(
         seed: of the labels.
         batch: sequences that a layer runs on at a time.
         progress: called with layers done and in total, counted in every wave.
-        directory: keeps every finished wave, so that a killed scoring continues there.
+        directory: keeps every finished wave, and how far the current one is, so that a killed
+            scoring continues there.
     """
     batches = torch.split(tokens, batch)
     together = wave_batches(stack, batches[0], draws)
@@ -69,9 +71,11 @@ def contributions(
             found = load_file(part)
             advance(layers, layers)
         else:
-            found = wave_rows(stack, wave, draws, formats, seed, advance)
-            if part:
+            saved = part.with_suffix(".unfinished") if part else None
+            found = wave_rows(stack, wave, draws, formats, seed, advance, saved)
+            if part and saved:
                 save_tensors(found, part)
+                saved.unlink(missing_ok=True)
         for key, value in found.items():
             collected.setdefault(key, []).append(value)
     joined = ((key, torch.cat(values)) for key, values in collected.items())
@@ -95,6 +99,7 @@ def wave_rows(
     formats: Sequence[Format],
     seed: int,
     progress: Progress,
+    saved: Path | None,
 ) -> dict[str, Tensor]:
     """Rows [sequences * draws, *units] of one wave; squares are a row for each batch."""
     gated = Gated(stack)
@@ -103,7 +108,7 @@ def wave_rows(
         return label_gradients(hidden, head, batches[batch], draws, seed)
 
     taps = Taps(gated, draws, squares=True)
-    found = gate_gradients(gated, taps, batches, formats, upstream, progress)
+    found = gate_gradients(gated, taps, batches, formats, upstream, progress, saved)
 
     def joined(key: str) -> Tensor:
         own = [each[key] for each in found]

@@ -17,9 +17,11 @@ from compress.model.modules import head_of
 from compress.scores.gradients import entering
 from compress.scores.tangent import gated_teacher, tangent
 from compress.scores.taps import Taps
+from compress.student.candidate import Candidate
 from compress.student.grams import HALVES, Grams, save_grams
 from compress.student.surgery import student_tensors
 from compress.student.units import array_of, unit_key
+from compress.sweep.placement import Placement
 from compress.sweep.stack import final_states, stack_of
 
 LENGTH = 16
@@ -45,7 +47,7 @@ def test_the_gated_teacher_computes_the_student(case: str, tmp_path: Path) -> No
     gated = gated_teacher(stack, student, teacher, None)
     taps = Taps(gated)
     with torch.no_grad(), stack.head(), taps.on_final():
-        [last] = entering(gated, [TOKENS])[-1]
+        [last] = entering(gated, [TOKENS], stack.layers)[-1]
         found = stack.normed(last)
     if "hidden" in keep:
         found = found[..., keep["hidden"]]
@@ -80,6 +82,48 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
 
     assert float(found.kl.mean()) == pytest.approx(kl(0), rel=1e-4)
     assert slope == pytest.approx((kl(0.25) - kl(-0.25)) / 0.5, rel=0.1)
+
+
+@pytest.mark.parametrize("case", ["llama ffn", "hybrid hidden", "hybrid experts"])
+def test_a_streamed_tangent_is_the_resident_one_bit_for_bit(case: str, tmp_path: Path) -> None:
+    name, keep, _ = CASES[case]
+    _, text = text_of(write_tiny(tmp_path / name, TINY[name]))
+    student = rounded(candidate(text.teacher.architecture, keep))
+    places = Placement(), Placement(memory=0)
+    resident, streamed = (
+        tangent(stack_of(text.teacher, place), student, text, ["fp8", "nvfp4"]) for place in places
+    )
+    assert torch.equal(resident.kl, streamed.kl)
+    assert resident.slope.keys() == streamed.slope.keys()
+    assert all(torch.equal(rows, streamed.slope[key]) for key, rows in resident.slope.items())
+
+
+def rounded(student: Candidate) -> Candidate:
+    """The candidate with every block in FP8, its KV cache too."""
+    blocks = tuple(replace(block, format="fp8") for block in student.architecture.blocks)
+    architecture = replace(student.architecture, blocks=blocks, kv_format="fp8")
+    return replace(student, architecture=architecture)
+
+
+def test_the_gated_teacher_is_in_the_students_formats(tmp_path: Path) -> None:
+    _, text = text_of(write_tiny(tmp_path / "m", TINY["llama"]))
+    student = rounded(candidate(text.teacher.architecture, {}))
+    expected = torch.cat(list(measure(student, text)))
+    found = tangent(stack_of(text.teacher), student, text, ["fp8"]).kl
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-3)
+
+
+def test_the_kv_format_is_the_teachers_again_when_a_tangent_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, text = text_of(write_tiny(tmp_path / "m", TINY["llama"]))
+    stack = stack_of(text.teacher)
+    before = final_states(stack, [TOKENS])[0]
+    student = rounded(candidate(text.teacher.architecture, {}))
+    monkeypatch.setattr(Taps, "on_layer", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tangent(stack, student, text, [])
+    assert torch.equal(final_states(stack, [TOKENS])[0], before)
 
 
 @pytest.mark.parametrize("case", ["llama ffn", "hybrid query heads", "hybrid expert width"])
