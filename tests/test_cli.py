@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import yaml
-from published import HYBRID_9B
+from published import HYBRID_9B, PUBLISHED
 from search_files import architecture, student, write_search
 
 import compress
@@ -120,6 +120,15 @@ def test_plan_answers_in_json_without_torch(config: str) -> None:
         "fits": True,
         "largest_context": 348041,
     }
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_plan_counts_every_family_without_torch(name: str, tmp_path: Path) -> None:
+    written, count = PUBLISHED[name]
+    (tmp_path / "config.json").write_text(json.dumps(written))
+    output, imported, _ = in_fresh_process("plan", str(tmp_path), "--json")
+    assert imported == set()
+    assert json.loads(output)["parameters"]["total"] == count
 
 
 def test_plan_says_what_the_work_takes_without_torch(config: str) -> None:

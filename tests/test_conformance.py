@@ -15,11 +15,12 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from compress.memory.footprint import Deployment, footprint, weight_bytes
 from compress.memory.plan import make_plan
-from compress.model.architecture import Architecture, from_json, sizes, to_json
+from compress.model.architecture import Architecture, block_name, from_json, sizes, to_json
 from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import count_parameters, parameters, read_architecture
 from compress.model.modules import final_hidden, head_of
+from compress.scores.costs import top
 from compress.student.masks import masked, masked_final
 from compress.student.surgery import prune, student_tensors
 from compress.student.units import AXES
@@ -106,10 +107,8 @@ def cuts_of(architecture: Architecture) -> Iterator[Keep]:
             else:
                 index = some(max(size // 2, sizes(block).get(rule.least or "", 1)), of=size)
             yield {f"layers.{block.layer}.{kind}/{axis}": index}
-        if kind != "moe":  # experts that all are gone are removed, never masked
-            yield without(architecture, architecture.blocks.index(block))
-    routed = {block.layer for block in architecture.blocks if block.kind == "moe"}
-    gone = next(block.layer for block in architecture.blocks if block.layer not in routed)
+        yield without(architecture, architecture.blocks.index(block))
+    gone = architecture.blocks[0].layer
     yield without(architecture, *(n for n, b in enumerate(architecture.blocks) if b.layer == gone))
 
 
@@ -145,6 +144,23 @@ def test_cutting_equals_masking_on_every_axis(family: str, tmp_path: Path) -> No
         else:
             assert (expected - whole).abs().max() > 1e-2, list(keep)
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4, msg=str(list(keep)))
+
+
+@torch.no_grad()
+def test_every_routing_group_keeps_as_many_experts(tmp_path: Path) -> None:
+    grouped = {"n_routed_experts": 12, "n_group": 2, "topk_group": 1}
+    for name in ("hybrid", "glm4_moe"):
+        path = write_tiny(tmp_path / name, EVERY[name] | grouped, dtype=torch.float32)
+        teacher = open_checkpoint(path)
+        block = next(block for block in teacher.architecture.blocks if block.kind == "moe")
+        # The best are all of one group.
+        kept = top(torch.arange(12.0), 6, groups=2)
+        assert kept.tolist() == [3, 4, 5, 9, 10, 11]
+        keep = {f"{block_name(block)}/expert": kept}
+        found = final_hidden(student_model(teacher, keep), TOKENS)
+        stack = stack_of(teacher)
+        torch.testing.assert_close(found, masked_states(stack, keep), atol=2e-4, rtol=2e-4)
+        assert (found - masked_states(stack, {})).abs().max() > 1e-2
 
 
 def uneven(architecture: Architecture) -> Keep:

@@ -140,10 +140,15 @@ def priority(
     return activation_importance(scores.rankings, block, axis, keep or {})
 
 
-def top(values: Tensor, count: int) -> Tensor:
-    """Indices of the ``count`` highest values of the last axis, ascending; ties to the lower."""
-    order = values.argsort(dim=-1, descending=True, stable=True)
-    return order[..., :count].sort(-1).values
+def top(values: Tensor, count: int, groups: int = 1) -> Tensor:
+    """Indices of the ``count`` highest values of the last axis, ascending; ties to the lower.
+
+    Each of ``groups`` runs of equal length keeps equally many.
+    """
+    grouped = values.unflatten(-1, (groups, -1))
+    order = grouped.argsort(dim=-1, descending=True, stable=True)[..., : count // groups]
+    first = torch.arange(groups)[:, None] * grouped.shape[-1]
+    return (order.sort(-1).values + first).flatten(-2)
 
 
 def choose(
@@ -161,7 +166,8 @@ def choose(
         if rule.within in keep:
             values = values[keep[rule.within]]
         if count < values.shape[-1]:
-            keep[axis] = top(values, count)
+            # A router chooses among groups, which it takes to be equally large.
+            keep[axis] = top(values, count, sizes(block).get(rule.multiple or "", 1))
     return keep
 
 

@@ -118,8 +118,8 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 values = mask.repeat_interleave(projection.features)
                 module = layer_of(model, block).get_submodule(path)
                 hooks.callback(unmasked.mask(module, values, count).remove)
-            if "expert_ffn" in own:
-                experts = fused_experts(model, architecture, block)
+            experts = fused_experts(model, architecture, block)
+            if experts and ("expert_ffn" in own or not whole):
                 mask = unit_mask(architecture, keep, number, array_of(block, "expert_ffn"))
                 mask = mask.to(stack.placement.device, stack.placement.dtype)
                 hooks.enter_context(replaced_forward(experts, narrow(experts, mask)))

@@ -168,6 +168,8 @@ def lists(architecture: Architecture) -> dict[str, Any]:
     return {
         "layers_block_type": [TYPES[block.kind] for block in blocks],
         "hybrid_override_pattern": "".join(LETTERS[block.kind] for block in blocks),
+        # Layers that predict further tokens, of which a student has none.
+        "num_nextn_predict_layers": 0,
     }
 
 
