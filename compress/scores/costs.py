@@ -145,10 +145,11 @@ def top(values: Tensor, count: int, groups: int = 1) -> Tensor:
 
     Each of ``groups`` runs of equal length keeps equally many.
     """
-    grouped = values.unflatten(-1, (groups, -1))
+    grouped: Tensor = torch.unflatten(values, -1, (groups, -1))
     order = grouped.argsort(dim=-1, descending=True, stable=True)[..., : count // groups]
     first = torch.arange(groups)[:, None] * grouped.shape[-1]
-    return (order.sort(-1).values + first).flatten(-2)
+    kept: Tensor = (order.sort(-1).values + first).flatten(-2)
+    return kept
 
 
 def choose(

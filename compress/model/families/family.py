@@ -61,7 +61,7 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
         layer=layer,
         expert=config["n_routed_experts"],
         expert_ffn=config["moe_intermediate_size"],
-        shared_ffn=config.get("moe_shared_expert_intermediate_size"),
+        shared_ffn=config["moe_shared_expert_intermediate_size"],
         top_k=config["num_experts_per_tok"],
         routing_group=config.get("n_group", 1),
         latent=config.get("moe_latent_size"),

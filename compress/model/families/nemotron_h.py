@@ -116,6 +116,8 @@ def normal(config: Config) -> dict[str, Any]:
     if listed is None and not isinstance(pattern, str):
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
     layers = pattern if listed is None else listed
+    if not isinstance(layers, str) and not settings.NAMES.takes(layers):
+        return own  # which is refused for it
     if unknown := [item for item in layers if item not in KINDS]:
         raise InputError(f"unknown layer type {unknown[0]!r}; known: {', '.join(KINDS)}")
     if not isinstance(listed, str):

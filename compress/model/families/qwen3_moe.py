@@ -50,6 +50,7 @@ def read(config: Config) -> Architecture:
         return "ffn" if layer in dense or (layer + 1) % every else "moe"
 
     named = {**config, "n_routed_experts": config["num_experts"]}
+    named["moe_shared_expert_intermediate_size"] = None
     return shared.read(named, "qwen3_moe", second=second)
 
 
