@@ -8,22 +8,32 @@ from typing import Any
 import pytest
 import torch
 from cuts import Keep, candidate, some
+from quantized import with_formats
 from safetensors import safe_open
 from tiny_models import EVERY, write_tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
+from compress.export.student import export_student
+from compress.formats.table import Format
 from compress.memory.footprint import Deployment, footprint, weight_bytes
 from compress.memory.plan import make_plan
 from compress.model.architecture import Architecture, block_name, from_json, sizes, to_json
 from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
-from compress.model.families import count_parameters, parameters, read_architecture
+from compress.model.families import (
+    count_parameters,
+    family_of,
+    parameters,
+    read_architecture,
+)
+from compress.model.layout import Parameter
 from compress.model.modules import final_hidden, head_of
+from compress.scores.contributions import contributions
 from compress.scores.costs import top
 from compress.student.masks import masked, masked_final
 from compress.student.surgery import prune, student_tensors
-from compress.student.units import AXES
+from compress.student.units import AXES, projections, unit_key, units_in
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack, final_states, stack_of
 
@@ -161,6 +171,45 @@ def test_every_routing_group_keeps_as_many_experts(tmp_path: Path) -> None:
         stack = stack_of(teacher)
         torch.testing.assert_close(found, masked_states(stack, keep), atol=2e-4, rtol=2e-4)
         assert (found - masked_states(stack, {})).abs().max() > 1e-2
+
+
+def test_units_that_nothing_reads_are_worth_nothing(teacher: Checkpoint) -> None:
+    architecture, dead = teacher.architecture, {}
+    kinds = {block.kind: block for block in reversed(architecture.blocks)}
+    for block in kinds.values():
+        prefix = family_of(architecture.family).layer.format(layer=block.layer)
+        for projection in projections(architecture, block):
+            if projection.expert in (None, 0):
+                dead[prefix + projection.name] = block, projection
+
+    def read(parameter: Parameter) -> Tensor:
+        tensor = teacher[parameter.name].clone()
+        if parameter.name in dead:
+            tensor[:, : dead[parameter.name][1].features] = 0
+        return tensor
+
+    stack = Stack(teacher.config, architecture, read)
+    found = contributions(stack, TOKENS, 1, ["fp8"])
+    assert all(bool(values.isfinite().all()) for values in found.values())
+    for block, projection in dead.values():
+        values = found[unit_key(block, projection.units)].flatten(1)
+        assert not values[:, 0].any()
+        assert values[:, 1:].any()
+    for block in architecture.blocks:
+        for units in units_in(block):
+            assert found[f"{unit_key(block, units)}/fp8"].any()
+
+
+def test_a_student_in_formats_is_exported_and_read_back(
+    teacher: Checkpoint, tmp_path: Path
+) -> None:
+    student = candidate(teacher.architecture, uneven(teacher.architecture))
+    prune(teacher, student, tmp_path / "student")
+    formats: list[Format] = ["nvfp4", "fp8", "bf16"]
+    architecture = with_formats(student.architecture, formats)
+    # It is read back and compared with the student whose weights are rounded.
+    export_student(tmp_path / "student", tmp_path / "export", architecture, "compress", {})
+    assert load_model(tmp_path / "export")(TOKENS).logits.isfinite().all()
 
 
 def uneven(architecture: Architecture) -> Keep:
