@@ -36,6 +36,7 @@ from compress.model.modules import Head, mixer_of
 from compress.scores.contributions import drawn
 from compress.scores.gated import Gated
 from compress.scores.gradients import gate_gradients
+from compress.scores.ranking import activation_scores
 from compress.scores.replay import sweep as replayed_sweep
 from compress.scores.replay import variant
 from compress.scores.taps import Taps
@@ -215,6 +216,12 @@ def measured(stack: Stack) -> None:
         at_home(kl_gradient_to(seen, normed, head)[1])
 
 
+def rankings(stack: Stack) -> None:
+    """Activations of every unit."""
+    scores = activation_scores(stack, rows())
+    assert {score.device.type for score in scores.values()} == {"cpu"}
+
+
 @torch.no_grad()
 def grams(stack: Stack) -> None:
     """Gram matrices of every layer, with a KV cache in FP8."""
@@ -293,7 +300,7 @@ def at_home(tensor: Tensor) -> None:
 CASES: dict[str, Callable[[Stack], None]] = {
     "mixed": mixed, "sweep": sweep, "backward": backward, "losses": losses,
     "contributions": contributions, "replay": replay, "measured": measured, "grams": grams,
-    "local": local, "export": export, "distillation": distillation,
+    "rankings": rankings, "local": local, "export": export, "distillation": distillation,
 }  # fmt: skip
 
 

@@ -27,11 +27,12 @@ from compress.scores.replay import removal_costs
 from compress.searches.problem import Globals, Problem
 from compress.searches.proposals import candidate_of, decode, globals_of
 from compress.searches.space import load_space
+from compress.student import grams as grams_of
 from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate, expert_keep, student_architecture
 from compress.student.grams import HALVES, Grams, Half, save_grams
 from compress.student.refits import refit
-from compress.student.repair import kept_columns, repair_ratio
+from compress.student.repair import kept_columns, refitted_weight, repair_ratio
 from compress.student.surgery import (
     load_candidate,
     prune,
@@ -189,6 +190,20 @@ def test_matrices_are_the_same_streamed_and_resident(
         assert (tmp_path / "streamed.safetensors").read_bytes() == teacher.grams.file.read_bytes()
 
 
+@pytest.mark.parametrize("family", TEACHERS)
+def test_matrices_of_a_bf16_sweep_agree(teachers: Teachers, family: str, tmp_path: Path) -> None:
+    teacher = teachers[family]
+    rough = Grams(tmp_path / "rough.safetensors")
+    place = Placement(dtype=torch.bfloat16)
+    save_grams(stack_of(teacher.checkpoint, place), SAME, rough.file)
+    architecture = teacher.checkpoint.architecture
+    # Where tokens may go to other experts, what comes after them differs too.
+    bound = 0.03 if family == "llama" else 0.1
+    for projection in (p for b in architecture.blocks for p in projections(architecture, b)):
+        exact, found = (g.half("fit", projection.key) for g in (teacher.grams, rough))
+        assert float((found - exact).norm()) < bound * float(exact.norm())
+
+
 @pytest.mark.parametrize("name", CUTS)
 def test_matrices_are_of_what_the_projection_reads(teachers: Teachers, name: str) -> None:
     teacher, block, projection, _, _ = case_of(teachers, name)
@@ -243,6 +258,32 @@ def test_repairing_what_is_whole_changes_nothing(teachers: Teachers, family: str
     found = student_tensors(teacher.checkpoint, replace(whole, repaired=blocks), teacher.grams)
     for name, tensor in found:
         assert torch.equal(tensor, teacher.checkpoint[name]), name
+
+
+@pytest.mark.parametrize("name", CUTS)
+def test_a_smaller_hidden_size_leaves_rows_out(teachers: Teachers, name: str) -> None:
+    keep = CUTS[name][2]
+    teacher, block, projection, _, _ = case_of(teachers, name)
+    own = expert_keep(keep, block, projection.expert)
+    assert own is not None
+    rows = {"hidden": torch.tensor([0, 5, 7])}
+    grams = Grams(teacher.grams.file)
+    whole = refitted_weight(teacher.checkpoint, grams, block, projection, own)
+    found = refitted_weight(teacher.checkpoint, grams, block, projection, own | rows)
+    latent = projection.after is not None  # its rows are not of the residual stream
+    assert torch.equal(found, whole if latent else whole[rows["hidden"]])
+    assert len(grams.weights) == 1, "one refit serves every hidden size"
+
+
+def test_refits_are_kept_within_a_limit(
+    teachers: Teachers, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    grams = Grams(teachers["llama"].grams.file)
+    made = [grams.remembered(n, partial(torch.zeros, 8, 8)) for n in range(3)]
+    assert grams.remembered(0, partial(torch.ones, 8, 8)) is made[0]
+    monkeypatch.setattr(grams_of, "CACHE_BYTES", 3 * made[0].nbytes)
+    grams.remembered(3, partial(torch.zeros, 8, 8))
+    assert list(grams.weights) == [2, 0, 3], "what was asked for longest ago goes"
 
 
 @pytest.mark.parametrize("name", CUTS)
