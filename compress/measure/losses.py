@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import nll_loss
 
 from compress.core.errors import InputError
+from compress.measure.predictions import divergence, softmax_mean
 from compress.model.modules import Head
 
 CHUNK = 512
@@ -24,10 +24,9 @@ class Teacher:
     hidden: Tensor
     head: Head
 
-    def loss(self, rows: slice, student_NV: Tensor) -> Tensor:
-        """KL(teacher || student) given the student's log-probabilities."""
-        teacher_NV = log_probabilities(self.hidden[rows], self.head)
-        return (teacher_NV.exp() * (teacher_NV - student_NV)).sum(-1)
+    def loss(self, rows: slice, hidden_ND: Tensor, head: Head) -> Tensor:
+        """KL(teacher || student) given the student's hidden states and head."""
+        return divergence(self.hidden[rows], self.head, hidden_ND, head)
 
     def subtract(self, rows: slice, probability_NV: Tensor) -> None:
         """Take the teacher's probabilities off the student's, in place."""
@@ -40,9 +39,9 @@ class Labels:
 
     targets: Tensor
 
-    def loss(self, rows: slice, student_NV: Tensor) -> Tensor:
-        """Negative log-likelihood given the student's log-probabilities."""
-        return nll_loss(student_NV, self.targets[rows], reduction="none")
+    def loss(self, rows: slice, hidden_ND: Tensor, head: Head) -> Tensor:
+        """Negative log-likelihood given hidden states and their head."""
+        return softmax_mean(hidden_ND, head, rows=False)[0] - head.at(hidden_ND, self.targets[rows])
 
     def subtract(self, rows: slice, probability_NV: Tensor) -> None:
         """Take 1 off the targets' probabilities, in place."""
@@ -120,7 +119,7 @@ class _FromHidden(torch.autograd.Function):
         pieces = []
         for start in range(0, len(hidden_ND), chunk):
             rows = slice(start, start + chunk)
-            pieces.append(target.loss(rows, log_probabilities(hidden_ND[rows], head)))
+            pieces.append(target.loss(rows, hidden_ND[rows], head).float())
         return torch.cat(pieces) if pieces else hidden_ND.new_zeros(0, dtype=torch.float32)
 
     @staticmethod

@@ -75,21 +75,63 @@ def expected_logit(row_ND: Tensor, hidden_ND: Tensor, head: Head) -> Tensor:
     return (row_ND.double() * hidden_ND.double()).sum(-1) * head.scale
 
 
+def divergence(
+    teacher_ND: Tensor, teacher_head: Head, student_ND: Tensor, student_head: Head
+) -> Tensor:
+    """KL(teacher || student) of every token, nats, fp64, of any two heads of one vocabulary.
+
+    One pass over it, as ``softmax_mean``: sum_v p_v (z_v - z'_v) - log Z + log Z'.
+    """
+    count = max(len(teacher_ND), 1)
+    teacher, student = Sums(teacher_ND), Sums(student_ND)
+    gap_N1 = torch.zeros_like(teacher.total)
+    heads = (
+        torch.split(head.weight, max(LOGITS // count, 1)) for head in (teacher_head, student_head)
+    )
+    for ours_vD, theirs_vD in zip(*heads, strict=True):
+        logits_Nv = replace(teacher_head, weight=ours_vD).logits(teacher_ND)
+        others_Nv = replace(student_head, weight=theirs_vD).logits(student_ND)
+        gaps_Nv = logits_Nv - others_Nv
+        terms_Nv, shrink = teacher.add(logits_Nv)
+        student.add(others_Nv)
+        gap_N1.mul_(shrink).add_(gaps_Nv.mul_(terms_Nv).sum(-1, keepdim=True))
+    gap_N = (gap_N1.double() / teacher.total).squeeze(-1)
+    return gap_N - teacher.normalizer + student.normalizer
+
+
+class Sums:
+    """Sums of exp(logit) over the parts of a vocabulary, each relative to the highest so far."""
+
+    def __init__(self, hidden_ND: Tensor) -> None:
+        self.highest = torch.full((len(hidden_ND), 1), -torch.inf, device=hidden_ND.device)
+        self.total = torch.zeros_like(self.highest)
+
+    def add(self, logits_Nv: Tensor) -> tuple[Tensor, Tensor]:
+        """The terms exp(logit - highest) that logits turn into, and how earlier ones shrink."""
+        before, self.highest = (
+            self.highest,
+            torch.maximum(self.highest, logits_Nv.amax(-1, keepdim=True)),
+        )
+        shrink, terms_Nv = (before - self.highest).exp_(), logits_Nv.sub_(self.highest).exp_()
+        self.total.mul_(shrink).add_(terms_Nv.sum(-1, keepdim=True))
+        return terms_Nv, shrink
+
+    @property
+    def normalizer(self) -> Tensor:
+        """Log Z [N] in fp64."""
+        # The two parts are exact to 1e-7 each: their sum is not rounded to its own size.
+        return (self.highest.double() + self.total.double().log()).squeeze(-1)
+
+
 def softmax_mean(hidden_ND: Tensor, head: Head, *, rows: bool = True) -> tuple[Tensor, Tensor]:
     """Log Z [N] in fp64, and with ``rows`` the mean head row under the softmax, [N, D] in fp32.
 
     One pass over the vocabulary, a part at a time, in the manner of online softmax (Milakov and
     Gimelshein 2018, arXiv 1805.02867).
     """
-    count = len(hidden_ND)
-    highest = torch.full((count, 1), -torch.inf, device=hidden_ND.device)
-    total, row_ND = torch.zeros_like(highest), torch.zeros_like(hidden_ND, dtype=torch.float32)
-    for weight_vD in torch.split(head.weight, max(LOGITS // max(count, 1), 1)):
-        logits_Nv = replace(head, weight=weight_vD).logits(hidden_ND)
-        before, highest = highest, torch.maximum(highest, logits_Nv.amax(-1, keepdim=True))
-        shrink, terms_Nv = (before - highest).exp_(), logits_Nv.sub_(highest).exp_()
-        total.mul_(shrink).add_(terms_Nv.sum(-1, keepdim=True))
+    sums, row_ND = Sums(hidden_ND), torch.zeros_like(hidden_ND, dtype=torch.float32)
+    for weight_vD in torch.split(head.weight, max(LOGITS // max(len(hidden_ND), 1), 1)):
+        terms_Nv, shrink = sums.add(replace(head, weight=weight_vD).logits(hidden_ND))
         if rows:
             row_ND.mul_(shrink).addmm_(terms_Nv, weight_vD.float())
-    # The two parts are exact to 1e-7 each: their sum is not rounded to its own size.
-    return (highest.double() + total.double().log()).squeeze(-1), row_ND.div_(total)
+    return sums.normalizer, row_ND.div_(sums.total)

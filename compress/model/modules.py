@@ -39,12 +39,17 @@ class Head:
         Not to be differentiated through: the losses know their gradients.
         """
         with torch.autocast(hidden_ND.device.type, enabled=False):
-            logits_NV = product(hidden_ND, self.weight)
-        if self.scale != 1:
-            logits_NV = logits_NV * self.scale
-        if self.softcap is None:
-            return logits_NV
-        return (logits_NV / self.softcap).tanh() * self.softcap
+            return self.capped(product(hidden_ND, self.weight))
+
+    def at(self, hidden_ND: Tensor, tokens_N: Tensor) -> Tensor:
+        """The logit of one token each, [N] in fp64."""
+        rows_ND = self.weight[tokens_N]
+        return self.capped((hidden_ND.double() * rows_ND.double()).sum(-1))
+
+    def capped(self, product: Tensor) -> Tensor:
+        """Logits of products ``h @ W.T``."""
+        logits = product if self.scale == 1 else product * self.scale
+        return logits if self.softcap is None else (logits / self.softcap).tanh() * self.softcap
 
     def slope(self, logits_NV: Tensor) -> Tensor:
         """Derivative of logits in the product ``h @ W.T``, [N, V] or one number for all."""

@@ -103,7 +103,7 @@ class BlockStore:
     ) -> Tensors:
         """The candidate's block ``at``, whose parameters are ``own``, by names in its layer."""
         architecture, place = candidate.architecture, self.stack.placement
-        number, format = int(candidate.keep["blocks"][at]), architecture.blocks[at].format
+        number, format = candidate.keep["blocks"].tolist()[at], architecture.blocks[at].format
         made = dict(cut_block(self.teacher, candidate, number, grams, place.device))
         known = {local_name(each, architecture): each for each in own}
         if format != "bf16":
