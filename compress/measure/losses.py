@@ -4,6 +4,7 @@ N tokens, V vocabulary, D hidden (student and teacher may differ). All arithmeti
 full vocabulary, also under autocast.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.measure.predictions import divergence, softmax_mean
+from compress.measure.predictions import divergence, kl_to, predictions, softmax_mean
 from compress.model.modules import Head
 
 CHUNK = 512
@@ -67,6 +68,13 @@ def kl_from_hidden(
     apply: Any = _FromHidden.apply
     kl_N: Tensor = apply(student_hidden_ND, student_head.weight, student_head, teacher, chunk)
     return kl_N
+
+
+def kl_of_many(students_ND: Iterable[Tensor], teacher_ND: Tensor, head: Head) -> list[Tensor]:
+    """KL(teacher || student) of every token, nats, of students with their teacher's head."""
+    if (teacher := predictions(teacher_ND, head)) is None:
+        return [kl_from_hidden(hidden, head, teacher_ND, head) for hidden in students_ND]
+    return [kl_to(teacher, hidden, head) for hidden in students_ND]
 
 
 def check_finite(

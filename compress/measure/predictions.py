@@ -10,13 +10,11 @@ logits and their log-normalizer log Z, and the gradient in h_q is s (sum_v q_v w
 N tokens, V vocabulary, D hidden (a student's may be some of its teacher's channels).
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from compress.measure.losses import kl_from_hidden
 from compress.model.modules import Head
 
 # Logits in flight: so few stay in a CPU's cache, where they are worked on twice as fast.
@@ -54,13 +52,6 @@ def kl_to(teacher: Predictions, hidden_ND: Tensor, head: Head) -> Tensor:
     """
     normalizer, _ = softmax_mean(hidden_ND, head, rows=False)
     return normalizer - expected_logit(teacher.row, hidden_ND, head) - teacher.entropy
-
-
-def kl_of_many(students_ND: Iterable[Tensor], teacher_ND: Tensor, head: Head) -> list[Tensor]:
-    """KL(teacher || student) of every token, nats, of students with their teacher's head."""
-    if (teacher := predictions(teacher_ND, head)) is None:
-        return [kl_from_hidden(hidden, head, teacher_ND, head) for hidden in students_ND]
-    return [kl_to(teacher, hidden, head) for hidden in students_ND]
 
 
 def kl_gradient_to(teacher: Predictions, hidden_ND: Tensor, head: Head) -> tuple[Tensor, Tensor]:

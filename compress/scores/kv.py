@@ -5,8 +5,7 @@ from torch import Tensor
 
 from compress.formats.kv import set_kv_format
 from compress.formats.table import KV_FORMATS, KvFormat
-from compress.measure.losses import require_finite
-from compress.measure.predictions import kl_of_many
+from compress.measure.losses import kl_of_many, require_finite
 from compress.sweep.stack import Stack
 
 BATCH = 4

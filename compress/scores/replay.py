@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.files import read_json, write_json
-from compress.measure.predictions import kl_of_many
+from compress.measure.losses import kl_of_many
 from compress.model.architecture import block_name
 from compress.model.modules import mixer_of
 from compress.scores.contributions import Progress
