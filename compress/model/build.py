@@ -161,7 +161,7 @@ def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTr
     lists = family.lists(architecture)
     settings |= {key: value for key, value in lists.items() if key in family.reads}
     hidden = settings["hidden_size"]
-    if "head_dim" in settings:
+    if settings.get("head_dim"):
         # Some classes want the width that their heads fill (transformers 5.23), although the model
         # code does not need it: a student's is set past their checks.
         settings["hidden_size"] = settings["num_attention_heads"] * settings["head_dim"]

@@ -10,8 +10,9 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig
 
 from compress.core.errors import InputError
-from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters, read_architecture
+from compress.model.build import disk_tensors
+from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
+from compress.model.families import read_architecture
 
 # What transformers notes about the file it read, not about the model.
 READER_KEYS = (
@@ -43,10 +44,8 @@ def convert(gguf: Path, directory: Path) -> None:
         if key not in READER_KEYS and (key not in common or common[key] != value)
     }
     config |= {"architectures": [type(model).__name__], "dtype": "bfloat16"}
-    state = model.state_dict()
     architecture = read_architecture(config)
-    names = (parameter.name for parameter in parameters(architecture))
-    tensors = ((name, state[name].to(torch.bfloat16)) for name in names)
+    tensors = in_bf16(disk_tensors(model, architecture), architecture)
     write_checkpoint(directory, tensors, config, None)
     tokenizer.save_pretrained(directory)
     model.generation_config.save_pretrained(directory)

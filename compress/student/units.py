@@ -5,6 +5,7 @@ A kind of block is an entry here and the tables of its families; no torch.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from math import prod
 
 from compress.model.architecture import Architecture, Block, block_name, sizes
@@ -79,13 +80,16 @@ AXES: Mapping[str, Mapping[str, Axis]] = {
 }
 
 
-def units_in(block: Block) -> list[Units]:
+# A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def units_in(block: Block) -> tuple[Units, ...]:
     """The unit arrays of a block; without a shared expert it has none of that."""
     own = sizes(block)
-    return [units for units in UNITS[block.kind] if own.keys() >= set(units.axes)]
+    return tuple(units for units in UNITS[block.kind] if own.keys() >= set(units.axes))
 
 
-def axes_in(block: Block) -> dict[str, Axis]:
+@lru_cache(maxsize=2**16)
+def axes_in(block: Block) -> Mapping[str, Axis]:
     """The axes of a block that may shrink."""
     return {name: axis for units in units_in(block) for name, axis in units.cut.items()}
 
