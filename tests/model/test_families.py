@@ -9,6 +9,7 @@ from safetensors import safe_open
 
 from compress.core.errors import InputError
 from compress.model.architecture import Mamba, from_json, to_json
+from compress.model.build import skeleton
 from compress.model.families import (
     count_active,
     count_parameters,
@@ -24,6 +25,16 @@ NAMES = list(PUBLISHED)
 def test_counts_of_published_configs_are_the_published_counts(name: str) -> None:
     config, count = PUBLISHED[name]
     assert count_parameters(read_architecture(config)) == count
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_model_of_a_published_config_has_as_many_parameters(name: str) -> None:
+    config, count = PUBLISHED[name]
+    model = skeleton(config, read_architecture(config))
+    model.tie_weights()
+    held = sum(parameter.numel() for parameter in model.parameters())
+    held += sum(buffer.numel() for key, buffer in model.named_buffers() if "correction" in key)
+    assert held == count
 
 
 def test_only_the_chosen_experts_are_active() -> None:
