@@ -8,7 +8,7 @@ from pathlib import Path
 from tiny_models import LLAMA, ONE_THREAD, write_tiny
 
 WIDE = {"hidden_size": 512, "intermediate_size": 2048, "head_dim": 128}
-SHALLOW, DEEP = 2, 6
+SHALLOW, DEEP = 2, 8
 # What is freed goes back at once, or the allocator keeps more than these models have.
 RETURNED = {"MALLOC_MMAP_THRESHOLD_": "65536"}
 # What a process takes for its own on top of what it had before, sampled while it exports.
@@ -54,6 +54,6 @@ def test_memory_does_not_grow_with_depth(tmp_path: Path) -> None:
         check=True, capture_output=True, text=True,
     )  # fmt: skip
     shallow, deep = json.loads(result.stdout)
-    weights = (tmp_path / "2" / "model.safetensors").stat().st_size
-    layer = weights / DEEP
-    assert deep < shallow + layer < weights
+    layer = 2 * (tmp_path / "2" / "model.safetensors").stat().st_size / DEEP  # in fp32
+    # One layer more or less may be in flight where another one is just read.
+    assert deep < shallow + 2 * layer < (DEEP - SHALLOW) * layer
