@@ -34,6 +34,7 @@ from compress.run.recipe import check
 from compress.run.work import works_of
 from compress.scores.contributions import contributions
 from compress.scores.replay import removal_costs
+from compress.scores.taps import SQUARES
 from compress.student.candidate import Candidate, student_architecture
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import Stack, final_states, stack_of
@@ -50,7 +51,7 @@ def llama(hidden: int, ffn: int, layers: int, vocab: int) -> dict[str, Any]:
         "model_type": "llama", "vocab_size": vocab, "hidden_size": hidden, "intermediate_size": ffn,
         "num_hidden_layers": layers, "num_attention_heads": hidden // 64,
         "num_key_value_heads": max(1, hidden // 256), "head_dim": 64, "rms_norm_eps": 1e-5,
-        "tie_word_embeddings": True, "max_position_embeddings": 4096, "bos_token_id": 0,
+        "tie_word_embeddings": False, "max_position_embeddings": 4096, "bos_token_id": 0,
         "eos_token_id": 0, "dtype": "bfloat16",
     }  # fmt: skip
 
@@ -109,9 +110,11 @@ def measured(stack: Stack, path: Path, rows: Tensor) -> float:
 
 
 def gap(found: Mapping[str, Tensor], meant: Mapping[str, Tensor]) -> float:
-    """The largest relative distance of two results."""
-    pairs = [(found[key].double(), meant[key].double()) for key in meant]
-    return max(float((a - b).norm() / b.norm().clamp(min=1e-30)) for a, b in pairs)
+    """The relative distance of two results, their sums of squares left out."""
+    keys = [key for key in meant if not key.endswith(SQUARES)]
+    off = sum(float((found[key].double() - meant[key].double()).square().sum()) for key in keys)
+    whole = sum(float(meant[key].double().square().sum()) for key in keys)
+    return float((off / whole) ** 0.5)
 
 
 def equalities(name: str, path: Path, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -180,7 +183,7 @@ def speeds(name: str, path: Path, place: Placement, rows: Tensor) -> Iterator[di
     parts: dict[str, Callable[[], object]] = {
         "forward": lambda: final_states(stack, list(torch.split(rows, 4))),
         "score": lambda: scored(stack, rows),
-        "search": lambda: list(measure(candidate, text)),
+        "search": lambda: list(measure(candidate, text.part(0, len(rows)))),
         "distill": lambda: distill(lesson, student, rows, settings, place),
     }
     recipe = check(

@@ -4,7 +4,7 @@ As a program it runs the functions of ``CASES`` on it and prints a JSON object: 
 Operands of two devices are refused as CUDA would, and so is what waits for a value of the device
 (``item``, ``nonzero``). Not covered for that: routed experts, which are looped over by such values;
 masks of Mamba's units and the checks that a result is finite, which count; the embedding of token
-ids, which are on the CPU; the seed of labels; tables of 4-bit codes; an optimizer's step. It is a
+ids, which are on the CPU; the seed of labels; an optimizer's step. It is a
 process of its own, because torch knows the device from then on.
 """
 
@@ -26,7 +26,7 @@ from compress.export.inputs import input_ranges
 from compress.formats.fake import shared
 from compress.formats.kv import set_kv_format
 from compress.formats.packed import packed
-from compress.formats.table import Format
+from compress.formats.table import FORMATS, Format
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.measure.predictions import kl_gradient_to, kl_to, predictions
 from compress.model.architecture import Architecture
@@ -261,9 +261,10 @@ def export(stack: Stack) -> None:
     give = rounded(moved, architecture)
     for parameter in parameters(architecture):
         at_home(give(parameter))
-    weight = torch.zeros(32, 64, device=NAME)
-    for tensor in packed(weight, "fp8", *shared([weight], "fp8")):
-        at_home(tensor)
+    weight = torch.zeros(32, 128, device=NAME)
+    for name in FORMATS:
+        for tensor in packed(weight, name, *shared([weight], name)) if name != "bf16" else ():
+            at_home(tensor)
 
 
 def distillation(stack: Stack) -> None:

@@ -59,8 +59,10 @@ def round_e2m1_(x: Tensor) -> Tensor:
 def e2m1_codes(scaled: Tensor) -> Tensor:
     """The codes of fp32 values after rounding, U8: the sign in bit 3, the place in the grid."""
     negative = (scaled < 0).to(torch.uint8) << 3
-    grid = torch.tensor(E2M1, device=scaled.device)
-    return torch.searchsorted(grid, round_e2m1_(scaled).abs_()).to(torch.uint8) | negative
+    size = round_e2m1_(scaled).abs_()
+    # From 1 = code 2 on, exponent and first bit of the mantissa count the grid.
+    normal = (size.view(torch.int32) >> 22) - (127 * 2 - 2)
+    return torch.where(size < 1, (size + size).to(torch.uint8), normal.to(torch.uint8)) | negative
 
 
 def e2m1_values(codes: Tensor) -> Tensor:
