@@ -2,7 +2,8 @@
 
 ``python -m benchmarks.gpu --device cuda``; ``--device cpu --tiny`` runs the same steps in seconds
 on any machine. Models are random. Equality is that of fp32 on the device with fp32 on the CPU
-(relative distance of all rows), and of BF16 on the device (difference of a measured KL in nats).
+(relative distance of all rows), and of BF16 on the device (difference of a measured KL in nats;
+contributions are far apart where rounding draws another label).
 Peak memory stands beside what ``compress plan --work`` says.
 """
 
