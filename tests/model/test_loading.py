@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import EVERY, HYBRID, LLAMA, write_tiny
+from tiny_models import HYBRID, LLAMA, write_tiny
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -293,24 +293,6 @@ def test_tied_matrices_that_are_stored_twice(
     save_file(tensors, path / WEIGHTS, {"format": "pt"})
     if tied:
         same(path)
-
-
-@pytest.mark.parametrize(
-    ("family", "name"), [("glm4_moe", "model.layers.4.eh_proj.weight"), ("hybrid", "mtp.fc.weight")]
-)
-def test_layers_that_predict_further_tokens_are_left_out(
-    family: str, name: str, tmp_path: Path
-) -> None:
-    path = write_tiny(tmp_path / "m", EVERY[family] | {"num_nextn_predict_layers": 1})
-    before = our_logits(path)
-    tensors = load_file(path / WEIGHTS)
-    save_file(tensors | {name: torch.ones(2, 2)}, path / WEIGHTS, {"format": "pt"})
-    assert torch.equal(our_logits(path), before)
-    checkpoint = open_checkpoint(path)
-    written = student_config(checkpoint.config, checkpoint.architecture)
-    assert written["num_nextn_predict_layers"] == 0
-    save_file(tensors | {f"{name}.x": torch.ones(2), "y": torch.ones(2)}, path / WEIGHTS)
-    refused(path, "holds tensor y, which no table of")
 
 
 def test_layers_that_go_take_their_entries_of_lists_with_them(tmp_path: Path) -> None:
