@@ -66,11 +66,7 @@ def student_model(teacher: Checkpoint, keep: Keep) -> Any:
 
 
 def stock(path: Path) -> Any:
-    model = AUTO.from_pretrained(path, dtype=torch.float32).eval()
-    # Its grouped product of all experts rounds in another order than a loop over them.
-    if any("experts" in name for name, _ in model.named_modules()):
-        model.set_experts_implementation("eager")
-    return model
+    return AUTO.from_pretrained(path, dtype=torch.float32).eval()
 
 
 def test_every_tensor_that_transformers_saves_is_in_the_table(family: str, tmp_path: Path) -> None:

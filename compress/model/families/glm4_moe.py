@@ -61,6 +61,7 @@ def normal(config: Config) -> dict[str, Any]:
 
 def read(config: Config) -> Architecture:
     """Architecture of a GLM-4 MoE config; layers that predict further tokens are not counted."""
+    settings.require_divides(config, ("n_routed_experts", "n_group"))
     settings.require_routing(config)
     wide = config["moe_intermediate_size"] * config["n_shared_experts"]
     named = {

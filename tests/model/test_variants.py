@@ -1,0 +1,77 @@
+"""What transformers makes of the configs that families come with, older names and silences too."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import EVERY, write_tiny
+from transformers import AutoModelForCausalLM
+
+from compress.core.errors import InputError
+from compress.model.build import load_model, student_config
+from compress.model.families import read_architecture
+
+AUTO: Any = AutoModelForCausalLM
+TOKENS = torch.randint(1, 128, (2, 30), generator=torch.Generator().manual_seed(1))
+GONE = "no such key"
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+VARIANTS: list[tuple[str, dict[str, Any]]] = [
+    ("qwen3", {"rope_theta": 1e6, "rope_scaling": YARN}),
+    ("qwen3", {"layer_types": GONE, "max_window_layers": 2}),
+    ("qwen3", {"layer_types": None, "use_sliding_window": False}),
+    ("qwen3", {"head_dim": GONE, "num_attention_heads": 2, "num_key_value_heads": 1}),
+    ("qwen2", {"layer_types": GONE, "max_window_layers": 1, "rope_theta": 1e6}),
+    ("qwen2", {"head_dim": 24}),
+    ("mistral", {"sliding_window": None, "head_dim": GONE}),
+    ("mistral", {"sliding_window": GONE, "head_dim": 24}),
+    ("ministral", {"layer_types": None}),
+    ("ministral3", {"rope_parameters": GONE, "sliding_window": 5}),
+    ("phi3", {"rope_scaling": None, "partial_rotary_factor": GONE, "sliding_window": None}),
+    ("phi3", {"original_max_position_embeddings": 16}),
+    ("smollm3", {"no_rope_layers": GONE, "no_rope_layer_interval": 3}),
+    ("smollm3", {"use_sliding_window": True, "sliding_window": 5, "tie_word_embeddings": False}),
+    ("qwen3_moe", {"norm_topk_prob": False, "mlp_only_layers": None, "decoder_sparse_step": 2}),
+    ("qwen3_moe", {"num_experts": GONE, "num_local_experts": 4, "num_experts_per_tok": 3}),
+    ("qwen3_moe", {"use_sliding_window": True, "sliding_window": 6}),
+    ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 0}),
+    ("glm4_moe", {"n_group": 3, "topk_group": 2, "partial_rotary_factor": 0.25}),
+]
+
+
+def variant(family: str, change: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in (EVERY[family] | change).items() if value != GONE}
+
+
+@pytest.mark.parametrize(("family", "change"), VARIANTS, ids=str)
+def test_what_transformers_loads_computes_the_same(
+    family: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    config = variant(family, change)
+    path = write_tiny(tmp_path / "m", config)
+    stock = AUTO.from_pretrained(path, dtype=torch.float32).eval()
+    assert torch.equal(load_model(path)(TOKENS).logits, stock(TOKENS).logits)
+    architecture = read_architecture(config)
+    assert read_architecture(student_config(config, architecture)) == architecture
+
+
+@pytest.mark.parametrize(
+    ("family", "change", "said"),
+    [
+        ("qwen3", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("qwen3", {"use_sliding_window": False}, "no sliding_window is used"),
+        ("qwen3", {"layer_types": ["chunked_attention"] * 4}, "'chunked_attention' is not supp"),
+        ("qwen2", {"layer_types": ["full_attention"]}, "lists 1 layers, num_hidden_layers is 4"),
+        ("smollm3", {"no_rope_layers": [1, 2, 1, 1]}, "not a list of 0 and 1"),
+        ("phi3", {"rope_scaling": {"type": "linear", "factor": 2.0}}, "not one of phi3 models"),
+        ("phi3", {"partial_rotary_factor": 1.0}, "short_factor has 6 numbers"),
+        ("ministral3", {"rope_parameters": {"rope_type": "default"}}, "llama_4_scaling_beta"),
+        ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_experts 6"),
+        ("glm4_moe", {"n_group": 4}, "n_routed_experts 6 is not a multiple of n_group 4"),
+        ("mistral", {"num_hidden_layers": 10**12}, "not a whole number from 1 to 9999"),
+    ],
+    ids=str,
+)
+def test_what_nobody_can_run_is_refused(family: str, change: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        read_architecture(variant(family, change))
