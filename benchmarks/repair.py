@@ -25,7 +25,7 @@ from compress.scores.costs import Scores
 from compress.searches.problem import Globals, Problem
 from compress.searches.space import Option, load_space
 from compress.student.grams import HALVES, Grams, save_grams
-from compress.student.repair import repair_ratio
+from compress.student.repair import repair_ratios
 
 SHARES = (0.75, 0.5, 0.25)
 RIDGES = (0.001, 0.01, 0.1, 1.0)
@@ -109,14 +109,14 @@ def predicted(share: float, scores: Scores, grams: Grams, text: Reference) -> fl
 
 def problem_of(scores: Scores, grams: Grams | None, text: Reference) -> Problem:
     """The teacher's problem, with repair where there are Gram matrices; its budget is not used."""
-    ratio = partial(repair_ratio, text.teacher, grams) if grams else None
+    ratio = partial(repair_ratios, text.teacher, grams) if grams else None
     return Problem(
         text.teacher.architecture,
         scores,
         load_space("puzzle"),
         Deployment(context=1),
         0,
-        repair_ratio=ratio,
+        repair_ratios=ratio,
     )
 
 

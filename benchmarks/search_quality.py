@@ -43,7 +43,7 @@ from compress.searches.problem import Problem
 from compress.searches.space import load_space
 from compress.student.candidate import Candidate
 from compress.student.grams import HALVES, Grams, save_grams
-from compress.student.repair import repair_ratio
+from compress.student.repair import repair_ratios
 
 SPACE = Path(__file__).parent / "thin.yaml"
 OURS, REPAIR, RESELECT = "ours", " + repair", " + reselect"
@@ -133,9 +133,9 @@ def trials_of(found: Subject, share: float, scores: Scores, grams: Grams | None)
     outside = outside_bytes(architecture)
     whole = teacher_bytes(architecture, DEPLOYMENT)
     space = load_space(str(SPACE)).model_copy(update={"repair": grams is not None})
-    ratio = partial(repair_ratio, found.checkpoint, grams) if grams else None
+    ratio = partial(repair_ratios, found.checkpoint, grams) if grams else None
     budget = int(outside + share * (whole - outside))
-    problem = Problem(architecture, scores, space, DEPLOYMENT, budget, repair_ratio=ratio)
+    problem = Problem(architecture, scores, space, DEPLOYMENT, budget, repair_ratios=ratio)
     text = text_of(found, "select", settings.select_tokens)
     more = partial(text_of, found, "train", 2 * settings.select_tokens)
     fresh = partial(fresh_text, found, settings.select_tokens)

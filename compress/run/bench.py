@@ -29,7 +29,7 @@ from compress.searches.space import Space
 from compress.searches.study import StudySettings, Trial, explore
 from compress.student.candidate import Candidate
 from compress.student.grams import Grams
-from compress.student.repair import repair_ratio
+from compress.student.repair import repair_ratios
 from compress.student.surgery import load_candidate, save_candidate
 
 # Of units chosen again: the KL of every sequence.
@@ -93,7 +93,7 @@ class Bench:
     def problem(self, space: Space, *, blind_to_rounding: bool = False) -> Problem:
         """The search problem of a space."""
         session, recipe = self.session, self.session.recipe
-        ratio = partial(repair_ratio, session.checkpoint, self.grams) if space.repair else None
+        ratio = partial(repair_ratios, session.checkpoint, self.grams) if space.repair else None
         return Problem(
             session.architecture, self.scores, space, recipe.deployment, session.budget.bytes,
             blind_to_rounding, recipe.active, recipe.ranking, ratio,

@@ -27,7 +27,7 @@ from compress.student.candidate import Candidate, Ranking, student_architecture
 
 # The share of a block's squared error that repair leaves, from its number and kept indices; those
 # of its other cuts are made at once.
-Repairs = Callable[[int, Mapping[str, Tensor], Sequence[Mapping[str, Tensor]]], float]
+Repairs = Callable[[int, Sequence[Mapping[str, Tensor]]], list[float]]
 # One option of a group: what each of its blocks does.
 Choice = tuple[tuple[int, Option], ...]
 
@@ -49,7 +49,7 @@ class Problem:
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
     of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
-    ``ranking`` decides which units stay, not what they cost. With ``repair_ratio`` every cut block
+    ``ranking`` decides which units stay, not what they cost. With ``repair_ratios`` every cut block
     is repaired. Where only whole layers may go, one costs the sum of what its blocks cost alone.
     """
 
@@ -61,9 +61,10 @@ class Problem:
     blind_to_rounding: bool = False
     active: int | None = None
     ranking: Ranking = "contribution"
-    repair_ratio: Repairs | None = None
+    repair_ratios: Repairs | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
+    ratios: dict[tuple[int, tuple[tuple[str, int], ...]], float] = field(default_factory=dict)
 
     @property
     def known(self) -> Scores:
@@ -129,13 +130,16 @@ class Problem:
 
     def share_left_by_repair(self, number: int, option: Option) -> float:
         """The share of an option's structure cost that its repair leaves; 1 without repair."""
-        if self.repair_ratio is None or not option.target:
+        if self.repair_ratios is None or not option.target:
             return 1.0
-        # All cuts of a block at once.
-        known = block_options(self.teacher, number, self.space, {}, self.teacher.hidden)
-        targets = dict.fromkeys(other.target for other in known if other.target)
-        others = [self.keep_of(number, Option(target)) for target in targets]
-        return self.repair_ratio(number, self.keep_of(number, option), others)
+        if (number, option.target) not in self.ratios:
+            # All cuts of a block at once.
+            known = block_options(self.teacher, number, self.space, {}, self.teacher.hidden)
+            targets = dict.fromkeys(o.target for o in (option, *known) if o.target)
+            keeps = [self.keep_of(number, Option(target)) for target in targets]
+            found = self.repair_ratios(number, keeps)
+            self.ratios |= {(number, t): r for t, r in zip(targets, found, strict=True)}
+        return self.ratios[number, option.target]
 
     def option_bytes(self, number: int, option: Option, globals_: Globals) -> int:
         """Bytes that a block takes under an option: weights, KV cache and states."""
@@ -213,7 +217,7 @@ class Problem:
         formats = {number: options[number].format for number in alive}
         student = student_architecture(self.teacher, keep, formats, globals_.kv_format)
         cut = frozenset(number for number in alive if options[number].target)
-        repaired = cut if self.repair_ratio else frozenset()
+        repaired = cut if self.repair_ratios else frozenset()
         return Candidate(id=name, kind=kind, architecture=student, keep=keep, repaired=repaired)
 
 

@@ -91,27 +91,26 @@ def refitted_weight(
     return take(weight, projection.slot.shape, axis_sizes, rows)
 
 
-def repair_ratio(
-    teacher: Checkpoint, grams: Grams, number: int, keep: Keep, others: Sequence[Keep] = ()
-) -> float:
+def repair_ratios(
+    teacher: Checkpoint, grams: Grams, number: int, cuts: Sequence[Keep]
+) -> list[float]:
     """|block's output - teacher's|^2 after repair over that before it, on text not fitted on.
 
-    ``keep`` has the kept indices of the teacher's block ``number`` by axis. Projections are summed
-    as if their errors had nothing to do with each other. Experts that go are lost in both: their
-    tokens then go elsewhere, which is not repaired. ``others`` are cuts of the block that will be
-    asked for too: they cost hardly more than one.
+    Of each cut, the kept indices of the teacher's block ``number`` by axis; many cost hardly more
+    than one. Projections are summed as if their errors had nothing to do with each other. Experts
+    that go are lost in both: their tokens then go elsewhere, which is not repaired.
     """
     block = teacher.architecture.blocks[number]
-    before = after = 0.0
+    sums = torch.zeros(len(cuts), 2, dtype=torch.float64)
     for projection in projections(teacher.architecture, block):
-        cuts = [columns(projection, block, each) for each in (keep, *others)]
-        key = cut_key(projection, cuts[0])
-        if key not in grams.errors:
-            found = errors(teacher, grams, block, projection, cuts)
-            grams.errors.update(zip((cut_key(projection, cut) for cut in cuts), found, strict=True))
-        cut, fitted = grams.errors[key]
-        before, after = before + cut, after + fitted
-    return after / before if before > 0 else 1.0
+        kept = [columns(projection, block, cut) for cut in cuts]
+        keys = [cut_key(projection, each) for each in kept]
+        new = {key: each for key, each in zip(keys, kept, strict=True) if key not in grams.errors}
+        if new:
+            found = errors(teacher, grams, block, projection, list(new.values()))
+            grams.errors.update(zip(new, found, strict=True))
+        sums += torch.tensor([grams.errors[key] for key in keys], dtype=torch.float64)
+    return [float(after / before) if before > 0 else 1.0 for before, after in sums]
 
 
 def columns(projection: Projection, block: Block, keep: Keep) -> Tensor:

@@ -32,7 +32,7 @@ from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate, expert_keep, student_architecture
 from compress.student.grams import HALVES, Grams, Half, save_grams
 from compress.student.refits import refit
-from compress.student.repair import kept_columns, refitted_weight, repair_ratio
+from compress.student.repair import kept_columns, refitted_weight, repair_ratios
 from compress.student.surgery import (
     load_candidate,
     prune,
@@ -298,7 +298,7 @@ def test_the_student_reads_what_its_projection_was_fitted_on(teachers: Teachers,
         student = cut_candidate(checkpoint, number, keep, repaired=repaired)
         output = block_output(built(teacher, student, grams), checkpoint.architecture.family, block)
         left[repaired] = float((output - whole).square().sum())
-    predicted = repair_ratio(checkpoint, grams, number, keep)
+    [predicted] = repair_ratios(checkpoint, grams, number, [keep])
     measured = left[True] / left[False]
     assert measured < 1
     # Exact but for a gated norm's share of energy per token, and experts that share a token.
@@ -349,7 +349,7 @@ def test_experts_that_go_are_not_repaired(teachers: Teachers) -> None:
     gone = {"expert": torch.tensor([0, 2, 3, 5])}
     thin = {"expert_ffn": CUTS["experts"][2]["expert_ffn"]}
     both = gone | {"expert_ffn": thin["expert_ffn"][:4]}
-    found = [repair_ratio(teacher.checkpoint, teacher.grams, 1, k) for k in (thin, both, gone)]
+    found = repair_ratios(teacher.checkpoint, teacher.grams, 1, [thin, both, gone])
     assert found == sorted(found)
     assert found[0] < found[2] == 1
 
@@ -365,12 +365,12 @@ def problem(teachers: Teachers) -> Problem:
     return Problem(
         architecture, scores, load_space("joint"), DEPLOYMENT,
         teacher_bytes(architecture, DEPLOYMENT) * 3 // 5,
-        repair_ratio=partial(repair_ratio, teacher.checkpoint, teacher.grams),
+        repair_ratios=partial(repair_ratios, teacher.checkpoint, teacher.grams),
     )  # fmt: skip
 
 
 def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem) -> None:
-    plain = replace(problem, repair_ratio=None, costs={}, keeps={})
+    plain = replace(problem, repair_ratios=None, costs={}, keeps={})
     for with_repair, without in zip(
         problem.groups(Globals()), plain.groups(Globals()), strict=True
     ):
@@ -395,5 +395,5 @@ def test_a_space_without_repair_computes_no_matrices(
     session = Session(Run(tmp_path), Recipe(model=str(tiny_hybrid), budget="50%"))
     bench = Bench(session, problem.known, session.reference(TOKENS[:1]))
     space = load_space("puzzle").model_copy(update={"repair": False})
-    assert bench.problem(space).repair_ratio is None
+    assert bench.problem(space).repair_ratios is None
     assert not any(tmp_path.iterdir())
