@@ -30,7 +30,7 @@ from compress.text.packing import require_tokens
 
 # Longer windows would only make the logits of one forward bigger: [tokens, vocab] in float32.
 LONGEST_WINDOW = 1024
-LOGITS_BYTES = 2**28
+LOGITS_BYTES = 2**26
 # What lm-eval's own command line seeds the drawing of shots with.
 SHOTS_SEED = 1234
 

@@ -56,9 +56,13 @@ def score_inputs(session: Session) -> dict[str, object]:
 
 
 def scored_formats(recipe: Recipe) -> list[Format]:
-    """Formats to score: those of the recipe's space, or of the default one where it has none."""
-    named = load_space(recipe.space or DEFAULT_SPACE).formats
-    used = set(named) if set(named) != {"bf16"} else set(load_space(DEFAULT_SPACE).formats)
+    """Formats to score: those of the recipe's space, or of the default one where it has none.
+
+    Of a space that only prunes those of the default one, if it is to be compared with formats.
+    """
+    used = set(load_space(recipe.space or DEFAULT_SPACE).formats)
+    if used == {"bf16"} and recipe.baselines not in (None, "none"):
+        used = set(load_space(DEFAULT_SPACE).formats)
     return [format for format in FORMATS if format in used and format != "bf16"]
 
 

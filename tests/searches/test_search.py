@@ -324,9 +324,12 @@ def test_a_space_decides_which_formats_are_scored(tmp_path: Path) -> None:
     default: list[Format] = ["fp8", "nvfp4"]
     assert scored_formats(check({}, "test")) == default
     for name in SPACES:
-        assert scored_formats(check({"space": name}, "test")) == default
+        of_space = [format for format in default if format in load_space(name).formats]
+        assert scored_formats(check({"space": name}, "test")) == of_space
+        compared = scored_formats(check({"space": name, "baselines": "all"}, "test"))
+        assert compared == default
     file = tmp_path / "space.yaml"
     text = "remove: none\naxes: {}\nkv_formats: [bf16]\nformats: "
-    for listed, expected in (("[bf16, int4, mxfp4]", ["mxfp4", "int4"]), ("[bf16]", default)):
+    for listed, expected in (("[bf16, int4, mxfp4]", ["mxfp4", "int4"]), ("[bf16]", [])):
         file.write_text(text + listed, encoding="utf-8")
         assert scored_formats(check({"space": str(file)}, "test")) == expected
