@@ -8,6 +8,9 @@ from compress.memory.devices import Device
 
 # Bytes of the host's memory that a process has before it reads a model.
 PROCESS = 350 * 2**20
+# Of the memory that work may take, what weights may hold on to; the rest is for what is made of
+# them: states in flight, errors and matrices of a layer, cut blocks.
+RESIDENT_SHARE = 1 / 3
 # What products reach of a machine's peak.
 SHARE_OF_PEAK = 0.4
 
@@ -24,6 +27,11 @@ class Machine:
     flops: float
     number_bytes: int
     accelerator: bool = False
+
+    @property
+    def resident_bytes(self) -> int:
+        """Bytes of weights that may stay there."""
+        return int(RESIDENT_SHARE * self.memory)
 
 
 def free_memory() -> int:

@@ -11,9 +11,9 @@ weights of the largest part (a layer; or embedding and head)::
     distill  weights and moments of the student, the head, inputs of all layers, logits
     export   2 w, logits, all in fp32
 
-Besides, a stage takes what is free: layers that stay (half of the memory), inputs of more batches
-(a quarter), cut blocks (a quarter). Time is that of the products, at a rate, and of reading what
-does not stay. Times are rough: text decides when replays and trials stop.
+Besides, a stage takes what is free: layers that stay (a third of the memory), inputs of more
+batches (a quarter), cut blocks (an eighth). Time is that of the products, at a rate, and of reading
+what does not stay. Times are rough: text decides when replays and trials stop.
 """
 
 from collections.abc import Mapping
@@ -106,7 +106,7 @@ class Work:
 
     def seconds(self, machine: Machine) -> float:
         """About how long it takes; layers that do not stay are read in every sweep."""
-        streamed = max(0, self.weights - machine.memory // 2)
+        streamed = max(0, self.weights - machine.resident_bytes)
         return self.operations / machine.flops + self.sweeps * streamed / READ_RATE
 
 
@@ -311,7 +311,7 @@ def made_bytes(own: Sizes, number: int) -> int:
 
 def staying(own: Sizes, machine: Machine) -> int:
     """Bytes of layers that would stay, all of them where there is room."""
-    return min((own.weights - own.largest) * machine.number_bytes, machine.memory // 2)
+    return min((own.weights - own.largest) * machine.number_bytes, machine.resident_bytes)
 
 
 def require_fits(work: Work, machine: Machine, others: Mapping[str, Work]) -> None:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block
+from compress.memory.machine import RESIDENT_SHARE
 from compress.model.architecture import Architecture
 from compress.model.build import generates, student_config
 from compress.model.checkpoint import Checkpoint
@@ -26,14 +27,14 @@ from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack, part_bytes
 
 # Of a placement's memory, what a store may hold; never more than so many whole teachers.
-SHARE, TEACHERS = 1 / 4, 2
+SHARE, TEACHERS = 1 / 8, 2
 Tensors = Mapping[str, Tensor]
 
 
 class BlockStore:
     """Blocks of students of one teacher on its stack's placement, the latest ones kept.
 
-    A quarter of the placement's memory, at most two teachers. ``stack`` is the teacher's.
+    An eighth of the placement's memory, at most two teachers. ``stack`` is the teacher's.
     """
 
     def __init__(self, teacher: Checkpoint, stack: Stack) -> None:
@@ -94,7 +95,7 @@ class BlockStore:
 
         place = self.stack.placement
         # What a student's stack keeps is what the store holds.
-        memory = None if place.memory is None else 2 * self.limit
+        memory = None if place.memory is None else int(self.limit / RESIDENT_SHARE)
         config = student_config(self.teacher.config, architecture)
         return Stack(config, architecture, read, replace(place, memory=memory))
 

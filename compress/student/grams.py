@@ -25,7 +25,7 @@ HALVES: tuple[Half, ...] = get_args(Half)
 # The ridge toward the teacher's weights, as a share of the mean of the matrix' diagonal.
 RIDGE = 0.1
 # Refits that candidates have in common are kept up to so many bytes.
-CACHE_BYTES = 256 * 2**20
+CACHE_BYTES = 64 * 2**20
 
 
 @torch.no_grad()

@@ -7,7 +7,7 @@ import torch
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
 from compress.memory.devices import Compute
-from compress.memory.machine import free_memory
+from compress.memory.machine import RESIDENT_SHARE, free_memory
 
 CPU = torch.device("cpu")
 
@@ -26,8 +26,8 @@ class Placement:
 
     @property
     def resident_bytes(self) -> int | None:
-        """Bytes of weights that may stay; half of the memory is for what is made of them."""
-        return None if self.memory is None else self.memory // 2
+        """Bytes of weights that may stay; the rest is for what is made of them."""
+        return None if self.memory is None else int(RESIDENT_SHARE * self.memory)
 
 
 REFERENCE = Placement()
