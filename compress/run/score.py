@@ -70,6 +70,7 @@ def score(session: Session) -> Scores:
     """The scores of the session's teacher, computed where missing."""
     run, recipe, inputs = session.run, session.recipe, score_inputs(session)
     file = run.path / "scores" / "scores.safetensors"
+    _ = session.placement  # a device that is not there leaves no run
     keep_recipe(recipe, run)
     if run.stage_done(STAGE, inputs, file):
         return load_scores(file)

@@ -111,7 +111,8 @@ def search(session: Session) -> tuple[Student, ...]:
         Infeasible: nothing of the space fits the budget.
         InputError: another process searches the run with other settings.
     """
-    _ = session.checkpoint  # a teacher that cannot be read is refused before anything else
+    # A teacher that cannot be read and a device that is not there leave no run.
+    _ = session.checkpoint, session.placement
     run, sweep = session.run, session.at_each_budget()
     # One space for a sweep: what the smallest budget needs.
     space = chosen_space(min(sweep, key=lambda one: one.budget.bytes))

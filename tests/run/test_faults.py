@@ -208,6 +208,18 @@ def test_a_budget_that_nothing_reaches_names_the_floor(
     assert not Path("runs/a/candidates.json").exists()
 
 
+@pytest.mark.parametrize("stage", ["score", "search"])
+def test_memory_that_is_not_there_leaves_no_run(
+    stage: str, command: Command, tiny_llama: Path, text: Path
+) -> None:
+    asked = {
+        "score": ("score", tiny_llama, "--run", "a"),
+        "search": command.search(tiny_llama, "--data", text),
+    }[stage]
+    assert "is more than the" in command.fails(2, *asked, "--memory", "900000GiB")
+    assert not Path("runs/a/recipe.yaml").exists()
+
+
 def test_a_recipe_key_that_does_not_exist(command: Command) -> None:
     Path("r.yaml").write_text("buget: 70%\n")
     error = command.fails(2, "run", "r.yaml", early=True)
