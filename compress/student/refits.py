@@ -21,6 +21,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+# Rows of a product that are made at a time.
+ROWS = 512
+
 
 def chains(cuts: Sequence[Tensor]) -> list[list[int]]:
     """Numbers of the cuts [kept columns] in chains: each keeps all that the one before it keeps."""
@@ -55,7 +58,7 @@ def damping(gram: Tensor, ridge: float) -> float:
 
 def factor(gram: Tensor, order: Tensor, ridge: float) -> Tensor:
     """L [k, k] of the matrix on some columns, in their order."""
-    matrix = gram[order][:, order]
+    matrix = gram[order[:, None], order]
     matrix.diagonal().add_(damping(gram, ridge))
     lower: Tensor = torch.linalg.cholesky(matrix)
     return lower
@@ -64,7 +67,7 @@ def factor(gram: Tensor, order: Tensor, ridge: float) -> Tensor:
 def refit(weight: Tensor, gram: Tensor, kept: Tensor, ridge: float) -> Tensor:
     """V [out, k]; columns that were never active keep their weights."""
     gone = torch.ones(len(gram)).index_fill_(0, kept, 0).nonzero().flatten()
-    missing = weight[:, gone] @ gram[gone][:, kept]
+    missing = weight[:, gone] @ gram[gone[:, None], kept]
     return weight[:, kept] + torch.cholesky_solve(missing.T, factor(gram, kept, ridge)).T
 
 
@@ -74,14 +77,23 @@ def refit_errors(
     """What the refits of a chain of cuts miss on the text of ``check``, squared."""
     order = ordered(cuts, len(gram))
     lower = factor(gram, order, ridge)
-    whitened = torch.linalg.solve_triangular(lower, check[order][:, order], upper=False)
+    whitened = torch.linalg.solve_triangular(lower, check[order[:, None], order], upper=False)
     whitened = torch.linalg.solve_triangular(lower, whitened.T, upper=False)
     projected = weight[:, order] @ lower
-    whitened *= projected.T @ projected
+    for rows in pieces(len(order)):
+        whitened[rows] *= projected[:, rows].T @ projected
     return [float(whitened[len(cut) :, len(cut) :].sum(dtype=torch.float64)) for cut in cuts]
 
 
 def cut_errors(weight: Tensor, check: Tensor, changes: Tensor) -> list[float]:
     """|X diag(c) W^T|^2 on the text of ``check`` for every row c [d] of ``changes``, fp64."""
-    products = ((weight.T @ weight) * check).double()
-    return [float(change @ products @ change) for change in changes]
+    found = torch.zeros(len(changes), dtype=torch.float64, device=check.device)
+    for rows in pieces(len(check)):
+        products = ((weight[:, rows].T @ weight) * check[rows]).double()
+        found += ((changes[:, rows] @ products) * changes).sum(1)
+    return found.tolist()
+
+
+def pieces(size: int) -> list[slice]:
+    """Rows of a matrix of this many columns, some at a time: it is not held once more."""
+    return [slice(start, start + ROWS) for start in range(0, size, ROWS)]
