@@ -227,6 +227,7 @@ def trained_tensors(
     states = teacher_states(session, rows)
     # From here on the student is alone in memory.
     session.stack.release()
+    session.store.clear()
     student = load_model(begins, weights_dtype(recipe.optimizer, placement))
     with session.stack.head() as head:
         lesson = Lesson(states, head)

@@ -58,6 +58,12 @@ class BlockStore:
             self.held.move_to_end(key)
             return self.held[key]
 
+    def clear(self) -> None:
+        """Let all blocks go."""
+        with self.lock:
+            self.held.clear()
+            self.bytes = 0
+
     def keys(self, candidate: Candidate, grams: Grams | None = None) -> list[Hashable]:
         """Of every block of a candidate what decides its tensors."""
         return [

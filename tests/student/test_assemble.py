@@ -122,10 +122,13 @@ def test_a_stack_copies_nothing_of_its_store(formats: list[Format], tiny: Path) 
 
 
 def test_a_store_holds_the_latest_blocks_within_its_limit(tiny: Path) -> None:
-    store = store_of(tiny, memory=800_000)
+    store = store_of(tiny, memory=1_600_000)
     for formats in (["bf16"], ["fp8"], ["nvfp4"]):
         student = student_of(store.teacher, formats)
         assert same(assembled(store, student), expected(store.teacher, student))
         held = sum(tensor.nbytes for made in store.held.values() for tensor in made.values())
         assert held == store.bytes <= store.limit
     assert store.keys(student)[-1] in store.held
+    store.clear()
+    assert not store.held
+    assert store.bytes == 0
