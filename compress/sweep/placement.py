@@ -1,5 +1,6 @@
 """Where the work is done: device, number type, and the bytes of weights that may stay there."""
 
+import ctypes
 from dataclasses import dataclass
 
 import torch
@@ -31,6 +32,16 @@ class Placement:
 
 
 REFERENCE = Placement()
+
+
+def return_free_memory() -> None:
+    """Give the system back what is free on the host.
+
+    What is kept of a layer is small and lies between large weights that are gone: glibc keeps all
+    of it otherwise, and memory grows with the depth of a model (measured: runs/LOG.md).
+    """
+    if trim := getattr(ctypes.CDLL(None), "malloc_trim", None):
+        trim(0)
 
 
 def placement(compute: Compute, memory: int | None) -> Placement:

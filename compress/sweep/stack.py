@@ -24,7 +24,7 @@ from compress.model.families import family_of, parameters
 from compress.model.fill import empty, fill
 from compress.model.layout import Parameter
 from compress.model.modules import Head, final_norm, head_of
-from compress.sweep.placement import REFERENCE, Placement
+from compress.sweep.placement import REFERENCE, Placement, return_free_memory
 
 # B sequences, T tokens, D hidden.
 Call = Mapping[str, Any]
@@ -82,6 +82,7 @@ class Stack:
             if number not in self.stays:
                 self.there.discard(number)
                 empty(self.model, self.architecture, self.parts[number])
+                return_free_memory()
 
     def bring(self, number: int | None, tensors: Iterable[tuple[Parameter, Tensor]]) -> None:
         """Fill a part."""
