@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.common import arguments, report
-from benchmarks.scale import GROUP, HYBRID, drawn
+from benchmarks.scale import GROUP, HYBRID, random_checkpoint
 from compress.core.terminal import note
 from compress.formats.fake import shared
 from compress.formats.packed import packed
@@ -27,9 +27,7 @@ from compress.measure.kl import measure, reference
 from compress.memory.machine import Machine
 from compress.model.architecture import block_name, sizes
 from compress.model.build import load_model
-from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters, read_architecture
-from compress.model.find import resolve_model
+from compress.model.checkpoint import open_checkpoint
 from compress.model.modules import Head
 from compress.run.recipe import check
 from compress.run.work import works_of
@@ -71,14 +69,7 @@ BIG = {
 
 def written(directory: Path, config: Mapping[str, Any]) -> Path:
     """A random checkpoint."""
-    made, generator = read_architecture(config), torch.Generator().manual_seed(0)
-
-    def tensors() -> Iterator[tuple[str, Tensor]]:
-        for each in parameters(made):
-            dtype = torch.float32 if each.slot.float32 else torch.bfloat16
-            yield each.name, drawn(each, generator, made.layers).to(dtype)
-
-    write_checkpoint(directory, tensors(), config, resolve_model("embedded"))
+    random_checkpoint(directory, config)
     return directory
 
 

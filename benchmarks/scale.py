@@ -12,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks.common import Clock, arguments, report
 from compress.core.files import read_json
 from compress.core.terminal import note
+from compress.model.architecture import Architecture
 from compress.model.checkpoint import write_checkpoint
 from compress.model.families import count_parameters, parameters, read_architecture
 from compress.model.find import resolve_model
@@ -92,6 +93,12 @@ def written(directory: Path, billions: float) -> int:
     config = HYBRID | {
         "layers_block_type": GROUP * groups, "num_hidden_layers": len(GROUP) * groups,
     }  # fmt: skip
+    made = random_checkpoint(directory, config)
+    return count_parameters(made)
+
+
+def random_checkpoint(directory: Path, config: Mapping[str, Any]) -> Architecture:
+    """Write random weights of a config, with the embedded tokenizer; what they are of."""
     made, generator = read_architecture(config), torch.Generator().manual_seed(0)
 
     def tensors() -> Iterator[tuple[str, Tensor]]:
@@ -100,7 +107,7 @@ def written(directory: Path, billions: float) -> int:
             yield each.name, drawn(each, generator, made.layers).to(dtype)
 
     write_checkpoint(directory, tensors(), config, resolve_model("embedded"))
-    return count_parameters(made)
+    return made
 
 
 def watched(command: list[str], cwd: Path) -> dict[str, float]:

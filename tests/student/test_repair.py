@@ -1,22 +1,31 @@
 """A cut block's output projection refitted: least squares from Gram matrices, without labels."""
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY, write_tiny
+from repairs import (
+    CUTS,
+    OTHER,
+    TEACHERS,
+    TOKENS,
+    Teachers,
+    block_output,
+    built,
+    case_of,
+    cut_candidate,
+    inputs_of,
+    squared_error,
+    teachers_in,
+)
 from torch import Tensor
 
 from compress.measure.kl import measure, reference, sequence_kl
 from compress.memory.budget import teacher_bytes
 from compress.memory.footprint import Deployment
-from compress.model.architecture import Block, block_name
-from compress.model.build import build_model, load_model, student_config
-from compress.model.checkpoint import Checkpoint, open_checkpoint
-from compress.model.families import family_of
+from compress.model.checkpoint import open_checkpoint
 from compress.run.bench import Bench
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
@@ -29,10 +38,10 @@ from compress.searches.proposals import candidate_of, decode, globals_of
 from compress.searches.space import load_space
 from compress.student import grams as grams_of
 from compress.student.assemble import stack_in_formats
-from compress.student.candidate import Candidate, expert_keep, student_architecture
-from compress.student.grams import HALVES, Grams, Half, save_grams
+from compress.student.candidate import expert_keep
+from compress.student.grams import Grams, Half, save_grams
 from compress.student.refits import refit
-from compress.student.repair import kept_columns, refitted_weight, repair_ratios
+from compress.student.repair import refitted_weight, repair_ratios
 from compress.student.surgery import (
     load_candidate,
     prune,
@@ -40,176 +49,15 @@ from compress.student.surgery import (
     save_candidate,
     student_tensors,
 )
-from compress.student.units import Projection, projections
-from compress.sweep.placement import REFERENCE, Placement
+from compress.sweep.placement import REFERENCE
 from compress.sweep.stack import stack_of
 
-TEACHERS = TINY | {"latent": TINY["hybrid"] | {"moe_latent_size": 32}}
 DEPLOYMENT = Deployment(context=64)
-TOKENS = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(7))
-SAME: dict[Half, Tensor] = dict.fromkeys(HALVES, TOKENS)
-OTHER = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(8))
-# A cut of every kind of output projection: tiny model, block, kept indices by axis.
-CUTS: dict[str, tuple[str, int, dict[str, Tensor]]] = {
-    "llama attention": ("llama", 2, {"query": torch.tensor([[0], [1]])}),
-    "llama ffn": ("llama", 3, {"ffn": torch.arange(0, 96, 2)}),
-    "hybrid attention": ("hybrid", 2, {"kv_head": torch.tensor([1])}),
-    "hybrid ffn": ("hybrid", 3, {"ffn": torch.arange(0, 96, 2)}),
-    "mamba heads": ("hybrid", 0, {"head": torch.tensor([[0, 2], [1, 3]])}),
-    "mamba channels": ("hybrid", 4, {"channel": torch.arange(0, 16, 2)}),
-    "experts": ("hybrid", 1, {"expert_ffn": torch.arange(0, 32, 2).expand(6, -1)}),
-    "latent experts": ("latent", 1, {"expert_ffn": torch.arange(0, 32, 2).expand(6, -1)}),
-    "shared expert": ("hybrid", 1, {"shared_ffn": torch.arange(0, 48, 2)}),
-}
-
-
-@dataclass(frozen=True)
-class Teacher:
-    """A tiny teacher and Gram matrices of it, both halves of the same text."""
-
-    checkpoint: Checkpoint
-    model: Any
-    grams: Grams
-
-
-Teachers = dict[str, Teacher]
 
 
 @pytest.fixture(scope="module")
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Teachers:
-    found = {}
-    for name, config in TEACHERS.items():
-        # fp32 on disk, so that what is refitted is not rounded.
-        folder = tmp_path_factory.mktemp("repair")
-        path = write_tiny(folder / name, config, dtype=torch.float32)
-        checkpoint, model = open_checkpoint(path), load_model(path)
-        save_grams(stack_of(checkpoint), SAME, folder / "grams.safetensors")
-        found[name] = Teacher(checkpoint, model, Grams(folder / "grams.safetensors"))
-    return found
-
-
-def cut_candidate(
-    teacher: Checkpoint, number: int, keep: dict[str, Tensor], *, repaired: bool
-) -> Candidate:
-    architecture = teacher.architecture
-    name = block_name(architecture.blocks[number])
-    whole = {"blocks": torch.arange(len(architecture.blocks))}
-    kept = whole | {f"{name}/{axis}": index for axis, index in keep.items()}
-    student = student_architecture(architecture, kept, {}, "bf16")
-    numbers = frozenset([number] if repaired else [])
-    return Candidate(id="x", kind="prune", architecture=student, keep=kept, repaired=numbers)
-
-
-def built(teacher: Teacher, candidate: Candidate, grams: Grams) -> Any:
-    config = student_config(teacher.checkpoint.config, candidate.architecture)
-    tensors = student_tensors(teacher.checkpoint, candidate, grams)
-    return build_model(config, candidate.architecture, tensors)
-
-
-def block_output(model: Any, family: str, block: Block) -> Tensor:
-    """[tokens, hidden] that a block adds to the residual stream on the text."""
-    found: list[Tensor] = []
-
-    def hook(module: Any, args: Any, output: Any) -> None:
-        found.append(output[0] if isinstance(output, tuple) else output)
-
-    layer = model.model.layers[block.layer]
-    mixer = getattr(layer, family_of(family).sites[block.kind].mixer)
-    handle = mixer.register_forward_hook(hook)
-    model.model(input_ids=TOKENS, use_cache=False)
-    handle.remove()
-    return found[0].flatten(0, -2)
-
-
-def inputs_of(model: Any, block: Block, projection: Projection) -> Tensor:
-    """[rows, d] that a projection reads on the text; an expert's, times their routing weights."""
-    found: list[Tensor] = []
-    layer, name = model.model.layers[block.layer], projection.name.removesuffix(".weight")
-    if projection.expert is None:
-        module = layer.get_submodule(name)
-        handle = module.register_forward_pre_hook(lambda m, args: found.append(args[0]))
-    else:
-        experts, number = layer.mixer.experts, projection.expert
-
-        def hook(module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
-            x, index, weight = args
-            mine = weight.masked_fill(index != number, 0).sum(1, keepdim=True)
-            inner = torch.relu(x @ experts.up_proj[number].T).square()
-            found.append((inner * mine)[mine[:, 0] > 0])
-
-        handle = experts.register_forward_pre_hook(hook)
-    model.model(input_ids=TOKENS, use_cache=False)
-    handle.remove()
-    return found[0].flatten(0, -2).double()
-
-
-def case_of(teachers: Teachers, name: str) -> tuple[Teacher, Block, Projection, Tensor, Tensor]:
-    """Teacher, block, its projection that the cut narrows (one expert's), weight and columns."""
-    family, number, keep = CUTS[name]
-    teacher = teachers[family]
-    block = teacher.checkpoint.architecture.blocks[number]
-    found = projections(teacher.checkpoint.architecture, block)
-    wanted = 2 if "experts" in name else None
-    projection = next(p for p in found if p.expert == wanted)
-    prefix = family_of(teacher.checkpoint.architecture.family).layer.format(layer=block.layer)
-    own = expert_keep(keep, block, projection.expert)
-    assert own is not None
-    kept = kept_columns(projection, block, own)
-    return teacher, block, projection, teacher.checkpoint[prefix + projection.name], kept
-
-
-def squared_error(weight: Tensor, student: Tensor, gram: Tensor, kept: Tensor) -> float:
-    """|X_k W'^T - X W^T|^2 of a student's weight on the text of a Gram matrix."""
-    difference = -weight.double()
-    difference[:, kept] += student.double()
-    return float(((difference @ gram) * difference).sum())
-
-
-@pytest.mark.parametrize("family", TEACHERS)
-def test_batches_of_any_size_give_the_same_matrices(
-    teachers: Teachers, family: str, tmp_path: Path
-) -> None:
-    teacher = teachers[family]
-    architecture, one = teacher.checkpoint.architecture, Grams(tmp_path / "one.safetensors")
-    save_grams(stack_of(teacher.checkpoint), SAME, one.file, batch=1)
-    for projection in (p for b in architecture.blocks for p in projections(architecture, b)):
-        for half in HALVES:
-            expected = teacher.grams.half(half, projection.key)
-            found = one.half(half, projection.key)
-            atol = 1e-4 * float(expected.max())
-            torch.testing.assert_close(found, expected, rtol=1e-4, atol=atol)
-
-
-@pytest.mark.parametrize("memory", [0, 300_000])
-def test_matrices_are_the_same_streamed_and_resident(
-    teachers: Teachers, memory: int, tmp_path: Path
-) -> None:
-    for teacher in teachers.values():
-        stack = stack_of(teacher.checkpoint, Placement(memory=memory))
-        save_grams(stack, SAME, tmp_path / "streamed.safetensors")
-        assert (tmp_path / "streamed.safetensors").read_bytes() == teacher.grams.file.read_bytes()
-
-
-@pytest.mark.parametrize("family", TEACHERS)
-def test_matrices_of_a_bf16_sweep_agree(teachers: Teachers, family: str, tmp_path: Path) -> None:
-    teacher = teachers[family]
-    rough = Grams(tmp_path / "rough.safetensors")
-    place = Placement(dtype=torch.bfloat16)
-    save_grams(stack_of(teacher.checkpoint, place), SAME, rough.file)
-    architecture = teacher.checkpoint.architecture
-    # Where tokens may go to other experts, what comes after them differs too.
-    bound = 0.03 if family == "llama" else 0.1
-    for projection in (p for b in architecture.blocks for p in projections(architecture, b)):
-        exact, found = (g.half("fit", projection.key) for g in (teacher.grams, rough))
-        assert float((found - exact).norm()) < bound * float(exact.norm())
-
-
-@pytest.mark.parametrize("name", CUTS)
-def test_matrices_are_of_what_the_projection_reads(teachers: Teachers, name: str) -> None:
-    teacher, block, projection, _, _ = case_of(teachers, name)
-    x = inputs_of(teacher.model, block, projection)
-    gram = teacher.grams.half("fit", projection.key)
-    torch.testing.assert_close(gram.double(), x.T @ x, rtol=1e-4, atol=1e-4 * float(gram.max()))
+    return teachers_in(tmp_path_factory.mktemp("repair"))
 
 
 @pytest.mark.parametrize("name", CUTS)
