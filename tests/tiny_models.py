@@ -135,7 +135,7 @@ def drawn(parameter: Parameter, generator: torch.Generator) -> Tensor:
     """Random weights that make a model whose blocks all matter."""
     noise = torch.randn(parameter.shape, generator=generator)
     if parameter.slot.normalizes:
-        return 1 + 0.1 * noise
+        return 1 - parameter.slot.offset + 0.1 * noise
     if parameter.name.endswith("A_log"):
         return torch.log(1 + 3 * torch.rand(parameter.shape, generator=generator))
     if len(parameter.shape) == 1:

@@ -36,13 +36,14 @@ class Slot:
 
     ``fused`` names the scale group of a quantizable linear layer: the block's weights of one group
     share format and tensor scale (q/k/v, gate/up, the experts). None: stays BF16. ``normalizes``
-    are the axes a norm averages over, so that surgery can fold the changed width into the weight.
-    ``part``: it is rows of a larger matrix in the torch model.
+    are the axes a norm averages over, so that surgery can fold the changed width into the weight,
+    which acts as ``offset`` + weight. ``part``: it is rows of a larger matrix in the torch model.
     """
 
     shape: str
     fused: str | None = None
     normalizes: tuple[str, ...] = ()
+    offset: float = 0.0
     float32: bool = False
     part: Part | None = None
 

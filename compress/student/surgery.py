@@ -37,7 +37,9 @@ def cut(
     """
     smaller = take(tensor, slot.shape, axis_sizes, keep)
     shrunk = prod(axis_sizes[a] / keep[a].shape[-1] for a in slot.normalizes if a in keep)
-    return smaller if shrunk == 1 else (smaller.float() * sqrt(shrunk)).to(tensor.dtype)
+    if shrunk == 1:
+        return smaller
+    return ((slot.offset + smaller.float()) * sqrt(shrunk) - slot.offset).to(tensor.dtype)
 
 
 def student_tensors(

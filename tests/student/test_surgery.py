@@ -11,7 +11,8 @@ from transformers import AutoModelForCausalLM
 from compress.core.errors import InputError
 from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import open_checkpoint
-from compress.student.surgery import prune, student_tensors
+from compress.model.layout import Slot
+from compress.student.surgery import cut, prune, student_tensors
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -31,6 +32,13 @@ def test_cutting_equals_masking(case: str, tmp_path: Path) -> None:
     found = model(input_ids=tokens).logits
     torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4)
     assert (expected - whole).abs().max() > 1e-2, "the cut must matter for the law to say something"
+
+
+def test_a_norm_that_adds_to_its_weight_is_folded_as_a_whole() -> None:
+    slot = Slot(shape="hidden", normalizes=("hidden",), offset=1.0)
+    kept = {"hidden": torch.tensor([0, 2])}
+    found = cut(torch.tensor([0.5, 9.0, -1.0, 9.0]), slot, {"hidden": 4}, kept)
+    torch.testing.assert_close(1 + found, torch.tensor([1.5, 0.0]) * 2**0.5)
 
 
 def test_a_written_student_is_the_student_in_memory(tiny: Path, tmp_path: Path) -> None:
