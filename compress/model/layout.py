@@ -1,10 +1,12 @@
 """Axes have names: shapes as patterns, and structured pruning as "keep these along these axes".
 
 A pattern lists dimensions separated by spaces. ``(a b)`` is a product of axes, ``[x | y]`` a
-concatenation of products, a bare number a constant::
+concatenation of products, a bare number a constant. A concatenation may end a product, whose
+parts then take turns: here every key head has rows of its own for each::
 
     (kv_head query head_dim) hidden
     [(group head channel) | (group state)] 1 kernel
+    (key_head [key_dim | key_dim | (value value_dim)]) hidden
 """
 
 import re
@@ -18,7 +20,6 @@ if TYPE_CHECKING:
     import torch
 
 Product = tuple[str, ...]
-Dimension = tuple[Product, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,13 +70,27 @@ class Parameter:
         return prod(self.shape)
 
 
+@dataclass(frozen=True)
+class Dimension:
+    """A concatenation of products of axis names.
+
+    All of them begin with the same ``outer`` axes, for every position of which they take turns.
+    """
+
+    products: tuple[Product, ...]
+    outer: int = 0
+
+
 @cache
 def parse(pattern: str) -> tuple[Dimension, ...]:
-    """The dimensions of a pattern, each a concatenation of products of axis names."""
+    """The dimensions of a pattern."""
     dimensions = []
-    for text in re.findall(r"\[[^\]]*\]|\([^)]*\)|\S+", pattern):
-        parts = text.strip("[]").split("|")
-        dimensions.append(tuple(tuple(part.strip().strip("()").split()) for part in parts))
+    for text in re.findall(r"\[[^\]]*\]|\((?:\[[^\]]*\]|[^)])*\)|\S+", pattern):
+        before, several, listed = text.partition("[")
+        first = tuple(before.strip("( )").split())
+        parts = listed.rpartition("]")[0].split("|") if several else [""]
+        products = tuple(first + tuple(part.strip("( )").split()) for part in parts)
+        dimensions.append(Dimension(products, len(first) if several else 0))
     return tuple(dimensions)
 
 
@@ -87,7 +102,7 @@ def size_of(axis: str, sizes: Mapping[str, int]) -> int:
 def shape(pattern: str, sizes: Mapping[str, int]) -> tuple[int, ...]:
     """Shape of a tensor under axis sizes."""
     return tuple(
-        sum(prod(size_of(axis, sizes) for axis in product) for product in dimension)
+        sum(prod(size_of(axis, sizes) for axis in product) for product in dimension.products)
         for dimension in parse(pattern)
     )
 
@@ -105,10 +120,22 @@ def take(
     heads of each kept KV head).
     """
     for number, dimension in enumerate(parse(pattern)):
-        if any(axis in keep for product in dimension for axis in product):
+        if any(axis in keep for product in dimension.products for axis in product):
             kept = kept_positions(dimension, sizes, keep).to(tensor.device)
             tensor = tensor.index_select(number, kept)
     return tensor
+
+
+def split(
+    values: "torch.Tensor", dimension: Dimension, sizes: Mapping[str, int]
+) -> "Iterator[tuple[Product, torch.Tensor]]":
+    """Of values [..., a whole dimension] those of each of its products, in the product's order."""
+    first = dimension.products[0][: dimension.outer]
+    inner = (product[dimension.outer :] for product in dimension.products)
+    widths = [prod(size_of(axis, sizes) for axis in own) for own in inner]
+    turns = values.reshape(*values.shape[:-1], prod(size_of(a, sizes) for a in first), sum(widths))
+    for product, part in zip(dimension.products, turns.split(widths, -1), strict=True):
+        yield product, part.flatten(-2)
 
 
 def kept_positions(
@@ -117,20 +144,21 @@ def kept_positions(
     """Flat positions of one dimension that survive, ascending within each product."""
     import torch
 
-    offset, found = 0, []
-    for product in dimension:
-        flat = torch.zeros(1, dtype=torch.long)
-        for axis in product:
+    length = sum(prod(size_of(axis, sizes) for axis in each) for each in dimension.products)
+    found = []
+    for product, places in split(torch.arange(length), dimension, sizes):
+        flat, turns = torch.zeros(1, dtype=torch.long), 1
+        for number, axis in enumerate(product):
             size = size_of(axis, sizes)
             index = keep.get(axis, torch.arange(size))
             flat = (flat[:, None] * size + index).reshape(-1)
-        found.append(flat + offset)
-        offset += prod(size_of(axis, sizes) for axis in product)
-    return torch.cat(found)
+            turns = len(flat) if number < dimension.outer else turns
+        found.append(places[flat].view(turns, -1))
+    return torch.cat(found, 1).flatten()
 
 
 def axes(pattern: str) -> Iterator[str]:
     """Names of the axes of a pattern, in order, with repetition."""
     for dimension in parse(pattern):
-        for product in dimension:
+        for product in dimension.products:
             yield from (axis for axis in product if not axis.isdigit())

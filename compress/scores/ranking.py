@@ -104,7 +104,9 @@ class Forward:
         """
         units, shape = projection.units, projection.units.shape(block)
         table = slots_of(self.architecture, block, experts=False)
-        writers = [n for n, slot in table.items() if parse(slot.shape)[0].count(units.axes) == 2]
+        writers = [
+            n for n, slot in table.items() if parse(slot.shape)[0].products.count(units.axes) == 2
+        ]
         gated = projection.norm is not None
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:

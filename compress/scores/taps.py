@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from compress.formats.table import Format
 from compress.model.architecture import Block, block_name, sizes
-from compress.model.layout import Slot, parse
+from compress.model.layout import Slot, parse, size_of, split
 from compress.model.modules import (
     final_norm,
     fused_experts,
@@ -198,7 +198,7 @@ class Taps:
 
         Taken are the units that the input is made of, and what rounding W costs.
         """
-        units = units_of(parse(slot.shape)[1][0], block)
+        units = units_of(parse(slot.shape)[1].products[0], block)
         reads_units = units is not None
         squares = self.squares and units is not None and units.scalar
         activation, slope, tokens = SQUARES
@@ -242,10 +242,8 @@ class Taps:
         once: bool = False,
     ) -> None:
         """Add [sequences, features of one side of a weight] to the unit arrays they belong to."""
-        axis_sizes, offset = sizes(block) | {"hidden": self.stack.architecture.hidden}, 0
-        for product in parse(slot.shape)[side]:
-            length = prod(axis_sizes[axis] for axis in product)
-            part, offset = rows[:, offset : offset + length], offset + length
+        axis_sizes = sizes(block) | {"hidden": self.stack.architecture.hidden}
+        for product, part in split(rows, parse(slot.shape)[side], axis_sizes):
             units = units_of(product, block)
             if units is None:
                 self.add(f"{block_name(block)}/rest{suffix}", part.sum(1), once=once)
@@ -331,7 +329,7 @@ def to_units(
     rows: Tensor, product: Sequence[str], axes: Sequence[str], axis_sizes: Mapping[str, int]
 ) -> Tensor:
     """[B, product of axes] as [B, *units]: other axes are summed, missing ones share equally."""
-    shaped = rows.reshape(len(rows), *(axis_sizes[axis] for axis in product))
+    shaped = rows.reshape(len(rows), *(size_of(axis, axis_sizes) for axis in product))
     others = [number + 1 for number, axis in enumerate(product) if axis not in axes]
     shaped = shaped.sum(others) if others else shaped
     shape = [axis_sizes[axis] for axis in axes]

@@ -53,6 +53,7 @@ class Units:
         return [at - len(self.axes) for at, name in enumerate(self.axes) if name not in own]
 
 
+HIDDEN = parse("hidden")
 UNITS: Mapping[str, tuple[Units, ...]] = {
     "attention": (
         Units(
@@ -146,10 +147,10 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
     several = len(units_in(block)) > 1 or "expert" in axis_sizes
     for name, slot in table.items():
         rows, columns = matrices[name][0], matrices[name][1:]
-        if slot.fused is None or (units := units_of(columns[0][0], block)) is None:
+        if slot.fused is None or (units := units_of(read := columns[0].products[0], block)) is None:
             continue
         norm = next((n for n in table if table[n].normalizes and matrices[n] == columns), None)
-        normalized = table[norm].normalizes if norm else columns[0][0]
+        normalized = table[norm].normalizes if norm else read
         for expert in experts_of(name, block):
             part = "/shared" if expert is None else f"/expert.{expert}"
             yield Projection(
@@ -157,9 +158,9 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
                 name=name.format(expert=expert),
                 slot=slot,
                 units=units,
-                features=prod(axis_sizes[axis] for axis in columns[0][0] if axis not in units.axes),
+                features=prod(axis_sizes[axis] for axis in read if axis not in units.axes),
                 expert=expert,
                 norm=norm,
-                groups=prod(axis_sizes[axis] for axis in columns[0][0] if axis not in normalized),
-                after=next((n for n, m in matrices.items() if m == ((("hidden",),), rows)), None),
+                groups=prod(axis_sizes[axis] for axis in read if axis not in normalized),
+                after=next((n for n, m in matrices.items() if m == (*HIDDEN, rows)), None),
             )

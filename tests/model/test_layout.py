@@ -2,17 +2,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from compress.model.layout import axes, shape, take
+from compress.model.layout import axes, parse, shape, split, take
 
 SIZES = {"kv_head": 3, "query": 2, "head_dim": 4, "hidden": 8}
 HYBRID = {"group": 2, "head": 4, "channel": 3, "state": 5, "kernel": 4, "hidden": 6}
 XBC = "[(group head channel) | (group state) | (group state)]"
+DELTA = {"key_head": 2, "value": 3, "key_dim": 4, "value_dim": 5, "kernel": 4, "hidden": 6}
+TURNS = "(key_head [key_dim | key_dim | (value value_dim) | (value value_dim)])"
 CASES = [
     ("(kv_head query head_dim) hidden", SIZES),
     ("hidden (kv_head query head_dim)", SIZES),
     ("(kv_head head_dim) hidden", SIZES),
     (f"{XBC} 1 kernel", HYBRID),
     (f"{XBC[:-1]} | (group head)] hidden", HYBRID),
+    (f"{TURNS} hidden", DELTA),
+    ("(key_head [value | value]) hidden", DELTA),
+    ("(kv_head query 2 head_dim) hidden", SIZES),
 ]
 
 
@@ -69,6 +74,30 @@ def test_every_part_of_a_concatenation_is_cut_by_its_own_axes() -> None:
     assert cut.tolist() == [2, 3, 4, 5, 6, 7]
     cut = take(torch.arange(8), XBC, sizes, {"channel": torch.tensor([0])})
     assert cut.tolist() == [0, 2, 4, 5, 6, 7]
+
+
+def test_the_parts_of_a_product_take_turns() -> None:
+    sizes = {"key_head": 2, "key_dim": 2, "value": 2, "value_dim": 1}
+    pattern = "(key_head [key_dim | (value value_dim)])"
+    assert shape(pattern, sizes) == (8,)
+    # Of either key head two keys, then two values.
+    cut = take(torch.arange(8), pattern, sizes, {"key_head": torch.tensor([1])})
+    assert cut.tolist() == [4, 5, 6, 7]
+    cut = take(torch.arange(8), pattern, sizes, {"key_dim": torch.tensor([0])})
+    assert cut.tolist() == [0, 2, 3, 4, 6, 7]
+    # Another value of each key head.
+    cut = take(torch.arange(8), pattern, sizes, {"value": torch.tensor([[1], [0]])})
+    assert cut.tolist() == [0, 1, 3, 4, 5, 6]
+
+
+@pytest.mark.parametrize(("pattern", "sizes"), CASES)
+def test_every_product_has_its_own_part_of_a_dimension(pattern: str, sizes: dict[str, int]) -> None:
+    for dimension, length in zip(parse(pattern), shape(pattern, sizes), strict=True):
+        parts = list(split(torch.arange(length), dimension, sizes))
+        for product, part in parts:
+            assert tuple(part.shape) == shape(f"({' '.join(product)})", sizes)
+        joined = torch.cat([part for _, part in parts])
+        assert joined.sort().values.tolist() == list(range(length))
 
 
 def test_shapes_of_products_concatenations_and_constants() -> None:
