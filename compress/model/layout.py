@@ -130,11 +130,13 @@ def split(
     values: "torch.Tensor", dimension: Dimension, sizes: Mapping[str, int]
 ) -> "Iterator[tuple[Product, torch.Tensor]]":
     """Of values [..., a whole dimension] those of each of its products, in the product's order."""
+    import torch
+
     first = dimension.products[0][: dimension.outer]
     inner = (product[dimension.outer :] for product in dimension.products)
     widths = [prod(size_of(axis, sizes) for axis in own) for own in inner]
     turns = values.reshape(*values.shape[:-1], prod(size_of(a, sizes) for a in first), sum(widths))
-    for product, part in zip(dimension.products, turns.split(widths, -1), strict=True):
+    for product, part in zip(dimension.products, torch.split(turns, widths, -1), strict=True):
         yield product, part.flatten(-2)
 
 
