@@ -13,6 +13,7 @@ from compress.memory.footprint import Deployment, Footprint, block_takes, footpr
 from compress.model.architecture import Architecture, Attention
 from compress.model.config import is_export, read_config
 from compress.model.families import count_active, count_parameters
+from compress.model.families.wrapper import text_config, text_note
 from compress.model.weights import planned_architecture
 
 
@@ -86,7 +87,9 @@ def notes_of(
     ``context`` is the longest that the plan speaks of; None if it has no limit.
     """
     device = limit.device if limit else None
-    trained = config.get("max_position_embeddings")
+    if said := text_note(config):
+        yield f"this is {said}"
+    trained = text_config(config).get("max_position_embeddings")
     if trained and (context is None or context > trained):
         yield f"config.json says that the model is made for {trained:,} tokens, whatever fits"
     family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks

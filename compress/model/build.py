@@ -26,6 +26,7 @@ from compress.model.checkpoint import GENERATION, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family
+from compress.model.families.wrapper import text_config
 from compress.model.fill import fill, part_of, place_of, require_filled
 from compress.model.kernels import modeling
 
@@ -91,7 +92,7 @@ def norms_of(family: Family) -> list[str]:
 def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
     """config.json of a BF16 student: the family's own if it can express it, else nested in ours."""
     family = family_of(student.family)
-    base = family.normal(teacher_config.get("base_config", teacher_config))
+    base = family.normal(text_config(teacher_config.get("base_config", teacher_config)))
     written = shared_settings(student) | family.write(base, student) | family.lists(student)
     written["tie_word_embeddings"] = student.tied
     written["architectures"] = base.get("architectures") or [family.modules[1]]

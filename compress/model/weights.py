@@ -12,6 +12,7 @@ from compress.core.files import read_json
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, architecture_of
 from compress.model.families import family_of, parameters
+from compress.model.families.wrapper import text_tensors
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -84,10 +85,11 @@ def checked_weights(
     """The architecture as the weights tell it, and every parameter's tensor.
 
     As in transformers, tied matrices that are stored with different values are not tied, and
-    either of them is enough where they are. InputError on a quantized checkpoint, and on a tensor
+    either of them is enough where they are. Of a multimodal model only the text model's are read.
+    InputError on a quantized checkpoint, and on a tensor
     that is unknown, missing or misshaped.
     """
-    stored = stored_tensors(path, config)
+    stored = text_tensors(stored_tensors(path, config), config)
     try:
         return check_tensors(path, stored, architecture)
     except InputError as error:

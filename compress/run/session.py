@@ -17,6 +17,7 @@ from compress.model.architecture import Architecture
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import is_export, read_config
 from compress.model.families import count_active
+from compress.model.families.wrapper import text_note
 from compress.model.find import is_named, note_of, resolve_model
 from compress.model.weights import planned_architecture
 from compress.run.directory import Run
@@ -137,7 +138,8 @@ class Session:
     @property
     def note(self) -> str:
         """What a reader must know about the teacher, such as how it was obtained."""
-        return note_of(self.path)
+        notes = note_of(self.path), text_note(read_config(self.path))
+        return "; ".join(note for note in notes if note)
 
     @cached_property
     def splits(self) -> dict[Split, list[str]]:

@@ -8,6 +8,7 @@ from transformers import PreTrainedTokenizerFast
 
 from compress.core.errors import InputError
 from compress.core.files import read_json
+from compress.model.families.wrapper import text_config
 
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
@@ -39,7 +40,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
 def end_of_text(path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
     """The token that config.json ends texts with, where tokenizer_config.json names none."""
     config = read_json(path / "config.json") if (path / "config.json").is_file() else {}
-    named = config.get("eos_token_id")
+    named = text_config(config).get("eos_token_id")
     token = named[0] if isinstance(named, list) and named else named
     if type(token) is not int or not 0 <= token < len(tokenizer):
         raise InputError(f"the tokenizer in {path} has no eos_token; documents are joined with it")

@@ -20,6 +20,7 @@ from compress.model.families.qwen3 import QWEN3
 from compress.model.families.qwen3_moe import QWEN3_MOE
 from compress.model.families.settings import require
 from compress.model.families.smollm3 import SMOLLM3
+from compress.model.families.wrapper import WRAPPERS, text_config
 from compress.model.layout import Parameter, shape
 
 DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, QWEN2, QWEN3, SMOLLM3)
@@ -30,7 +31,7 @@ FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENS
 def family_of(model_type: str) -> Family:
     """The family of a ``model_type``; InputError lists the known ones."""
     if not isinstance(model_type, str) or model_type not in FAMILIES:
-        known = ", ".join(FAMILIES)
+        known = ", ".join((*FAMILIES, *WRAPPERS))
         raise InputError(f"model_type {model_type!r} is not supported; known: {known}")
     return FAMILIES[model_type]
 
@@ -43,6 +44,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "model_type" not in config:
         raise InputError("config.json has no model_type")
+    config = text_config(config)
     family = family_of(config["model_type"])
     own = family.normal(config)
     require(own, family.reads)
@@ -50,9 +52,12 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:
-    """Architecture of a Hugging Face config; InputError on what the tables cannot express."""
+    """Architecture of a Hugging Face config; InputError on what the tables cannot express.
+
+    Of a multimodal model it is that of its text model.
+    """
     settings = settings_of(config)
-    family = family_of(config["model_type"])
+    family = family_of(text_config(config)["model_type"])
     for key, refused in family.refused.items():
         if settings.get(key) is refused:
             said = f"{key}={str(refused).lower()}"
