@@ -180,6 +180,19 @@ GLM_AIR: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+MINITRON_4B: dict[str, Any] = {
+    "model_type": "nemotron",
+    "vocab_size": 256000,
+    "hidden_size": 3072,
+    "intermediate_size": 9216,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "partial_rotary_factor": 0.5,
+    "norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 PUBLISHED = {
     "Nemotron-H-8B": (HYBRID_8B, 8_100_852_736),
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
@@ -188,6 +201,7 @@ PUBLISHED = {
     "Llama-3.1-8B": (LLAMA_8B, 8_030_261_248),
     "Llama-3.2-1B": (LLAMA_1B, 1_235_814_400),
     "SmolLM2-135M": (SMOLLM2, 134_515_008),
+    "Minitron-4B": (MINITRON_4B, 4_190_509_056),
     "Qwen3-8B": (QWEN3_8B, 8_190_735_360),
     "Qwen3-0.6B": (QWEN3_06B, 596_049_920),
     "Qwen2.5-0.5B": (QWEN25_05B, 494_032_768),

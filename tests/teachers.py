@@ -20,7 +20,7 @@ from compress.scores.costs import Scores
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.proposals import candidate_of, seeds
-from compress.searches.space import load_space
+from compress.searches.space import load_space, of_family
 from compress.searches.study import StudySettings, Trial
 from compress.student.candidate import Candidate
 from compress.sweep.stack import Stack, stack_of
@@ -48,7 +48,8 @@ class Teacher:
         return self.within(space, int(self.bytes * share), target)
 
     def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
-        loaded = restricted(load_space(space), target)
+        offered, _ = of_family(load_space(space), self.architecture)
+        loaded = restricted(offered, target)
         return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:

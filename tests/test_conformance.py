@@ -102,7 +102,8 @@ def test_a_sweep_gives_what_the_model_does(teacher: Checkpoint, memory: int | No
 
 def cuts_of(architecture: Architecture) -> Iterator[Keep]:
     """A cut of every axis of every kind of block, and of blocks and layers."""
-    yield {"hidden": some(48, of=architecture.hidden)}
+    if not family_of(architecture.family).whole_hidden:
+        yield {"hidden": some(48, of=architecture.hidden)}
     kinds = {block.kind: block for block in reversed(architecture.blocks)}
     for kind, block in kinds.items():
         for axis, rule in AXES[kind].items():

@@ -99,6 +99,7 @@ MORE: dict[str, dict[str, object]] = {
     "mistral": tiny_config("mistral", "Mistral", head_dim=None, sliding_window=6),
     "ministral": tiny_config("ministral", "Ministral", head_dim=24, **MIXED),
     "ministral3": tiny_config("ministral3", "Ministral3", rope_parameters=YARN),
+    "nemotron": tiny_config("nemotron", "Nemotron", "rms_norm_eps", norm_eps=1e-5, head_dim=24),
     "phi3": tiny_config(
         "phi3",
         "Phi3",

@@ -6,13 +6,15 @@ from torch import Tensor
 
 from compress.core.terminal import note, table
 from compress.formats.table import FORMATS
-from compress.model.architecture import Block, block_name
+from compress.model.architecture import Architecture, block_name
+from compress.model.families import family_of
 from compress.scores.costs import Scores, change, importance, kl_of, removed
 from compress.student.units import AXES, unit_key, units_in
 
 
-def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
+def print_scores(architecture: Architecture, scores: Scores) -> None:
     """The most and least important of every kind, in nats per token."""
+    blocks = architecture.blocks
     costs = {block_name(b): removed(scores, b) for b in blocks}
     by_cost = sorted(costs.items(), key=lambda item: item[1])
     removals = [(name, f"{cost:.4f}") for name, cost in by_cost]
@@ -21,7 +23,7 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
     table(
         "Units of every axis (KL of losing one alone, nats per token)",
         ["kind", "axis", "units", "least", "where", "most", "where "],
-        unit_rows(scores, blocks),
+        unit_rows(scores, architecture),
         left=2,
     )
     formats = []
@@ -46,15 +48,17 @@ def print_scores(blocks: Sequence[Block], scores: Scores) -> None:
         note(f"{kv_format.upper()} KV cache, measured: {cost:.5f} nats per token")
 
 
-def unit_rows(scores: Scores, blocks: Sequence[Block]) -> Iterator[tuple[str, ...]]:
+def unit_rows(scores: Scores, architecture: Architecture) -> Iterator[tuple[str, ...]]:
     """A row per kind and axis: how many units, the least and the most important one."""
+    blocks = architecture.blocks
     for kind, axes in AXES.items():
         alike = [block for block in blocks if block.kind == kind]
         for axis in axes if alike else ():
             yield unit_row(
                 kind, axis, [(block_name(b), importance(scores, b, axis)) for b in alike]
             )
-    yield unit_row("all", "hidden", [("", importance(scores, None, "hidden"))])
+    if not family_of(architecture.family).whole_hidden:
+        yield unit_row("all", "hidden", [("", importance(scores, None, "hidden"))])
 
 
 def unit_row(kind: str, axis: str, values: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:

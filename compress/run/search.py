@@ -35,7 +35,7 @@ from compress.scores.reselect import FEWEST
 from compress.searches import baselines
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
-from compress.searches.space import Space, load_space
+from compress.searches.space import Space, load_space, of_family
 from compress.train.optimizers import require as require_optimizer
 
 STAGE = "search"
@@ -58,7 +58,7 @@ def chosen_space(session: Session) -> Space | None:
     """The space to search; None where the teacher fits as it is and no space was asked for."""
     recipe, budget = session.recipe, session.budget.bytes
     if recipe.space is not None:
-        return restricted(load_space(recipe.space), recipe.target)
+        return loaded(session, recipe.space)
     whole, few = session.teacher_bytes, session.teacher_is_small
     if whole <= budget and few:
         note(
@@ -66,7 +66,7 @@ def chosen_space(session: Session) -> Space | None:
             f"{session.budget.description}; --space joint makes a smaller one all the same"
         )
         return None
-    formats = restricted(load_space("formats"), recipe.target)
+    formats = loaded(session, "formats")
     # Formats make no parameter less.
     for format, kv_format in product(formats.formats, formats.kv_formats) if few else ():
         made = replace(in_format(session.architecture, format), kv_format=kv_format)
@@ -78,7 +78,15 @@ def chosen_space(session: Session) -> Space | None:
                 "(--space joint prunes as well)"
             )
             return formats
-    return restricted(load_space(scoring.DEFAULT_SPACE), recipe.target)
+    return loaded(session, scoring.DEFAULT_SPACE)
+
+
+def loaded(session: Session, name: str) -> Space:
+    """A space as the teacher's family and the target take it; a line says what the former lacks."""
+    space, line = of_family(load_space(name), session.architecture)
+    if line is not None:
+        note(line)
+    return restricted(space, session.recipe.target)
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:

@@ -38,7 +38,7 @@ QUICKSTART: dict[str, Any] = dict(
 def score(run: Run, recipe: Recipe) -> None:
     """Score the teacher and print what matters most and least."""
     session = Session(run, recipe)
-    print_scores(session.architecture.blocks, scoring.score(session))
+    print_scores(session.architecture, scoring.score(session))
 
 
 def search(run: Run, recipe: Recipe) -> None:

@@ -13,6 +13,7 @@ from compress.core.settings import read_settings
 from compress.formats.table import Format, KvFormat
 from compress.memory.footprint import block_takes
 from compress.model.architecture import Architecture, Attention, Block, sizes
+from compress.model.families import family_of
 from compress.model.find import shipped
 from compress.student.units import AXES, axes_in
 
@@ -89,6 +90,16 @@ def load_space(name: str) -> Space:
         if not all(0 < share < 1 for share in choice.keep):
             raise InputError(f"{path}: shares to keep of {axis} must lie between 0 and 1")
     return space
+
+
+def of_family(space: Space, teacher: Architecture) -> tuple[Space, str | None]:
+    """The space without axes that a teacher's family does not offer, and a line that says which."""
+    reason = family_of(teacher.family).whole_hidden
+    if reason is None or "hidden" not in space.axes:
+        return space, None
+    axes = {axis: choice for axis, choice in space.axes.items() if axis != "hidden"}
+    line = f"hidden stays {teacher.hidden}, as in every {teacher.family} student: {reason}"
+    return space.model_copy(update={"axes": axes}), line
 
 
 def counts(axis: str, size: int, shares: tuple[float, ...]) -> list[int]:

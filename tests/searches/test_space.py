@@ -3,9 +3,11 @@
 from pathlib import Path
 
 import pytest
+from tiny_models import EVERY
 
 from compress.core.errors import InputError
-from compress.searches.space import load_space
+from compress.model.families import read_architecture
+from compress.searches.space import load_space, of_family
 
 
 @pytest.mark.parametrize(
@@ -36,3 +38,12 @@ def test_a_wrong_space_is_refused_in_words(tmp_path: Path, text: str, message: s
 def test_an_unknown_space_lists_those_that_exist() -> None:
     with pytest.raises(InputError, match="formats, joint, minipuzzle, minitron, puzzle"):
         load_space("jiont")
+
+
+def test_a_family_without_hidden_axis_leaves_it_out_in_one_line() -> None:
+    joint = load_space("joint")
+    assert of_family(joint, read_architecture(EVERY["llama"])) == (joint, None)
+    space, line = of_family(joint, read_architecture(EVERY["nemotron"]))
+    assert space.axes.keys() == joint.axes.keys() - {"hidden"}
+    assert line is not None
+    assert line.startswith("hidden stays 64, as in every nemotron student: its LayerNorms")

@@ -13,6 +13,7 @@ from compress.model.families.glm4_moe import GLM4_MOE
 from compress.model.families.llama import LLAMA
 from compress.model.families.ministral3 import MINISTRAL3
 from compress.model.families.mistral import MINISTRAL, MISTRAL
+from compress.model.families.nemotron import NEMOTRON
 from compress.model.families.nemotron_h import NEMOTRON_H
 from compress.model.families.phi3 import PHI3
 from compress.model.families.qwen2 import QWEN2
@@ -23,7 +24,7 @@ from compress.model.families.smollm3 import SMOLLM3
 from compress.model.families.wrapper import WRAPPERS, text_config
 from compress.model.layout import Parameter, shape
 
-DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, PHI3, QWEN2, QWEN3, SMOLLM3)
+DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
 MIXED = (GLM4_MOE, QWEN3_MOE, NEMOTRON_H)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 

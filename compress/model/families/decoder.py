@@ -82,11 +82,13 @@ def read(
     family: str,
     partial: Sequence[str] = ("default", "proportional"),
     second: Callable[[int], str] = lambda layer: "ffn",
+    *,
+    gated: bool = True,
 ) -> Architecture:
     """Architecture of a config; windows and missing positions are by layer where it says so.
 
     ``partial`` are the rope types that may turn a part of the channels only, ``second`` gives the
-    kind of a layer's second block.
+    kind of a layer's second block, which is ``gated`` or not.
     """
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # Its own key: hidden // heads is only the default.
@@ -107,7 +109,7 @@ def read(
         if "sliding_window" in config and kinds is not None:
             own["sliding_window"] = window_of(config, kinds[layer])
         for kind in ("attention", second(layer)):
-            blocks.append(read_block(whole | own, kind, layer, gated=True))
+            blocks.append(read_block(whole | own, kind, layer, gated=gated))
     return Architecture(
         family=family,
         vocab=config["vocab_size"],

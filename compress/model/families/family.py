@@ -98,7 +98,7 @@ class Family:
     by their numbers, ``fixed`` those that a block fixes, ``parts`` those that modules of its layer
     need to be other than ``fixed`` says. ``modules`` is where transformers keeps the family: module
     path, model class, layer class; ``stock`` says whether its config class takes an architecture
-    whose layers agree.
+    whose layers agree. ``whole_hidden`` says why the hidden size of a student stays its teacher's.
     ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
     """
 
@@ -121,6 +121,7 @@ class Family:
     parts: Callable[[Block], dict[str, dict[str, Any]]] = lambda _: {}
     lists: Callable[[Architecture], dict[str, Any]] = lambda _: {}
     stock: Callable[[Architecture], bool] = lambda _: True
+    whole_hidden: str | None = None
     # Tensors on disk that transformers leaves out, by the beginning of their names; ``{layers}`` is
     # the number of layers. A student has none of them.
     unread: tuple[str, ...] = ()
