@@ -11,9 +11,9 @@ from compress.model.layout import Slot
 
 
 def norm(name: str) -> dict[str, Slot]:
-    """A LayerNorm: it subtracts the mean, and has a bias."""
+    """A LayerNorm: it subtracts the mean, and has a bias; its weight acts as one plus it."""
     return {
-        f"{name}.weight": Slot(shape="hidden", normalizes=("hidden",)),
+        f"{name}.weight": Slot(shape="hidden", normalizes=("hidden",), offset=1.0),
         f"{name}.bias": Slot(shape="hidden"),
     }
 
