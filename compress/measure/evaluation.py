@@ -44,7 +44,7 @@ def compare(
     task_limit: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Measure models on held-out rows of tokens, by sweeps, and as a whole on lm-eval tasks.
+    """Measure models on held-out rows of tokens and on lm-eval tasks.
 
     The first subject is the reference of tables. KL is from the teacher, whose tokenizer all share.
     ``rows_RT`` is packed held-out text: KL is over all its positions, nats over the tokens that are
@@ -73,8 +73,7 @@ def compare(
         held_out = on_text(predicted(stack, rows_RT), text, rows_RT, bytes_R, name)
         found[name] = held_out, {}
         if tasks:
-            with stack.whole() as model:
-                found[name] = held_out, run_tasks(model, tokenizer, tasks, task_limit)
+            found[name] = held_out, run_tasks(stack, tokenizer, tasks, task_limit)
     sequences, tokens = rows_RT.shape[0], rows_RT.numel()
     return {
         "models": {

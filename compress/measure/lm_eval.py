@@ -19,17 +19,19 @@ from typing import Any
 
 import numpy as np
 from jinja2 import UndefinedError
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from compress.core.errors import InputError
 from compress.measure.estimates import Estimate, exponential, mean_of, pooled, ratio_of
+from compress.measure.likelihoods import asked, likelihoods
 from compress.measure.task_files import data_files, file_task, take_shots
 from compress.measure.tasks import OWN
 from compress.model.find import shipped
+from compress.sweep.stack import Stack
 from compress.text.packing import require_tokens
 
-# Longer windows would only make the logits of one forward bigger: [tokens, vocab] in float32.
 LONGEST_WINDOW = 1024
+# Of a forward of a task that generates text: [tokens, vocab] in float32.
 LOGITS_BYTES = 2**26
 # What lm-eval's own command line seeds the drawing of shots with.
 SHOTS_SEED = 1234
@@ -127,22 +129,17 @@ class Tasks:
 
 
 def run_tasks(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, limit: int | None
+    stack: Stack, tokenizer: PreTrainedTokenizerBase, tasks: Tasks, limit: int | None
 ) -> TaskResults:
     """Every metric of every task on one model, whose windows are at most ``LONGEST_WINDOW``.
 
+    Likelihoods are sweeps; only tasks that generate text have the whole model in memory.
     ``limit`` takes the first documents of each task only.
     A name that stands for several tasks gets, beside theirs, the mean over all their samples.
     Metrics that are no mean, ratio or perplexity are left out: they have no standard error here.
     """
-    window = min(LONGEST_WINDOW, getattr(model.config, "max_position_embeddings", LONGEST_WINDOW))
-    with tempfile.TemporaryDirectory() as cache, quiet(), without_cache(model):
-        vocab = model.config.vocab_size
-        adapter = import_module("lm_eval.models.huggingface").HFLM(
-            pretrained=model, tokenizer=tokenizer, backend="causal", max_length=window,
-            batch_size=max(1, LOGITS_BYTES // (4 * window * vocab)),
-        )  # fmt: skip
-        require_requests(adapter, window, vocab)
+    with tempfile.TemporaryDirectory() as cache, quiet():
+        adapter = adapted(stack, tokenizer)
         loaded, members = tasks.load(cache)
         kinds = {
             name: {metric: function.__name__ for metric, function in task.aggregation().items()}
@@ -165,15 +162,23 @@ def run_tasks(
     return results
 
 
-def require_requests(adapter: Any, window: int, vocab: int) -> None:
-    """Make the adapter raise InputError for an answer that its window cannot hold.
+def adapted(stack: Stack, tokenizer: PreTrainedTokenizerBase) -> Any:
+    """lm-eval's adapter of transformers models, for a stack.
 
-    So it does for tokens that the model has no embedding of. lm-eval 0.4.13 fails an assertion
-    without a message.
+    It raises InputError for an answer that its window cannot hold and for tokens that the model has
+    no embedding of; lm-eval 0.4.13 fails an assertion without a message.
     """
-    score = adapter._loglikelihood_tokens
+    config = stack.model.config
+    window = min(LONGEST_WINDOW, getattr(config, "max_position_embeddings", LONGEST_WINDOW))
+    adapter = import_module("lm_eval.models.huggingface").HFLM(
+        pretrained=stack.model, tokenizer=tokenizer, backend="causal", max_length=window,
+        batch_size=max(1, LOGITS_BYTES // (4 * window * config.vocab_size)),
+    )  # fmt: skip
+    generate = adapter.generate_until
 
-    def checked(requests: Sequence[tuple[Any, Any, Sequence[int]]], **options: Any) -> Any:
+    def swept(
+        requests: Sequence[tuple[Any, Sequence[int], Sequence[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
         longest = max((len(answer) for _, _, answer in requests), default=0)
         if longest > window:
             raise InputError(
@@ -181,10 +186,16 @@ def require_requests(adapter: Any, window: int, vocab: int) -> None:
                 "leave that task out"
             )
         for _, context, answer in requests:
-            require_tokens([*context, *answer], vocab)
-        return score(requests, **options)
+            require_tokens([*context, *answer], config.vocab_size)
+        return likelihoods(stack, [asked(*request[1:], window) for request in requests])
 
-    adapter._loglikelihood_tokens = checked
+    def generated(requests: Sequence[Any], **options: Any) -> Any:
+        adapter._device = stack.placement.device
+        with stack.whole():
+            return generate(requests, **options)
+
+    adapter._loglikelihood_tokens, adapter.generate_until = swept, generated
+    return adapter
 
 
 def task_estimates(
@@ -203,17 +214,6 @@ def task_estimates(
         for (metric, chosen), listed in values.items()
         if kinds[metric] in AGGREGATIONS
     }
-
-
-@contextlib.contextmanager
-def without_cache(model: PreTrainedModel) -> Iterator[None]:
-    """A model that keeps no KV cache: lm-eval does not ask for one and does not use it."""
-    before = model.config.use_cache
-    model.config.use_cache = False
-    try:
-        yield
-    finally:
-        model.config.use_cache = before
 
 
 @contextlib.contextmanager
