@@ -198,7 +198,8 @@ def set_layers(model: Any, architecture: Architecture) -> None:
             sites = (site for site in family.sites.values() if site.norm == norm)
             site = next(site for site in sites if hasattr(layer, site.mixer))
             setattr(layer, site.mixer, Removed(number, site.pair))
-            setattr(layer, norm, nn.Identity())
+            for part in filter(None, (site.norm, site.post)):
+                setattr(layer, part, nn.Identity())
 
 
 def disk_tensors(

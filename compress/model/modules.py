@@ -113,6 +113,18 @@ def norm_of(model: Any, block: Block) -> Any:
     return getattr(layer_of(model, block), site.norm)
 
 
+def post_of(model: Any, block: Block) -> Any | None:
+    """The norm between a block's mixer and the residual stream; None where there is none."""
+    post = family_of(model.config.model_type).sites[block.kind].post
+    return getattr(layer_of(model, block), post) if post else None
+
+
+def branch_of(model: Any, block: Block) -> list[Any]:
+    """The modules of a block's branch in their order: norm, mixer and, where there is one, post."""
+    post = post_of(model, block)
+    return [norm_of(model, block), mixer_of(model, block), *([post] if post else [])]
+
+
 def weights_of(
     model: Any, architecture: Architecture, block: Block
 ) -> dict[str, tuple[Tensor, Slot]]:

@@ -19,6 +19,7 @@ from compress.model.modules import (
     layer_of,
     mixer_of,
     norm_of,
+    post_of,
     routed,
     routing_among,
 )
@@ -100,9 +101,10 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
         for number, block in numbered(architecture, layer):
             whole, own = is_alive(keep, number), block_keep(keep, block)
             if "hidden" in keep:
-                # Only norms read the residual stream; surgery folds their changed width.
-                norm = norm_of(model, block)
-                hooks.callback(unmasked.mask(norm, hidden_mask(architecture, keep)).remove)
+                # Only norms read the residual stream, and what is about to be added to it; surgery
+                # folds their changed width.
+                for norm in filter(None, (norm_of(model, block), post_of(model, block))):
+                    hooks.callback(unmasked.mask(norm, hidden_mask(architecture, keep)).remove)
             if whole and own.keys() <= {"hidden"}:
                 continue
             for projection in projections(architecture, block):

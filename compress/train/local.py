@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from compress.core.errors import InputError
 from compress.model.architecture import Block
 from compress.model.fill import inside, part_of, place_of
-from compress.model.modules import mixer_of, norm_of
+from compress.model.modules import branch_of
 from compress.sweep.stack import Stack
 from compress.train.distill import DistillSettings, schedule, train_settings
 from compress.train.loop import TrainSettings, batch_at, update
@@ -57,7 +57,7 @@ class Learned:
 
 @dataclass
 class Seen:
-    """What a teacher's block just read, how its mixer was called, and what that gave."""
+    """What a teacher's block just read, how its mixer was called, and what the block gave."""
 
     read: Tensor = field(default_factory=lambda: torch.zeros(0))
     args: tuple[Any, ...] = ()
@@ -164,11 +164,7 @@ def learned(
             pair: stack.enter_context(watched(flow.stack.model, teacher[pair.teacher]))
             for pair in pairs
         }
-        parts = {
-            pair: nn.ModuleList([norm_of(model, b), mixer_of(model, b)])
-            for pair in pairs
-            for b in [blocks[pair.student]]
-        }
+        parts = {pair: nn.ModuleList(branch_of(model, blocks[pair.student])) for pair in pairs}
         optimizers = {}
         for pair, part in parts.items():
             part.requires_grad_(True)
@@ -224,11 +220,11 @@ def watched(model: Any, block: Block) -> Iterator[Seen]:
     def gave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         seen.gave = output[0] if isinstance(output, tuple) else output
 
-    norm, mixer = norm_of(model, block), mixer_of(model, block)
+    branch = branch_of(model, block)
     with ExitStack() as stack:
-        stack.callback(norm.register_forward_pre_hook(reading).remove)
-        stack.callback(mixer.register_forward_pre_hook(called, with_kwargs=True).remove)
-        stack.callback(mixer.register_forward_hook(gave).remove)
+        stack.callback(branch[0].register_forward_pre_hook(reading).remove)
+        stack.callback(branch[1].register_forward_pre_hook(called, with_kwargs=True).remove)
+        stack.callback(branch[-1].register_forward_hook(gave).remove)
         yield seen
 
 
@@ -238,13 +234,17 @@ def block_error(student: Stack, block: Block, seen: Seen, hidden: Tensor | None)
     kept = slice(None) if hidden is None else hidden.to(device)
     target_BTD = seen.gave[..., kept].float()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        normed = norm_of(student.model, block)(seen.read[..., kept].float())
+        norm, mixer, *post = branch_of(student.model, block)
+        normed = norm(seen.read[..., kept].float())
         given = dict(seen.kwargs)
         if "hidden_states" in given:
-            output = mixer_of(student.model, block)(**given | {"hidden_states": normed})
+            output = mixer(**given | {"hidden_states": normed})
         else:
-            output = mixer_of(student.model, block)(normed, *seen.args[1:], **given)
-    found_BTD = (output[0] if isinstance(output, tuple) else output).float()
+            output = mixer(normed, *seen.args[1:], **given)
+        found_BTD = output[0] if isinstance(output, tuple) else output
+        for module in post:
+            found_BTD = module(found_BTD)
+    found_BTD = found_BTD.float()
     scale = target_BTD.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     error: Tensor = (found_BTD - target_BTD).square().sum() / scale
     return error

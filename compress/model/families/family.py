@@ -16,12 +16,14 @@ Config = Mapping[str, Any]
 class Site:
     """Where a kind of block sits inside a transformers layer module.
 
-    ``mixer`` computes the branch and ``norm`` feeds it, both attributes of the layer. Kinds of one
-    norm take turns at it. A ``pair`` returns something else beside its branch.
+    ``mixer`` computes the branch and ``norm`` feeds it; ``post`` is the norm, if any, that its
+    output goes through before it is added. All are attributes of the layer. Kinds of one norm take
+    turns at it. A ``pair`` returns something else beside its branch.
     """
 
     mixer: str
     norm: str
+    post: str | None = None
     pair: bool = False
 
 
