@@ -32,7 +32,7 @@ from compress.measure.predictions import kl_gradient_to, kl_to, predictions
 from compress.model.architecture import Architecture
 from compress.model.families import parameters, read_architecture
 from compress.model.layout import Parameter
-from compress.model.modules import Head, mixer_of
+from compress.model.modules import Head, mixers_of
 from compress.scores.contributions import drawn
 from compress.scores.gated import Gated
 from compress.scores.gradients import gate_gradients
@@ -241,7 +241,8 @@ def local(stack: Stack) -> None:
         with stack.layer(block.layer) as layer, student.layer(block.layer):
             with watched(stack.model, block) as seen, torch.no_grad():
                 stack.run(block.layer, layer, hidden)
-            mixer_of(student.model, block).requires_grad_(True)
+            for mixer in mixers_of(student.model, block):
+                mixer.requires_grad_(True)
             block_error(student, block, seen, None).backward()
 
 

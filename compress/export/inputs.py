@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from compress.model.architecture import Architecture
+from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import Slot
-from compress.model.modules import fused_experts, layer_of, routed, slots_of
+from compress.model.modules import layer_of, slots_of
 from compress.sweep.stack import Stack
 
 CALIBRATION_ROWS, CALIBRATION_TOKENS = 8, 64
@@ -32,12 +33,13 @@ def input_ranges(stack: Stack, rows: Tensor) -> dict[Group, Tensor]:
     def linear(number: int, slot: Slot, module: Any, args: tuple[Tensor, ...]) -> None:
         note(number, slot, args[0])
 
-    def experts(number: int, slots: list[Slot], module: Any, args: tuple[Tensor, ...]) -> None:
-        *readers, writer = slots
-        for slot in readers:
+    def routed(
+        number: int, experts: Experts, module: Any, args: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        for _, slot in experts.reading:
             note(number, slot, args[0])
-        for _, inner, _ in routed(module, *args):
-            note(number, writer, inner)
+        for _, inner, _ in experts.routed(*args):
+            note(number, experts.writing[1], inner)
 
     with ExitStack() as hooks:
         for number, block in enumerate(stack.architecture.blocks):
@@ -45,10 +47,9 @@ def input_ranges(stack: Stack, rows: Tensor) -> dict[Group, Tensor]:
                 module = layer_of(stack.model, block).get_submodule(name)
                 tap = partial(linear, number, slot)
                 hooks.callback(module.register_forward_pre_hook(tap).remove)
-            if fused := fused_experts(stack.model, stack.architecture, block):
-                slots = list(slots_of(stack.architecture, block, experts=True).values())
-                tap = partial(experts, number, slots)
-                hooks.callback(fused.register_forward_pre_hook(tap).remove)
+            if experts := experts_of_block(stack.model, stack.architecture, block):
+                tap = partial(routed, number, experts)
+                hooks.callback(experts.module.register_forward_pre_hook(tap).remove)
         hidden = stack.embed(rows)
         for layer, module in stack.visits(range(stack.layers)):
             hidden = stack.run(layer, module, hidden)

@@ -196,8 +196,9 @@ def set_layers(model: Any, architecture: Architecture) -> None:
         there = {family.sites[block.kind].norm for block in blocks}
         for norm in (each for each in norms if each not in there):
             sites = (site for site in family.sites.values() if site.norm == norm)
-            site = next(site for site in sites if hasattr(layer, site.mixer))
-            setattr(layer, site.mixer, Removed(number, site.pair))
+            site = next(s for s in sites if getattr(layer, s.mixer, None) is not None)
+            for mixer in site.mixers:
+                setattr(layer, mixer, Removed(number, site.pair))
             for part in filter(None, (site.norm, site.post)):
                 setattr(layer, part, nn.Identity())
 

@@ -14,21 +14,19 @@ from compress.model.layout import Parameter
 
 def place_of(parameter: Parameter, architecture: Architecture) -> str:
     """The name in the torch model of what a checkpoint's tensor is, or is a part of."""
-    own = family_of(architecture.family).embedding.partition(".")[0] + "."
-    name, expert, part = parameter.name, parameter.expert, parameter.slot.part
-    inside = "model." + name.removeprefix(own) if name.startswith(own) else name
-    if expert is None:
-        return inside
-    fused = inside.replace(f"experts.{expert}.", "experts.").removesuffix(".weight")
-    return fused if part is None else f"{fused.rpartition('.')[0]}.{part.whole}"
+    family, name = family_of(architecture.family), parameter.name
+    if (place := parameter.slot.place) is not None:
+        assert parameter.block is not None, "a place is one within a layer"
+        name = family.layer.format(layer=architecture.blocks[parameter.block].layer) + place
+    own = family.embedding.partition(".")[0] + "."
+    return "model." + name.removeprefix(own) if name.startswith(own) else name
 
 
 def part_of(parameter: Parameter, whole: Tensor) -> Tensor:
-    """What of a tensor of the torch model a parameter is, as a view."""
+    """What of a tensor of the torch model, or of a stack on disk, a parameter is, as a view."""
     if parameter.expert is None:
         return whole
-    own, part = whole[parameter.expert], parameter.slot.part
-    return own if part is None else own.chunk(part.of)[part.number]
+    return parameter.slot.part.view(whole[parameter.expert])
 
 
 def fill(
@@ -76,10 +74,10 @@ def fused(tensors: Sequence[tuple[Parameter, Tensor]], architecture: Architectur
     found = []
     for parameter, tensor in tensors:
         if parameter.expert is not None:
-            rows = len(tensor) * (parameter.slot.part.of if parameter.slot.part else 1)
             name = place_of(parameter, architecture)
             if name not in wholes:
-                wholes[name] = tensor.new_empty(experts, rows, *tensor.shape[1:])
+                larger = parameter.slot.part.larger(tensor.shape)
+                wholes[name] = tensor.new_empty(experts, *larger)
             tensor = part_of(parameter, wholes[name]).copy_(tensor)
         found.append(tensor)
     return found

@@ -10,7 +10,7 @@ parts then take turns: here every key head has rows of its own for each::
 """
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from math import prod
@@ -24,11 +24,32 @@ Product = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """A matrix of several of equal height that the torch model keeps as one, called ``whole``."""
+    """What of a larger tensor a weight is: some of its rows, all of them where it is whole.
 
-    whole: str
-    number: int
-    of: int
+    Of so many runs of equal length it is the one of this number; where they are ``interleaved``,
+    every so-manieth row from this number on. ``transposed``: the larger one has them as columns.
+    """
+
+    number: int = 0
+    of: int = 1
+    interleaved: bool = False
+    transposed: bool = False
+
+    def view(self, larger: "torch.Tensor") -> "torch.Tensor":
+        """The weight as a view of the larger tensor."""
+        rows = larger.T if self.transposed else larger
+        if self.interleaved:
+            return rows[self.number :: self.of]
+        return rows.chunk(self.of)[self.number]
+
+    def larger(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """Shape of the larger tensor, of the weight's."""
+        rows, *others = shape
+        found = (rows * self.of, *others)
+        return found[::-1] if self.transposed else found
+
+
+WHOLE = Part()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,18 +67,33 @@ class Slot:
     normalizes: tuple[str, ...] = ()
     offset: float = 0.0
     float32: bool = False
-    part: Part | None = None
+    place: str | None = None
+    part: Part = WHOLE
+    stack: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Parameter:
-    """A slot made concrete: its name on disk, the sizes of its axes and the block it belongs to."""
+    """A slot made concrete: its name on disk, the sizes of its axes and the block it belongs to.
+
+    ``stack`` is the tensor on disk that all experts' are stacked in, ``stacked`` its shape; where
+    they are not, both are None, and where they are, the name is one that disks do not know: what it
+    is called once it is quantized, which it is alone.
+    """
 
     name: str
     slot: Slot
     sizes: Mapping[str, int] = field(repr=False)
     block: int | None = None
     expert: int | None = None
+    stack: str | None = None
+
+    @property
+    def stacked(self) -> tuple[int, ...] | None:
+        """Shape of the stack on disk."""
+        if self.stack is None:
+            return None
+        return (self.sizes["expert"], *self.slot.part.larger(self.shape))
 
     @property
     def shape(self) -> tuple[int, ...]:

@@ -4,8 +4,6 @@ Models are those that ``build_model`` gives, or transformers' own of the same fa
 is ``model.model`` and its layers ``model.model.layers``.
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -17,9 +15,6 @@ from compress.model.families import family_of
 from compress.model.layout import Slot
 
 # N tokens, V vocabulary, D hidden.
-
-EXPERT = ".{expert}."
-BIAS = "e_score_correction_bias"
 
 
 @dataclass(frozen=True)
@@ -101,10 +96,16 @@ def layer_of(model: Any, block: Block) -> Any:
     return model.model.layers[block.layer]
 
 
-def mixer_of(model: Any, block: Block) -> Any:
-    """The module that computes a block's branch."""
+def mixers_of(model: Any, block: Block) -> list[Any]:
+    """The modules that compute a block's branch, which is the sum of what they put out."""
     site = family_of(model.config.model_type).sites[block.kind]
-    return getattr(layer_of(model, block), site.mixer)
+    return [getattr(layer_of(model, block), name) for name in site.mixers]
+
+
+def router_of(model: Any, block: Block) -> Any:
+    """The module that chooses a block's experts."""
+    site = family_of(model.config.model_type).sites[block.kind]
+    return layer_of(model, block).get_submodule(site.router)
 
 
 def norm_of(model: Any, block: Block) -> Any:
@@ -120,9 +121,9 @@ def post_of(model: Any, block: Block) -> Any | None:
 
 
 def branch_of(model: Any, block: Block) -> list[Any]:
-    """The modules of a block's branch in their order: norm, mixer and, where there is one, post."""
+    """The modules of a block's branch in their order: norm, mixers, and post if there is one."""
     post = post_of(model, block)
-    return [norm_of(model, block), mixer_of(model, block), *([post] if post else [])]
+    return [norm_of(model, block), *mixers_of(model, block), *([post] if post else [])]
 
 
 def weights_of(
@@ -133,82 +134,10 @@ def weights_of(
     plain = slots_of(architecture, block, experts=False)
     found = {name: (layer.get_submodule(name).weight, slot) for name, slot in plain.items()}
     for name, slot in slots_of(architecture, block, experts=True).items():
-        path, _, matrix = name.partition(EXPERT)
-        part = slot.part
-        stacked = getattr(layer.get_submodule(path), part.whole if part else matrix)
-        for expert, whole in enumerate(stacked):
-            own = whole.chunk(part.of)[part.number] if part else whole
-            found[name.format(expert=expert)] = (own, slot)
+        path, _, leaf = str(slot.place).rpartition(".")
+        for expert, larger in enumerate(getattr(layer.get_submodule(path), leaf)):
+            found[name.format(expert=expert)] = (slot.part.view(larger), slot)
     return found
-
-
-def fused_experts(model: Any, architecture: Architecture, block: Block) -> Any | None:
-    """The module of a block's routed experts, their weights stacked; None if it has none.
-
-    It is called with flattened tokens [n, D], chosen experts and their weights [n, top-k].
-    """
-    layer = layer_of(model, block)
-    paths = [name.partition(EXPERT)[0] for name in slots_of(architecture, block, experts=True)]
-    return layer.get_submodule(paths[0]) if paths else None
-
-
-def routed(
-    module: Any, x: Tensor, index: Tensor, weight: Tensor
-) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Of each of the fused experts its tokens [t], their neurons [t, width] and weights [t, 1].
-
-    The arguments are those that the module is called with.
-    """
-    for expert in range(len(module.down_proj)):
-        token, choice = torch.where(index == expert)
-        read = [x[token] @ matrix.T for matrix in readers(module, expert)]
-        yield token, neurons(module, read), weight[token, choice, None]
-
-
-def readers(module: Any, expert: int) -> tuple[Tensor, ...]:
-    """What one of the fused experts reads with, in the order of its table: up, or gate and up."""
-    gated: Tensor | None = getattr(module, "gate_up_proj", None)
-    return (module.up_proj[expert],) if gated is None else gated[expert].chunk(2)
-
-
-def neurons(module: Any, read: Sequence[Tensor]) -> Tensor:
-    """Neurons of an expert from what its ``readers`` give."""
-    first: Tensor = module.act_fn(read[0])
-    return first if len(read) == 1 else first * read[1]
-
-
-@contextmanager
-def routing_among(router: Any, kept: Tensor) -> Iterator[None]:
-    """A router whose other experts are not there, as their score before the choice is -inf.
-
-    Inside the visit of its layer: it changes what the layer's weights are.
-    """
-    bias: Tensor | None = getattr(router, BIAS, None)
-    if bias is not None:
-        gone = torch.ones_like(bias, dtype=torch.bool)
-        gone[kept.to(bias.device)] = False
-        setattr(router, BIAS, bias.masked_fill(gone, -torch.inf))
-    else:
-        # Scores are a softmax over all, which has to be over fewer.
-        weight = router.weight
-
-        def among(hidden: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-            index = kept.to(weight.device)
-            router._parameters["weight"] = weight[index]
-            try:
-                logits, scores, chosen = type(router).forward(router, hidden)
-            finally:
-                router._parameters["weight"] = weight
-            return logits, scores, index[chosen]
-
-        router.forward = among
-    try:
-        yield
-    finally:
-        if bias is not None:
-            setattr(router, BIAS, bias)
-        else:
-            del router.forward  # the class's own shows again
 
 
 def slots_of(architecture: Architecture, block: Block, *, experts: bool) -> dict[str, Slot]:

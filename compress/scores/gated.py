@@ -12,7 +12,8 @@ from compress.formats.fake import fake_quantize_block
 from compress.formats.table import Format
 from compress.memory.footprint import block_takes
 from compress.model.architecture import Architecture, Block
-from compress.model.modules import fused_experts, layer_of, slots_of, weights_of
+from compress.model.experts import experts_of_block
+from compress.model.modules import layer_of, slots_of, weights_of
 from compress.student.masks import Unmasked, masked, numbered
 from compress.sweep.stack import Stack
 
@@ -72,8 +73,9 @@ def copied(model: Any, architecture: Architecture, block: Block) -> Iterator[Non
     owners = [
         (layer.get_submodule(n), "weight") for n in slots_of(architecture, block, experts=False)
     ]
-    if experts := fused_experts(model, architecture, block):
-        owners += [(experts, name) for name, _ in experts.named_parameters(recurse=False)]
+    if experts := experts_of_block(model, architecture, block):
+        module = experts.module
+        owners += [(module, name) for name, _ in module.named_parameters(recurse=False)]
     with ExitStack() as back:
         for module, name in owners:
             own = getattr(module, name)

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, block_name
+from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import parse
-from compress.model.modules import final_norm, fused_experts, layer_of, norm_of, routed, slots_of
+from compress.model.modules import final_norm, layer_of, norm_of, slots_of
 from compress.student.candidate import Ranking
 from compress.student.units import Projection, array_of, axes_in, projections, unit_key
 from compress.sweep.stack import Stack, final_states
@@ -75,9 +76,9 @@ class Forward:
                         name, tap = self.tap_units(block, projection)
                         module = layer_of(model, block).get_submodule(name)
                         stack.callback(module.register_forward_hook(tap).remove)
-                if experts := fused_experts(model, self.architecture, block):
-                    tap = self.tap_experts(block)
-                    stack.callback(experts.register_forward_pre_hook(tap).remove)
+                if experts := experts_of_block(model, self.architecture, block):
+                    tap = self.tap_experts(block, experts)
+                    stack.callback(experts.module.register_forward_pre_hook(tap).remove)
             yield
 
     def add(self, key: str, means: Tensor) -> None:
@@ -117,7 +118,7 @@ class Forward:
 
         return (writers[0] if gated else projection.module), hook
 
-    def tap_experts(self, block: Block) -> Callable[..., None]:
+    def tap_experts(self, block: Block, experts: Experts) -> Callable[..., None]:
         """Hook of the fused experts, which see flattened tokens; their outputs are made again."""
         name, units = block_name(block), array_of(block, "expert")
         shape = units.shape(block)
@@ -128,9 +129,9 @@ class Forward:
             squares = x.new_zeros(shape, dtype=torch.float64)
             saliency = x.new_zeros(sequences, shape[0], dtype=torch.float32)
             count = x.new_zeros(shape[0], dtype=torch.float64)
-            for expert, (token, inner, weight) in enumerate(routed(module, *args)):
+            for expert, (token, inner, weight) in enumerate(experts.routed(*args)):
                 row = token // self.length
-                norm = l2((inner @ module.down_proj[expert].T).float(), -1)
+                norm = l2(experts.write(inner, expert).float(), -1)
                 neurons = saliency.new_zeros(sequences, shape[1])
                 neurons.index_add_(0, row, inner.float().abs())
                 squares[expert] = (neurons / self.length).double().square().sum(0)

@@ -5,8 +5,8 @@ Sequences are added until a variant's mean is known well enough.
 """
 
 import math
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from compress.core.files import read_json, write_json
 from compress.measure.losses import kl_of_many
 from compress.model.architecture import block_name
-from compress.model.modules import mixer_of
+from compress.model.modules import mixers_of
 from compress.scores.contributions import Progress
 from compress.student.masks import masked
 from compress.sweep.stack import Stack
@@ -64,14 +64,14 @@ def variant(stack: Stack, number: int, keep: Keep) -> Variant:
     """The teacher with one block's option as a mask, or without the block."""
     block = stack.architecture.blocks[number]
     if keep is None:
-        return Variant(block.layer, partial(without, mixer_of(stack.model, block)))
+        return Variant(block.layer, partial(without, mixers_of(stack.model, block)))
     own = {f"{block_name(block)}/{axis}": index for axis, index in keep.items()}
     return Variant(block.layer, partial(masked, stack, block.layer, own))
 
 
 @contextmanager
-def without(mixer: nn.Module) -> Iterator[None]:
-    """A mixer that adds nothing to the residual stream."""
+def without(mixers: Sequence[nn.Module]) -> Iterator[None]:
+    """Mixers that add nothing to the residual stream."""
 
     def nothing(module: nn.Module, args: Any, output: Any) -> Any:
         # Attention also returns its weights, which nobody reads.
@@ -79,11 +79,10 @@ def without(mixer: nn.Module) -> Iterator[None]:
             return torch.zeros_like(output[0]), *output[1:]
         return torch.zeros_like(output)
 
-    handle = mixer.register_forward_hook(nothing)
-    try:
+    with ExitStack() as hooks:
+        for mixer in mixers:
+            hooks.callback(mixer.register_forward_hook(nothing).remove)
         yield
-    finally:
-        handle.remove()
 
 
 def removal_costs(

@@ -16,19 +16,13 @@ from torch import Tensor, nn
 
 from compress.formats.table import Format
 from compress.model.architecture import Block, block_name, sizes
+from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import Slot, parse, size_of, split
-from compress.model.modules import (
-    final_norm,
-    fused_experts,
-    layer_of,
-    neurons,
-    norm_of,
-    readers,
-    slots_of,
-)
+from compress.model.modules import final_norm, layer_of, norm_of, slots_of
 from compress.scores.gated import Errors, Gated
 from compress.student.masks import (
     Unmasked,
+    is_alive,
     masked_final,
     numbered,
     replaced_forward,
@@ -85,9 +79,9 @@ class Taps:
                             self.tap_gated_norm(number, projection.units),
                         )
                         hooks.callback(norm.register_forward_pre_hook(tap).remove)
-                if experts := fused_experts(model, architecture, block):
+                if experts := experts_of_block(model, architecture, block):
                     forward = self.experts_forward(number, experts, own)
-                    hooks.enter_context(replaced_forward(experts, forward))
+                    hooks.enter_context(replaced_forward(experts.module, forward))
             yield
 
     @contextmanager
@@ -252,12 +246,14 @@ class Taps:
                 part = to_units(part, product, units.axes, axis_sizes)
             self.add(unit_key(block, units) + suffix, part, expert, once=once)
 
-    def experts_forward(self, number: int, module: Any, errors: Errors) -> Callable[..., Tensor]:
-        """The fused experts' forward, expert by expert, with taps on each one's matrices."""
+    def experts_forward(
+        self, number: int, experts: Experts, errors: Errors
+    ) -> Callable[..., Tensor]:
+        """The experts' forward, one by one, with taps on each one's matrices."""
         architecture = self.stack.architecture
         block = architecture.blocks[number]
-        slots = slots_of(architecture, block, experts=True)
-        *reading, (down, down_slot) = slots.items()
+        down, down_slot = experts.writing
+        alive = is_alive(self.gated.keep, number)
         kept = unit_mask(architecture, self.gated.keep, number, array_of(block, "expert"))
         kept = kept.to(self.stack.placement.device, self.stack.placement.dtype)
 
@@ -281,12 +277,12 @@ class Taps:
                     self.tap(block, slot, own, value, seen, put, gather, (expert, len(kept)))
 
                 seen = x[token]
-                read = [seen @ matrix.T for matrix in readers(module, expert)]
-                for (name, slot), before in zip(reading, read, strict=True):
+                read = experts.read(seen, expert)
+                for (name, slot), before in zip(experts.reading, read, strict=True):
                     tapped(name, slot, seen.detach(), seen, before)
-                inner = neurons(module, read)
+                inner = experts.neurons(read)
                 value, inner = inner.detach(), inner * kept[expert]
-                after = inner @ module.down_proj[expert].T
+                after = experts.write(inner, expert, bias=alive)
                 tapped(down, down_slot, value, inner, after)
                 share = after * weight[token, choice, None]
                 output = output.index_add(0, token, share.to(output.dtype))

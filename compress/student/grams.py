@@ -13,8 +13,9 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from compress.model.architecture import Block, sizes
+from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import shape
-from compress.model.modules import fused_experts, layer_of, routed
+from compress.model.modules import layer_of
 from compress.model.tensor_files import tensor_writer
 from compress.student.units import Projection, projections
 from compress.sweep.placement import REFERENCE, Placement
@@ -80,8 +81,10 @@ def tapped(stack: Stack, layer: int) -> Iterator[dict[str, Tensor]]:
     def linear(key: str, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         add(key, args[0].flatten(0, -2))
 
-    def experts(keys: list[str], module: Any, args: tuple[Tensor, Tensor, Tensor]) -> None:
-        for key, (_, inner, weight) in zip(keys, routed(module, *args), strict=True):
+    def routed(
+        keys: list[str], experts: Experts, module: Any, args: tuple[Tensor, Tensor, Tensor]
+    ) -> None:
+        for key, (_, inner, weight) in zip(keys, experts.routed(*args), strict=True):
             add(key, inner * weight)
 
     with ExitStack() as hooks:
@@ -98,9 +101,9 @@ def tapped(stack: Stack, layer: int) -> Iterator[dict[str, Tensor]]:
                     hooks.callback(module.register_forward_pre_hook(tap).remove)
                 else:
                     keys.append(projection.key)
-            if fused := fused_experts(stack.model, stack.architecture, block):
-                tap = partial(experts, keys)
-                hooks.callback(fused.register_forward_pre_hook(tap).remove)
+            if experts := experts_of_block(stack.model, stack.architecture, block):
+                tap = partial(routed, keys, experts)
+                hooks.callback(experts.module.register_forward_pre_hook(tap).remove)
         yield found
 
 

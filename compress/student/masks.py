@@ -13,16 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.model.architecture import Architecture, Block
-from compress.model.modules import (
-    final_norm,
-    fused_experts,
-    layer_of,
-    mixer_of,
-    norm_of,
-    post_of,
-    routed,
-    routing_among,
-)
+from compress.model.experts import Experts, experts_of_block, routing_among
+from compress.model.modules import final_norm, layer_of, norm_of, post_of, router_of
 from compress.student.candidate import block_keep
 from compress.student.units import Units, array_of, projections
 from compress.sweep.placement import Placement
@@ -120,23 +112,32 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 values = mask.repeat_interleave(projection.features)
                 module = layer_of(model, block).get_submodule(path)
                 hooks.callback(unmasked.mask(module, values, count).remove)
-            experts = fused_experts(model, architecture, block)
+                if not whole and getattr(module, "bias", None) is not None:
+                    hooks.callback(module.register_forward_hook(without_bias).remove)
+            experts = experts_of_block(model, architecture, block)
             if experts and ("expert_ffn" in own or not whole):
                 mask = unit_mask(architecture, keep, number, array_of(block, "expert_ffn"))
                 mask = mask.to(stack.placement.device, stack.placement.dtype)
-                hooks.enter_context(replaced_forward(experts, narrow(experts, mask)))
+                forward = narrow(experts, mask, bias=whole)
+                hooks.enter_context(replaced_forward(experts.module, forward))
             if whole and "expert" in own:
-                hooks.enter_context(routing_among(mixer_of(model, block).gate, own["expert"]))
+                hooks.enter_context(routing_among(router_of(model, block), own["expert"]))
         yield unmasked
 
 
-def narrow(experts: Any, mask: Tensor) -> Callable[..., Tensor]:
-    """A forward of fused experts whose neurons are masked, [experts, neurons]."""
+def without_bias(module: Any, args: object, output: Tensor) -> Tensor:
+    """Hook of a linear module whose block is gone: what it adds to any input goes too."""
+    found: Tensor = output - module.bias
+    return found
+
+
+def narrow(experts: Experts, mask: Tensor, *, bias: bool) -> Callable[..., Tensor]:
+    """A forward of experts whose neurons are masked, [experts, neurons]."""
 
     def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
         output = torch.zeros_like(x, dtype=weight.dtype)
-        for expert, (token, neurons, share) in enumerate(routed(experts, x, index, weight)):
-            own = (neurons * mask[expert]) @ experts.down_proj[expert].T * share
+        for expert, (token, neurons, share) in enumerate(experts.routed(x, index, weight)):
+            own = experts.write(neurons * mask[expert], expert, bias=bias) * share
             output = output.index_add(0, token, own.to(output.dtype))
         return output.to(x.dtype)
 

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from compress.core.errors import InputError
 from compress.model.architecture import Block
 from compress.model.fill import inside, part_of, place_of
-from compress.model.modules import branch_of
+from compress.model.modules import branch_of, mixers_of, norm_of, post_of
 from compress.sweep.stack import Stack
 from compress.train.distill import DistillSettings, schedule, train_settings
 from compress.train.loop import TrainSettings, batch_at, update
@@ -57,11 +57,11 @@ class Learned:
 
 @dataclass
 class Seen:
-    """What a teacher's block just read, how its mixer was called, and what the block gave."""
+    """What a teacher's block just read, how its mixers were called, and what the block gave."""
 
     read: Tensor = field(default_factory=lambda: torch.zeros(0))
     args: tuple[Any, ...] = ()
-    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    kwargs: dict[str, Any] = field(default_factory=dict)
     gave: Tensor = field(default_factory=lambda: torch.zeros(0))
 
 
@@ -218,13 +218,16 @@ def watched(model: Any, block: Block) -> Iterator[Seen]:
         seen.args, seen.kwargs = args, kwargs
 
     def gave(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        seen.gave = output[0] if isinstance(output, tuple) else output
+        found = output[0] if isinstance(output, tuple) else output
+        seen.gave = seen.gave + found if module in others else found
 
-    branch = branch_of(model, block)
+    first, *others = mixers_of(model, block)
+    post = post_of(model, block)
     with ExitStack() as stack:
-        stack.callback(branch[0].register_forward_pre_hook(reading).remove)
-        stack.callback(branch[1].register_forward_pre_hook(called, with_kwargs=True).remove)
-        stack.callback(branch[-1].register_forward_hook(gave).remove)
+        stack.callback(norm_of(model, block).register_forward_pre_hook(reading).remove)
+        stack.callback(first.register_forward_pre_hook(called, with_kwargs=True).remove)
+        for giving in (first, *others) if post is None else (post,):
+            stack.callback(giving.register_forward_hook(gave).remove)
         yield seen
 
 
@@ -234,16 +237,15 @@ def block_error(student: Stack, block: Block, seen: Seen, hidden: Tensor | None)
     kept = slice(None) if hidden is None else hidden.to(device)
     target_BTD = seen.gave[..., kept].float()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        norm, mixer, *post = branch_of(student.model, block)
-        normed = norm(seen.read[..., kept].float())
-        given = dict(seen.kwargs)
-        if "hidden_states" in given:
-            output = mixer(**given | {"hidden_states": normed})
-        else:
-            output = mixer(normed, *seen.args[1:], **given)
-        found_BTD = output[0] if isinstance(output, tuple) else output
-        for module in post:
-            found_BTD = module(found_BTD)
+        normed = norm_of(student.model, block)(seen.read[..., kept].float())
+        named = "hidden_states" in seen.kwargs
+        args = () if named else (normed, *seen.args[1:])
+        given = seen.kwargs | ({"hidden_states": normed} if named else {})
+        outputs = [mixer(*args, **given) for mixer in mixers_of(student.model, block)]
+        found = (output[0] if isinstance(output, tuple) else output for output in outputs)
+        found_BTD = torch.stack(tuple(found)).sum(0)
+        if post := post_of(student.model, block):
+            found_BTD = post(found_BTD)
     found_BTD = found_BTD.float()
     scale = target_BTD.square().sum().clamp_min(torch.finfo(torch.float32).tiny)
     error: Tensor = (found_BTD - target_BTD).square().sum() / scale

@@ -70,7 +70,10 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def parameters(architecture: Architecture) -> Iterator[Parameter]:
-    """Every tensor of a checkpoint, in a stable order, under the names on disk."""
+    """Every tensor of a checkpoint, in a stable order, under the names on disk.
+
+    What is stacked over experts there comes expert by expert.
+    """
     family = family_of(architecture.family)
     shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
     for name, slot in family.model.items():
@@ -81,8 +84,14 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
         axis_sizes = shared | sizes(block)
         for name, slot in family.tensors(block).items():
             for expert in experts_of(name, block):
-                full = prefix + name.format(expert=expert)
-                yield Parameter(name=full, slot=slot, sizes=axis_sizes, block=number, expert=expert)
+                yield Parameter(
+                    name=prefix + name.format(expert=expert),
+                    slot=slot,
+                    sizes=axis_sizes,
+                    block=number,
+                    expert=expert,
+                    stack=prefix + slot.stack if slot.stack else None,
+                )
 
 
 def experts_of(name: str, block: Block) -> Sequence[int | None]:

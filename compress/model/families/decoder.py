@@ -45,18 +45,34 @@ FFN = FFN_NORM | {
     "mlp.up_proj.weight": Slot(shape="ffn hidden", fused="gate_up"),
     "mlp.down_proj.weight": Slot(shape="hidden ffn", fused="down"),
 }
-# In the torch model one matrix of all experts, gate first.
-GATE, UP = (Part(whole="gate_up_proj", number=number, of=2) for number in range(2))
-EXPERT = "mlp.experts.{expert}"
-EXPERTS = {
-    f"{EXPERT}.gate_proj.weight": Slot(shape="expert_ffn hidden", fused="experts_up", part=GATE),
-    f"{EXPERT}.up_proj.weight": Slot(shape="expert_ffn hidden", fused="experts_up", part=UP),
-    f"{EXPERT}.down_proj.weight": Slot(shape="hidden expert_ffn", fused="experts_down"),
-}
+
+
+def experts(module: str, reading: str | None = None, writing: str | None = None) -> dict[str, Slot]:
+    """The gated experts of a module, which holds all that read as one, gate first.
+
+    ``reading`` and ``writing`` are the tensors on disk, where all experts are stacked there too.
+    """
+    gate, up = (
+        Slot(
+            shape="expert_ffn hidden",
+            fused="experts_up",
+            place=f"{module}.gate_up_proj",
+            part=Part(number=number, of=2),
+            stack=reading,
+        )
+        for number in range(2)
+    )
+    place = f"{module}.down_proj"
+    down = Slot(shape="hidden expert_ffn", fused="experts_down", place=place, stack=writing)
+    matrices = {"gate_proj": gate, "up_proj": up, "down_proj": down}
+    return {f"{module}.{{expert}}.{name}.weight": slot for name, slot in matrices.items()}
+
+
+EXPERTS = experts("mlp.experts")
 SITES = {
     "attention": Site(mixer="self_attn", norm="input_layernorm", pair=True),
     "ffn": Site(mixer="mlp", norm="post_attention_layernorm"),
-    "moe": Site(mixer="mlp", norm="post_attention_layernorm"),
+    "moe": Site(mixer="mlp", norm="post_attention_layernorm", router="mlp.gate"),
 }
 READS = (
     settings.COMMON

@@ -17,14 +17,23 @@ class Site:
     """Where a kind of block sits inside a transformers layer module.
 
     ``mixer`` computes the branch and ``norm`` feeds it; ``post`` is the norm, if any, that its
-    output goes through before it is added. All are attributes of the layer. Kinds of one norm take
-    turns at it. A ``pair`` returns something else beside its branch.
+    output goes through before it is added; ``beside`` is another module that reads what the mixer
+    does and whose output is added to its own. All are attributes of the layer. Kinds of one norm
+    take turns at it. A ``pair`` returns something else beside its branch. ``router`` is the path of
+    the module that chooses experts.
     """
 
     mixer: str
     norm: str
     post: str | None = None
     pair: bool = False
+    beside: str | None = None
+    router: str | None = None
+
+    @property
+    def mixers(self) -> tuple[str, ...]:
+        """The modules that compute the branch, as the sum of what they put out."""
+        return (self.mixer,) if self.beside is None else (self.mixer, self.beside)
 
 
 def by_layer(architecture: Architecture, entry: Callable[[list[Block]], Any]) -> list[Any]:

@@ -1,6 +1,7 @@
 """Nemotron-H: every layer is one block: Mamba-2, attention, squared-ReLU FFN or MoE."""
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from compress.core.errors import InputError
@@ -43,11 +44,10 @@ MAMBA = NORM | {
 
 def experts(stream: str) -> dict[str, Slot]:
     """The rows of routed experts; ``stream`` is the axis that they read and write."""
-    at = "mixer.experts.{expert}."
-    return {
-        at + "up_proj.weight": Slot(shape=f"expert_ffn {stream}", fused="experts_up"),
-        at + "down_proj.weight": Slot(shape=f"{stream} expert_ffn", fused="experts_down"),
-    }
+    at = "mixer.experts"
+    up = Slot(shape=f"expert_ffn {stream}", fused="experts_up", place=f"{at}.up_proj")
+    down = Slot(shape=f"{stream} expert_ffn", fused="experts_down", place=f"{at}.down_proj")
+    return {f"{at}.{{expert}}.up_proj.weight": up, f"{at}.{{expert}}.down_proj.weight": down}
 
 
 MOE = NORM | {
@@ -61,6 +61,10 @@ LATENT = {
     "mixer.fc2_latent_proj.weight": Slot(shape="hidden latent"),
 }
 LATENT_MOE = MOE | LATENT | experts("latent")
+SITE = Site(mixer="mixer", norm="norm")
+SITES = dict.fromkeys(("attention", "ffn", "mamba"), SITE) | {
+    "moe": replace(SITE, router="mixer.gate")
+}
 TENSORS: Mapping[str, Mapping[str, Slot]] = {
     "attention": ATTENTION, "ffn": FFN, "mamba": MAMBA, "moe": MOE | experts("hidden"),
 }  # fmt: skip
@@ -194,7 +198,7 @@ NEMOTRON_H = Family(
         "NemotronHBlock",
     ),
     final_norm="norm_f",
-    sites=dict.fromkeys(("attention", "ffn", "mamba", "moe"), Site(mixer="mixer", norm="norm")),
+    sites=SITES,
     kernels=(
         "causal_conv1d_fn",
         "causal_conv1d_update",
