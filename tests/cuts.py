@@ -81,6 +81,7 @@ def mask_expert_ffn(model: PreTrainedModel, name: str, kept: Tensor) -> None:
 FFN, QUERY, GROUP, HIDDEN = some(64, of=96), some(2, 1, of=2), some(1, of=2), some(48, of=64)
 HEAD, CHANNEL = some(2, 3, of=4), some(8, of=16)
 EXPERT, WIDTH, SHARED = some(4, of=6), some(6, 16, of=32), some(32, of=48)
+LATENT = some(16, of=32)
 Mask = Callable[[PreTrainedModel], object]
 CASES: dict[str, tuple[str, Keep, Mask]] = {
     "llama ffn": (
@@ -149,6 +150,15 @@ CASES: dict[str, tuple[str, Keep, Mask]] = {
         "hybrid",
         {"layers.1.moe/shared_ffn": SHARED},
         lambda m: masked(m, "model.layers.1.mixer.shared_experts.down_proj", dropped(SHARED, 48)),
+    ),
+    "latent width": (
+        "nemotron_h_latent",
+        {"layers.1.moe/latent": LATENT, "layers.1.moe/expert_ffn": WIDTH},
+        lambda m: (
+            masked(m, "model.layers.1.mixer.experts", dropped(LATENT, 32)),
+            masked(m, "model.layers.1.mixer.fc2_latent_proj", dropped(LATENT, 32)),
+            mask_expert_ffn(m, "model.layers.1.mixer.experts", WIDTH),
+        ),
     ),
     "hybrid block removed": (
         "hybrid",

@@ -40,6 +40,16 @@ HYBRID_30B = HYBRID_8B | {
     "moe_intermediate_size": 1856,
     "moe_shared_expert_intermediate_size": 3712,
 }
+SUPER_120B = HYBRID_8B | {
+    "hybrid_override_pattern": "MEMEMEM*EMEMEMEM*EMEMEMEM*EMEMEMEMEM*EMEMEMEMEM*"
+    "EMEMEMEMEM*EMEMEMEMEM*EMEMEMEM*EMEMEMEME",
+    "num_key_value_heads": 2,
+    "n_routed_experts": 512,
+    "num_experts_per_tok": 22,
+    "moe_intermediate_size": 2688,
+    "moe_latent_size": 1024,
+    "moe_shared_expert_intermediate_size": 5376,
+}
 LLAMA_8B: dict[str, Any] = {
     "model_type": "llama",
     "vocab_size": 128256,
@@ -198,6 +208,7 @@ PUBLISHED = {
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
     "Nemotron-Nano-9B-v2": (HYBRID_9B, 8_888_227_328),
     "Nemotron-3-Nano-30B-A3B": (HYBRID_30B, 31_577_940_288),
+    "Nemotron-3-Super-120B-A12B": (SUPER_120B, 120_668_707_840),
     "Llama-3.1-8B": (LLAMA_8B, 8_030_261_248),
     "Llama-3.2-1B": (LLAMA_1B, 1_235_814_400),
     "SmolLM2-135M": (SMOLLM2, 134_515_008),

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tiny_models import TINY, write_tiny
+from tiny_models import EVERY, TINY, write_tiny
 from torch import Tensor
 
 from compress.model.architecture import Block, block_name
@@ -21,7 +21,7 @@ from compress.student.surgery import (
 from compress.student.units import Projection, projections
 from compress.sweep.stack import stack_of
 
-TEACHERS = TINY | {"latent": TINY["hybrid"] | {"moe_latent_size": 32}}
+TEACHERS = TINY | {"latent": EVERY["nemotron_h_latent"]}
 TOKENS = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(7))
 SAME: dict[Half, Tensor] = dict.fromkeys(HALVES, TOKENS)
 OTHER = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(8))
@@ -35,6 +35,7 @@ CUTS: dict[str, tuple[str, int, dict[str, Tensor]]] = {
     "mamba channels": ("hybrid", 4, {"channel": torch.arange(0, 16, 2)}),
     "experts": ("hybrid", 1, {"expert_ffn": torch.arange(0, 32, 2).expand(6, -1)}),
     "latent experts": ("latent", 1, {"expert_ffn": torch.arange(0, 32, 2).expand(6, -1)}),
+    "latent width": ("latent", 1, {"latent": torch.arange(0, 32, 2)}),
     "shared expert": ("hybrid", 1, {"shared_ffn": torch.arange(0, 48, 2)}),
 }
 
@@ -125,7 +126,7 @@ def case_of(teachers: Teachers, name: str) -> tuple[Teacher, Block, Projection, 
     block = teacher.checkpoint.architecture.blocks[number]
     found = projections(teacher.checkpoint.architecture, block)
     wanted = 2 if "experts" in name else None
-    projection = next(p for p in found if p.expert == wanted)
+    projection = next(p for p in found if p.expert == wanted and p.units.cut.keys() & keep.keys())
     prefix = family_of(teacher.checkpoint.architecture.family).layer.format(layer=block.layer)
     own = expert_keep(keep, block, projection.expert)
     assert own is not None

@@ -129,6 +129,7 @@ MORE["glm4_moe"] = tiny_config(
     num_nextn_predict_layers=0,
     **ROUTED,
 )
+MORE["nemotron_h_latent"] = HYBRID | {"moe_latent_size": 32}
 EVERY = TINY | MORE
 
 

@@ -167,7 +167,7 @@ def units_of(block: Block) -> int:
         return own["ffn"]
     if isinstance(block, Mamba):
         return prod(own[axis] for axis in ("group", "head", "channel"))
-    return own["expert"] * own["expert_ffn"] + own.get("shared_ffn", 0)
+    return own["expert"] * own["expert_ffn"] + own.get("shared_ffn", 0) + own.get("latent", 0)
 
 
 def work_of(architecture: Architecture, asked: Settings, machine: Machine) -> list[Work]:

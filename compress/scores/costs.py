@@ -77,7 +77,8 @@ def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
     """Predicted KL of losing each unit of an axis alone; None and "hidden" for the channels.
 
     Shapes: hidden [hidden], kv_head [kv_head], query [kv_head, query], ffn and shared_ffn [width],
-    head [group, head], channel [channel], expert [expert], expert_ffn [expert, expert_ffn].
+    head [group, head], channel [channel], expert [expert], expert_ffn [expert, expert_ffn], latent
+    [latent].
     """
     if block is None:
         return kl_of_each(scores.contributions["hidden"], scores.length)
@@ -183,8 +184,10 @@ def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: For
         key = unit_key(block, units)
         mask = alive(block, units, keep).flatten()
         total -= found[key].flatten(1) @ (1 - mask)
-        if format != "bf16":
-            total += found[f"{key}/{format}"].flatten(1) @ mask
+        # What only matrices that stay BF16 are made of has none.
+        rounding = found.get(f"{key}/{format}")
+        if rounding is not None:
+            total += rounding.flatten(1) @ mask
     rest = found.get(f"{block_name(block)}/rest/{format}")
     return total if rest is None else total + rest
 

@@ -15,6 +15,7 @@ from compress.model.architecture import Architecture, Block
 from compress.model.experts import experts_of_block
 from compress.model.modules import layer_of, slots_of, weights_of
 from compress.student.masks import Unmasked, masked, numbered
+from compress.student.units import projections
 from compress.sweep.stack import Stack
 
 # What formats add to a block's weights [out, in], by module.
@@ -57,7 +58,7 @@ class Gated:
                 named = weights_of(model, architecture, block)
                 weights = {name: weight for name, (weight, _) in named.items()}
                 if number in self.refitted:
-                    self.refit(number, weights)
+                    self.refit(number, weights | output_weights(model, architecture, block))
                 asked = dict.fromkeys((*formats, current) if rounded else formats)
                 found = {f: rounding_errors(architecture, block, named, f) for f in asked}
                 for name, error in found[current].items() if rounded else ():
@@ -66,13 +67,21 @@ class Gated:
             yield unmasked, errors
 
 
+def output_weights(model: Any, architecture: Architecture, block: Block) -> dict[str, Tensor]:
+    """The block's output projections by module, those of experts left out."""
+    layer, found = layer_of(model, block), projections(architecture, block)
+    modules = [each.module for each in found if each.expert is None]
+    return {module: layer.get_submodule(module).weight for module in modules}
+
+
 @contextmanager
 def copied(model: Any, architecture: Architecture, block: Block) -> Iterator[None]:
-    """A block's quantizable weights as copies, which may be changed: the own ones come back."""
+    """A block's matrices as copies, which may be changed: the own ones come back."""
     layer = layer_of(model, block)
-    owners = [
-        (layer.get_submodule(n), "weight") for n in slots_of(architecture, block, experts=False)
-    ]
+    names = output_weights(model, architecture, block) | slots_of(
+        architecture, block, experts=False
+    )
+    owners = [(layer.get_submodule(name), "weight") for name in names]
     if experts := experts_of_block(model, architecture, block):
         module = experts.module
         owners += [(module, name) for name, _ in module.named_parameters(recurse=False)]

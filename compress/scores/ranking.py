@@ -112,7 +112,7 @@ class Forward:
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = output[..., prod(shape) : 2 * prod(shape)] if gated else args[0]
-            value = value.float().reshape(*value.shape[:2], *shape, projection.features)
+            value = value.float().reshape(-1, self.length, *shape, projection.features)
             size = value[..., 0].abs() if units.scalar else l2(value, -1)
             self.add(unit_key(block, units), size.mean(1))
 

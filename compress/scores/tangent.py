@@ -22,7 +22,7 @@ from compress.scores.gradients import gate_gradients
 from compress.scores.taps import Taps
 from compress.student.candidate import Candidate, block_keep, expert_keep
 from compress.student.grams import Grams
-from compress.student.repair import kept_columns, refitted_weight
+from compress.student.repair import kept_columns, kept_rows, refitted_weight
 from compress.student.units import projections
 from compress.sweep.stack import Stack
 
@@ -100,7 +100,7 @@ def gated_teacher(
             if own is None:
                 continue
             weight = weights[projection.module]
-            rows = keep.get("hidden", torch.arange(len(weight))).to(weight.device)
+            rows = kept_rows(teacher.architecture, projection, block, own).to(weight.device)
             columns = kept_columns(projection, block, own).to(weight.device)
             student = refitted_weight(teacher, grams, block, projection, own)
             weight[rows[:, None], columns] = student.to(weight.device, weight.dtype)

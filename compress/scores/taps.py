@@ -73,6 +73,10 @@ class Taps:
                     module = inside.get_submodule(name)
                     hooks.callback(module.register_forward_hook(tap).remove)
                 for projection in projections(architecture, block):
+                    if projection.slot.fused is None:
+                        module = inside.get_submodule(projection.module)
+                        tap = self.tap_linear(block, projection.module, projection.slot, {})
+                        hooks.callback(module.register_forward_hook(tap).remove)
                     if projection.norm:
                         norm, tap = (
                             inside.get_submodule(projection.masked),
@@ -168,12 +172,15 @@ class Taps:
     def tap_linear(
         self, block: Block, name: str, slot: Slot, errors: Errors
     ) -> Callable[..., None]:
-        """Hook for a linear module, whose tokens are [sequences, tokens, features]."""
+        """Hook for a linear module, whose tokens are those of all sequences in turn."""
         own = {format: error[name] for format, error in errors.items()}
+
+        def gather(values: Tensor) -> Tensor:
+            return of_sequences(values.reshape(self.sequences, -1, values.shape[-1]))
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = self.unmasked.inputs.get(module, args[0].detach())
-            self.tap(block, slot, own, value, args[0], output, of_sequences)
+            self.tap(block, slot, own, value, args[0], output, gather)
 
         return hook
 
@@ -214,13 +221,15 @@ class Taps:
             on_gradient(x, read)
         if not errors:
             return
-        # The side that is made of units keeps its index; there are no units on the other one.
-        shifts = {} if reads_units else {f: value @ error.T for f, error in errors.items()}
+        # The side that is made of units keeps its index; of two such sides the one that is made of
+        # an expert's own.
+        by_input = units is not None and (expert is None or "expert" in units.axes)
+        shifts = {} if by_input else {f: value @ error.T for f, error in errors.items()}
 
         def rounding(grad: Tensor) -> None:
             for format, error in errors.items():
-                cost = value * (grad @ error) if reads_units else grad * shifts[format]
-                add(int(reads_units), gather(cost), f"/{format}")
+                cost = value * (grad @ error) if by_input else grad * shifts[format]
+                add(int(by_input), gather(cost), f"/{format}")
 
         on_gradient(y, rounding)
 
@@ -242,9 +251,10 @@ class Taps:
             if units is None:
                 self.add(f"{block_name(block)}/rest{suffix}", part.sum(1), once=once)
                 continue
-            if expert is None:
+            own = expert if "expert" in units.axes else None
+            if own is None:
                 part = to_units(part, product, units.axes, axis_sizes)
-            self.add(unit_key(block, units) + suffix, part, expert, once=once)
+            self.add(unit_key(block, units) + suffix, part, own, once=once)
 
     def experts_forward(
         self, number: int, experts: Experts, errors: Errors
@@ -258,7 +268,7 @@ class Taps:
         kept = kept.to(self.stack.placement.device, self.stack.placement.dtype)
 
         def forward(x: Tensor, index: Tensor, weight: Tensor) -> Tensor:
-            length = len(x) // self.sequences
+            length, unmasked = len(x) // self.sequences, self.unmasked.inputs.get(experts.module)
             output = torch.zeros_like(x, dtype=weight.dtype)
             for expert, (token, choice) in enumerate(sent(index, len(kept))):
                 if not len(token):
@@ -279,7 +289,8 @@ class Taps:
                 seen = x[token]
                 read = experts.read(seen, expert)
                 for (name, slot), before in zip(experts.reading, read, strict=True):
-                    tapped(name, slot, seen.detach(), seen, before)
+                    value = seen.detach() if unmasked is None else unmasked[token]
+                    tapped(name, slot, value, seen, before)
                 inner = experts.neurons(read)
                 value, inner = inner.detach(), inner * kept[expert]
                 after = experts.write(inner, expert, bias=alive)

@@ -29,9 +29,11 @@ FFN_AXES = {a for axes in AXES.values() for a, axis in axes.items() if axis.widt
 # Shares of the uniform cut, in steps of 1/256 of a width.
 STEPS = 256
 # Grouped matrix products, which stock loaders run experts with, want rows of 16 bytes.
-EXPERT_STEP = 8
+EXPERT_STEP, EXPERT_AXES = 8, ("expert_ffn", "latent")
 # Axes that groups run along: a width that is no multiple of a group stays BF16.
-GROUPED_AXES = {u.axes[-1] for arrays in UNITS.values() for u in arrays if u.scalar}
+GROUPED_AXES = {
+    u.axes[-1] for arrays in UNITS.values() for u in arrays if u.scalar or u.cut[u.axes[-1]].width
+}
 # Kinds that need no search, only cuts.
 FREE = ("uniform", "random")
 
@@ -143,7 +145,7 @@ def at_share(
 def step_of(axis: str, format: Format) -> int:
     """What counts of an axis are multiples of, so that the format and stock loaders take them."""
     group = FORMATS[format].group if axis in GROUPED_AXES else 1
-    return math.lcm(group, EXPERT_STEP if axis == "expert_ffn" else 1)
+    return math.lcm(group, EXPERT_STEP if axis in EXPERT_AXES else 1)
 
 
 def fits(problem: Problem, options: Sequence[Option], globals_: Globals) -> bool:

@@ -16,7 +16,7 @@ from compress.model.architecture import Architecture, Block
 from compress.model.experts import Experts, experts_of_block, routing_among
 from compress.model.modules import final_norm, layer_of, norm_of, post_of, router_of
 from compress.student.candidate import block_keep
-from compress.student.units import Units, array_of, projections
+from compress.student.units import Units, array_of, projections, read_by_experts
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
 
@@ -115,6 +115,9 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 if not whole and getattr(module, "bias", None) is not None:
                     hooks.callback(module.register_forward_hook(without_bias).remove)
             experts = experts_of_block(model, architecture, block)
+            if experts and (read := read_by_experts(architecture, block)):
+                mask = unit_mask(architecture, keep, number, read)
+                hooks.callback(unmasked.mask(experts.module, mask).remove)
             if experts and ("expert_ffn" in own or not whole):
                 mask = unit_mask(architecture, keep, number, array_of(block, "expert_ffn"))
                 mask = mask.to(stack.placement.device, stack.placement.dtype)

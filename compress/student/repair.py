@@ -21,11 +21,11 @@ from torch import Tensor
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.checkpoint import Checkpoint
 from compress.model.families import family_of
-from compress.model.layout import kept_positions, parse, take
+from compress.model.layout import kept_positions, parse
 from compress.student.candidate import expert_keep
 from compress.student.grams import Grams
 from compress.student.refits import chains, cut_errors, refit, refit_errors
-from compress.student.units import Projection, projections
+from compress.student.units import Projection, projections, read_by_experts
 
 # Of a block or an expert: kept indices by axis; those of ``hidden`` may be among them.
 Keep = Mapping[str, Tensor]
@@ -68,6 +68,14 @@ def kept_columns(projection: Projection, block: Block, keep: Mapping[str, Tensor
     return kept_positions(parse(projection.slot.shape)[1], sizes(block), keep)
 
 
+def kept_rows(
+    architecture: Architecture, projection: Projection, block: Block, keep: Keep
+) -> Tensor:
+    """The outputs of a projection that survive; ``keep`` is as in ``kept_columns``."""
+    own = sizes(block) | {"hidden": architecture.hidden}
+    return kept_positions(parse(projection.slot.shape)[0], own, keep)
+
+
 def refitted_weight(
     teacher: Checkpoint, grams: Grams, block: Block, projection: Projection, keep: Keep
 ) -> Tensor:
@@ -86,9 +94,7 @@ def refitted_weight(
 
     if len(kept) < weight.shape[1]:
         weight = grams.remembered(cut_key(projection, kept), fitted)
-    axis_sizes = sizes(block) | {"hidden": teacher.architecture.hidden}
-    rows = {axis: index for axis, index in keep.items() if axis == "hidden"}
-    return take(weight, projection.slot.shape, axis_sizes, rows)
+    return weight[kept_rows(teacher.architecture, projection, block, keep)]
 
 
 def repair_ratios(
@@ -107,9 +113,13 @@ def repair_ratios(
         keys = [cut_key(projection, each) for each in kept]
         new = {key: each for key, each in zip(keys, kept, strict=True) if key not in grams.errors}
         if new:
-            found = errors(teacher, grams, block, projection, list(new.values()))
-            grams.errors.update(zip(new, found, strict=True))
-        sums += torch.tensor([grams.errors[key] for key in keys], dtype=torch.float64)
+            made = errors(teacher, grams, block, projection, list(new.values()))
+            grams.errors.update(zip(new, made, strict=True))
+        found = torch.tensor([grams.errors[key] for key in keys], dtype=torch.float64)
+        if projection.units == read_by_experts(teacher.architecture, block):
+            # Experts lose as much of what they read, which nothing repairs.
+            found = found + found[:, :1]
+        sums += found
     return [float(after / before) if before > 0 else 1.0 for before, after in sums]
 
 

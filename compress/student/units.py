@@ -70,6 +70,8 @@ UNITS: Mapping[str, tuple[Units, ...]] = {
             },
         ),
         Units(("shared_ffn",), {"shared_ffn": Axis(width=True)}),
+        # What experts read and what they put out: two numbers per token.
+        Units(("latent",), {"latent": Axis(width=True)}, scalar=False),
     ),
     "mamba": (
         Units(("group", "head", "channel"), {"head": Axis(within="group"), "channel": Axis()}),
@@ -84,7 +86,7 @@ AXES: Mapping[str, Mapping[str, Axis]] = {
 # A search asks for the same few hundred blocks hundreds of thousands of times.
 @lru_cache(maxsize=2**16)
 def units_in(block: Block) -> tuple[Units, ...]:
-    """The unit arrays of a block; without a shared expert it has none of that."""
+    """The unit arrays of a block; without a shared expert or a latent width it has none of it."""
     own = sizes(block)
     return tuple(units for units in UNITS[block.kind] if own.keys() >= set(units.axes))
 
@@ -140,19 +142,35 @@ class Projection:
         return (self.norm or self.name).removesuffix(".weight")
 
 
+def read_by_experts(architecture: Architecture, block: Block) -> Units | None:
+    """The units that routed experts read, where it is not the residual stream that they read."""
+    table = family_of(architecture.family).tensors(block)
+    columns = (
+        parse(slot.shape)[-1].products[0] for name, slot in table.items() if "{expert}" in name
+    )
+    found = (units_of(product, block) for product in columns)
+    return next((units for units in found if units and "expert" not in units.axes), None)
+
+
 def projections(architecture: Architecture, block: Block) -> Iterator[Projection]:
-    """The output projections of a block: the weights that read the units it can lose."""
+    """The output projections of a block: the weights that read the units it can lose.
+
+    What they put out is added to the residual stream, or goes there through another one.
+    """
     table, axis_sizes = family_of(architecture.family).tensors(block), sizes(block)
     matrices = {name: parse(slot.shape) for name, slot in table.items()}
     several = len(units_in(block)) > 1 or "expert" in axis_sizes
     for name, slot in table.items():
         rows, columns = matrices[name][0], matrices[name][1:]
-        if slot.fused is None or (units := units_of(read := columns[0].products[0], block)) is None:
+        if not columns or (units := units_of(read := columns[0].products[0], block)) is None:
+            continue
+        after = next((n for n, m in matrices.items() if m == (*HIDDEN, rows)), None)
+        if after is None and (rows,) != HIDDEN:
             continue
         norm = next((n for n in table if table[n].normalizes and matrices[n] == columns), None)
         normalized = table[norm].normalizes if norm else read
         for expert in experts_of(name, block):
-            part = "/shared" if expert is None else f"/expert.{expert}"
+            part = f"/{units.axes[-1]}" if expert is None else f"/expert.{expert}"
             yield Projection(
                 key=block_name(block) + (part if several else ""),
                 name=name.format(expert=expert),
@@ -162,5 +180,5 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
                 expert=expert,
                 norm=norm,
                 groups=prod(axis_sizes[axis] for axis in read if axis not in normalized),
-                after=next((n for n, m in matrices.items() if m == (*HIDDEN, rows)), None),
+                after=after,
             )

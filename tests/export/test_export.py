@@ -11,7 +11,7 @@ import pytest
 import torch
 from quantized import fake_quantized_logits, stored, uneven, with_formats, write_student
 from safetensors.torch import save_file
-from tiny_models import HYBRID, LLAMA, TINY, write_tiny
+from tiny_models import EVERY, HYBRID, LLAMA, TINY, write_tiny
 from transformers import AutoModelForCausalLM
 
 from compress import load
@@ -282,7 +282,7 @@ def test_sharded_exports_are_read_whole(
     tmp_path: Path, formats: Sequence[Format], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("compress.model.checkpoint.SHARD_BYTES", 30_000)
-    config = {**HYBRID, "moe_latent_size": 32}
+    config = EVERY["nemotron_h_latent"]
     architecture = with_formats(read_architecture(config), formats)
     path, out = write_student(tmp_path / "student", config, architecture), tmp_path / "out"
     export_student(path, out, architecture, "vllm", CARD)

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuts import CASES, candidate
-from tiny_models import TINY, write_tiny
+from tiny_models import EVERY, write_tiny
 from torch import Tensor
 
 from compress.measure.kl import Reference, measure, reference
@@ -38,7 +38,7 @@ def prepared(path: Path) -> tuple[Stack, Reference, Scores]:
 @pytest.mark.parametrize("case", CUTS)
 def test_sizes_stay_and_no_trust_changes_nothing(case: str, trust: float, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
-    stack, text, scores = prepared(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    stack, text, scores = prepared(write_tiny(tmp_path / name, EVERY[name], dtype=torch.float32))
     teacher = text.teacher.architecture
     student = candidate(teacher, keep)
     found = reselected(student, tangent(stack, student, text, []), scores, teacher, trust)
@@ -55,7 +55,7 @@ def test_sizes_stay_and_no_trust_changes_nothing(case: str, trust: float, tmp_pa
 
 
 def test_a_unit_that_matters_comes_back_for_one_that_is_dead(tmp_path: Path) -> None:
-    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    path = write_tiny(tmp_path / "m", EVERY["llama"], dtype=torch.float32)
     model = load_model(path)
     down = model.model.layers[1].mlp.down_proj.weight
     with torch.no_grad():
@@ -74,7 +74,7 @@ def test_a_unit_that_matters_comes_back_for_one_that_is_dead(tmp_path: Path) -> 
 
 def copied(path: Path) -> Path:
     """A model with sixteen copies of one neuron: each matters little alone, all of them a lot."""
-    write_tiny(path, TINY["llama"], dtype=torch.float32)
+    write_tiny(path, EVERY["llama"], dtype=torch.float32)
     model = load_model(path)
     with torch.no_grad():
         mlp = model.model.layers[1].mlp
@@ -154,7 +154,7 @@ def test_a_round_ends_with_the_first_step_that_helps_and_looks_at_the_slopes_tex
 
 
 def test_one_sequence_says_nothing_of_slopes(tmp_path: Path) -> None:
-    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    path = write_tiny(tmp_path / "m", EVERY["llama"], dtype=torch.float32)
     stack, text, scores = prepared(path)
     teacher = text.teacher.architecture
     student = candidate(teacher, {"layers.1.ffn/ffn": torch.arange(64)})
@@ -192,7 +192,7 @@ def test_a_few_sequences_do_not_decide() -> None:
 
 
 def test_moved_counts_units_of_heads_and_channels(tmp_path: Path) -> None:
-    path = write_tiny(tmp_path / "h", TINY["hybrid"])
+    path = write_tiny(tmp_path / "h", EVERY["hybrid"])
     teacher = open_checkpoint(path).architecture
     student = candidate(teacher, {"hidden": torch.arange(48)})
     other = replace(student, keep=student.keep | {"hidden": torch.arange(2, 50)})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuts import CASES, candidate
-from tiny_models import TINY, write_tiny
+from tiny_models import EVERY, write_tiny
 
 from compress.measure.kl import Reference, measure, reference
 from compress.measure.losses import kl_from_hidden
@@ -36,7 +36,7 @@ def text_of(path: Path) -> tuple[object, Reference]:
 @pytest.mark.parametrize("case", CASES)
 def test_the_gated_teacher_computes_the_student(case: str, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
-    path = write_tiny(tmp_path / name, TINY[name], dtype=torch.float32)
+    path = write_tiny(tmp_path / name, EVERY[name], dtype=torch.float32)
     teacher = open_checkpoint(path)
     student = candidate(teacher.architecture, keep)
     config = student_config(teacher.config, student.architecture)
@@ -61,7 +61,7 @@ def test_the_gated_teacher_computes_the_student(case: str, tmp_path: Path) -> No
 def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
     unit: int, tmp_path: Path
 ) -> None:
-    path = write_tiny(tmp_path / "m", TINY["llama"], dtype=torch.float32)
+    path = write_tiny(tmp_path / "m", EVERY["llama"], dtype=torch.float32)
     model, text = text_of(path)
     architecture = text.teacher.architecture
     student = candidate(architecture, {"layers.1.ffn/ffn": torch.arange(64)})
@@ -84,10 +84,10 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
     assert slope == pytest.approx((kl(0.25) - kl(-0.25)) / 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("case", ["llama ffn", "hybrid hidden", "hybrid experts"])
+@pytest.mark.parametrize("case", ["llama ffn", "hybrid hidden", "hybrid experts", "latent width"])
 def test_a_streamed_tangent_is_the_resident_one_bit_for_bit(case: str, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
-    _, text = text_of(write_tiny(tmp_path / name, TINY[name]))
+    _, text = text_of(write_tiny(tmp_path / name, EVERY[name]))
     student = rounded(candidate(text.teacher.architecture, keep))
     places = Placement(), Placement(memory=0)
     resident, streamed = (
@@ -106,7 +106,7 @@ def rounded(student: Candidate) -> Candidate:
 
 
 def test_the_gated_teacher_is_in_the_students_formats(tmp_path: Path) -> None:
-    _, text = text_of(write_tiny(tmp_path / "m", TINY["llama"]))
+    _, text = text_of(write_tiny(tmp_path / "m", EVERY["llama"]))
     student = rounded(candidate(text.teacher.architecture, {}))
     expected = torch.cat(list(measure(student, text)))
     found = tangent(stack_of(text.teacher), student, text, ["fp8"]).kl
@@ -116,7 +116,7 @@ def test_the_gated_teacher_is_in_the_students_formats(tmp_path: Path) -> None:
 def test_the_kv_format_is_the_teachers_again_when_a_tangent_fails(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _, text = text_of(write_tiny(tmp_path / "m", TINY["llama"]))
+    _, text = text_of(write_tiny(tmp_path / "m", EVERY["llama"]))
     stack = stack_of(text.teacher)
     before = final_states(stack, [TOKENS])[0]
     student = rounded(candidate(text.teacher.architecture, {}))
@@ -126,10 +126,12 @@ def test_the_kv_format_is_the_teachers_again_when_a_tangent_fails(
     assert torch.equal(final_states(stack, [TOKENS])[0], before)
 
 
-@pytest.mark.parametrize("case", ["llama ffn", "hybrid query heads", "hybrid expert width"])
+@pytest.mark.parametrize(
+    "case", ["llama ffn", "hybrid query heads", "hybrid expert width", "latent width"]
+)
 def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
-    _, text = text_of(write_tiny(tmp_path / name, TINY[name], dtype=torch.float32))
+    _, text = text_of(write_tiny(tmp_path / name, EVERY[name], dtype=torch.float32))
     architecture, stack = text.teacher.architecture, stack_of(text.teacher)
     save_grams(stack, dict.fromkeys(HALVES, TOKENS), tmp_path / "grams.safetensors")
     grams = Grams(tmp_path / "grams.safetensors")

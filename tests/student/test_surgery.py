@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from cuts import CASES, FFN, candidate
-from tiny_models import TINY, write_tiny
+from tiny_models import EVERY, write_tiny
 from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError
@@ -19,7 +19,7 @@ from compress.student.surgery import cut, prune, student_tensors
 def test_cutting_equals_masking(case: str, tmp_path: Path) -> None:
     name, keep, mask = CASES[case]
     # fp32 on disk, so that folded norms are not rounded to bf16.
-    path = write_tiny(tmp_path / name, TINY[name], dtype=torch.float32)
+    path = write_tiny(tmp_path / name, EVERY[name], dtype=torch.float32)
     teacher = open_checkpoint(path)
     tokens = torch.randint(0, 128, (2, 40), generator=torch.Generator().manual_seed(1))
     gated = load_model(path)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import TINY
+from tiny_models import EVERY
 from torch import Tensor
 
 import compress
@@ -16,11 +16,10 @@ from compress.model.layout import axes
 from compress.student.candidate import expert_keep
 from compress.student.masks import alive, summed
 from compress.student.repair import kept_columns
-from compress.student.units import AXES, UNITS, array_of, projections
+from compress.student.units import AXES, array_of, axes_in, projections, units_in
 
 TEACHERS = {
-    name: read_architecture(config)
-    for name, config in (TINY | {"latent": TINY["hybrid"] | {"moe_latent_size": 32}}).items()
+    name: read_architecture(EVERY[name]) for name in ("llama", "hybrid", "nemotron_h_latent")
 }
 CASES = [
     pytest.param(teacher, block, id=f"{name}-{block.layer}.{block.kind}")
@@ -43,7 +42,7 @@ def halved(block: Block, names: tuple[str, ...]) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize(("teacher", "block"), CASES)
 def test_a_mask_keeps_the_columns_that_surgery_takes(teacher: Architecture, block: Block) -> None:
-    names = tuple(AXES[block.kind])
+    names = tuple(axes_in(block))
     for some in itertools.chain.from_iterable(
         itertools.combinations(names, count) for count in range(len(names) + 1)
     ):
@@ -62,13 +61,13 @@ def test_a_mask_keeps_the_columns_that_surgery_takes(teacher: Architecture, bloc
 def test_families_have_every_axis_and_read_every_array(teacher: Architecture, block: Block) -> None:
     table = family_of(teacher.family).tensors(block)
     declared = {axis for slot in table.values() for axis in axes(slot.shape)}
-    assert AXES[block.kind].keys() <= declared
-    assert {p.units for p in projections(teacher, block)} == set(UNITS[block.kind])
+    assert axes_in(block).keys() <= declared
+    assert {p.units for p in projections(teacher, block)} == set(units_in(block))
 
 
 @pytest.mark.parametrize(("teacher", "block"), CASES)
 def test_units_of_an_axis_are_sums_of_the_finest_ones(teacher: Architecture, block: Block) -> None:
-    for axis, rule in AXES[block.kind].items():
+    for axis, rule in axes_in(block).items():
         units = array_of(block, axis)
         values = torch.rand(3, *units.shape(block), dtype=torch.float64)
         found = summed(values, units, axis)

@@ -96,7 +96,7 @@ def fixed_keys(block: Block) -> dict[str, Any]:
         "n_routed_experts": block.expert,
         "moe_intermediate_size": block.expert_ffn,
         "moe_shared_expert_intermediate_size": block.shared_ffn,
-    }
+    } | ({} if block.latent is None else {"moe_latent_size": block.latent})
 
 
 @dataclass(frozen=True, kw_only=True)
