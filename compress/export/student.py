@@ -37,8 +37,8 @@ from compress.model.architecture import Architecture, to_json
 from compress.model.build import is_plain, student_config, weight_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
 from compress.model.families import count_parameters, parameters
+from compress.model.headers import INDEX, SINGLE
 from compress.model.layout import Parameter
-from compress.model.weights import INDEX, SINGLE
 from compress.student.rounded import rounded
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import Read, Stack, final_states, stack_at

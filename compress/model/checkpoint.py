@@ -17,8 +17,10 @@ from compress.core.files import atomic_directory, write_text
 from compress.model.architecture import Architecture, from_json
 from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, is_export, read_config
 from compress.model.families import parameters, read_architecture
+from compress.model.headers import INDEX, SINGLE, Stored
+from compress.model.quantized import Quantized
 from compress.model.tensor_files import Write, tensor_writer
-from compress.model.weights import INDEX, SINGLE, Stored, checked_weights
+from compress.model.weights import checked_weights
 
 SHARD_BYTES = 4 * 2**30
 GENERATION = "generation_config.json"
@@ -37,18 +39,17 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     architecture: Architecture
-    tensors: Mapping[str, Stored] = field(repr=False)
+    tensors: Mapping[str, Stored | Quantized] = field(repr=False)
     finite: set[str] = field(default_factory=set, repr=False)
     readers: dict[Path, Any] = field(default_factory=dict, repr=False)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The tensor, as stored and mapped; InputError if it holds a NaN or an infinity."""
+        """The tensor, as stored and mapped, fp32 where it was quantized.
+
+        InputError if it holds a NaN or an infinity.
+        """
         stored = self.tensors[name]
-        if stored.file not in self.readers:
-            # Kept open: a header is parsed once, and pages of the file are no memory of ours.
-            opened: Any = safe_open(stored.file, framework="pt")
-            self.readers[stored.file] = opened
-        tensor: Tensor = self.readers[stored.file].get_tensor(stored.name)
+        tensor = stored.values(self.read) if isinstance(stored, Quantized) else self.read(stored)
         if name not in self.finite:
             # Extremes pass NaN on, and take no memory.
             extremes = torch.aminmax(tensor) if tensor.numel() else ()
@@ -56,6 +57,15 @@ class Checkpoint:
                 raise InputError(f"tensor {name} in {self.path} holds NaN or infinite values")
             self.finite.add(name)
         return tensor
+
+    def read(self, stored: Stored) -> Tensor:
+        """A tensor as it is on disk."""
+        if stored.file not in self.readers:
+            # Kept open: a header is parsed once, and pages of the file are no memory of ours.
+            opened: Any = safe_open(stored.file, framework="pt")
+            self.readers[stored.file] = opened
+        found: Tensor = self.readers[stored.file].get_tensor(stored.name)
+        return found
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
         """Every tensor of the family's table, by name."""
@@ -85,8 +95,8 @@ def open_checkpoint(path: Path) -> Checkpoint:
             f"{path} is quantized ({formats}); this needs BF16 weights: take its teacher, or the "
             "student in its run, under distill/ or candidates/"
         )
-    architecture, tensors = checked_weights(path, config, architecture)
-    return Checkpoint(path, config, architecture, tensors)
+    weights = checked_weights(path, config, architecture)
+    return Checkpoint(path, config, weights.architecture, weights.tensors)
 
 
 def write_checkpoint(
