@@ -203,6 +203,33 @@ MINITRON_4B: dict[str, Any] = {
     "norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+GEMMA_1B: dict[str, Any] = {
+    "model_type": "gemma3_text",
+    "vocab_size": 262144,
+    "hidden_size": 1152,
+    "intermediate_size": 6912,
+    "num_hidden_layers": 26,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 256,
+    "sliding_window": 512,
+    "sliding_window_pattern": 6,
+    "rms_norm_eps": 1e-6,
+}
+# All that its config.json says of the text model; the count is that of it alone.
+GEMMA_4B: dict[str, Any] = {
+    "model_type": "gemma3",
+    "eos_token_id": [1, 106],
+    "text_config": {
+        "model_type": "gemma3_text",
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 34,
+        "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+        "sliding_window": 1024,
+    },
+    "vision_config": {"model_type": "siglip_vision_model", "hidden_size": 1152},
+}
 PUBLISHED = {
     "Nemotron-H-8B": (HYBRID_8B, 8_100_852_736),
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
@@ -220,5 +247,7 @@ PUBLISHED = {
     "Phi-4-mini": (PHI4_MINI, 3_836_021_760),
     "SmolLM3-3B": (SMOLLM3_3B, 3_075_098_624),
     "Qwen3-30B-A3B": (QWEN3_30B, 30_532_122_624),
+    "Gemma-3-1B": (GEMMA_1B, 999_885_952),
+    "Gemma-3-4B": (GEMMA_4B, 3_880_263_168),
     "GLM-4.5-Air": (GLM_AIR, 106_852_251_264),
 }

@@ -130,6 +130,18 @@ MORE["glm4_moe"] = tiny_config(
     **ROUTED,
 )
 MORE["nemotron_h_latent"] = HYBRID | {"moe_latent_size": 32}
+GEMMA = {
+    "head_dim": 24,
+    "sliding_window_pattern": 2,
+    "sliding_window": 6,
+    "query_pre_attn_scalar": 20,
+    "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+    "rope_theta": 1e6,
+    "rope_local_base_freq": 1e4,
+    "final_logit_softcapping": 30.0,
+}
+MORE["gemma3"] = tiny_config("gemma3_text", "Gemma3", "tie_word_embeddings", **GEMMA)
+MORE["gemma3_untied"] = tiny_config("gemma3_text", "Gemma3", **GEMMA)
 EVERY = TINY | MORE
 
 

@@ -16,7 +16,7 @@ from typing import Literal
 
 from compress.formats.table import FORMATS, KV_BYTES, Format, KvFormat
 from compress.model.architecture import Architecture, Attention, Block, Mamba, sizes
-from compress.model.families import experts_of, family_of
+from compress.model.families import experts_of, family_of, outside
 from compress.model.layout import Slot, shape
 
 SsmFormat = Literal["fp32", "bf16"]
@@ -84,12 +84,10 @@ def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
 
 def outside_bytes(architecture: Architecture) -> int:
     """Bytes of the tensors outside the blocks: embedding, head unless tied, final norm."""
-    family = family_of(architecture.family)
     axis_sizes = {"hidden": architecture.hidden, "vocab": architecture.vocab}
     return sum(
         tensor_bytes(slot, shape(slot.shape, axis_sizes), "bf16")
-        for name, slot in family.model.items()
-        if name != family.head or not architecture.tied
+        for _, slot in outside(architecture)
     )
 
 

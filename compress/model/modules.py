@@ -79,6 +79,12 @@ def head_of(model: Any) -> Head:
     return Head(weight, scale, setting("final_logit_softcapping"))
 
 
+def embedding_scale(model: Any) -> float:
+    """What a model multiplies its embeddings by."""
+    scale: float = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
+    return scale
+
+
 def final_hidden(model: Any, ids_BT: Tensor) -> Tensor:
     """Hidden states [B, T, D] after the final norm, without a cache."""
     hidden_BTD: Tensor = model.model(input_ids=ids_BT, use_cache=False).last_hidden_state

@@ -13,7 +13,7 @@ from compress.model.architecture import from_json, sizes, to_json
 from compress.model.build import student_config
 from compress.model.checkpoint import Checkpoint, in_bf16, write_checkpoint
 from compress.model.config import ARCHITECTURE
-from compress.model.families import experts_of, family_of
+from compress.model.families import experts_of, family_of, outside
 from compress.model.layout import Slot, take
 from compress.model.tensor_files import save_tensors
 from compress.student.candidate import Candidate, block_keep, expert_keep
@@ -33,10 +33,12 @@ def cut(
 
     A norm that averages over D of which D' stay divides by a root mean square that is sqrt(D/D')
     times what it was with the others at zero: its weight takes that factor, so that cutting equals
-    masking (its eps takes D/D', in the config, where it is one value for the cut axis).
+    masking (its eps takes D/D', in the config, where it is one value for the cut axis). So does a
+    weight that the model multiplies by the root of D.
     """
     smaller = take(tensor, slot.shape, axis_sizes, keep)
-    shrunk = prod(axis_sizes[a] / keep[a].shape[-1] for a in slot.normalizes if a in keep)
+    rooted = (*slot.normalizes, *slot.times_root)
+    shrunk = prod(axis_sizes[axis] / keep[axis].shape[-1] for axis in rooted if axis in keep)
     if shrunk == 1:
         return smaller
     return ((slot.offset + smaller.float()) * sqrt(shrunk) - slot.offset).to(tensor.dtype)
@@ -62,13 +64,11 @@ def cut_outside(
 ) -> Iterator[tuple[str, Tensor]]:
     """What a candidate keeps of its teacher outside the blocks, cut on ``device``."""
     architecture, keep = teacher.architecture, candidate.keep
-    family = family_of(architecture.family)
     shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
     hidden = {"hidden": keep["hidden"]} if "hidden" in keep else {}
-    for name, slot in family.model.items():
-        if name != family.head or not architecture.tied:
-            tensor = teacher[name]
-            yield name, cut(tensor.to(device or tensor.device), slot, shared, hidden)
+    for name, slot in outside(architecture):
+        tensor = teacher[name]
+        yield name, cut(tensor.to(device or tensor.device), slot, shared, hidden)
 
 
 def cut_block(

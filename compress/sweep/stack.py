@@ -23,7 +23,7 @@ from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters
 from compress.model.fill import empty, fill
 from compress.model.layout import Parameter
-from compress.model.modules import Head, final_norm, head_of
+from compress.model.modules import Head, embedding_scale, final_norm, head_of
 from compress.sweep.placement import REFERENCE, Placement, return_free_memory
 
 # B sequences, T tokens, D hidden.
@@ -146,7 +146,9 @@ class Stack:
         ids, places = torch.unique(ids_BT.to(table.device), return_inverse=True)
         place = self.placement
         rows = table[ids].to(place.device, place.dtype)
-        return embedding(places.to(place.device), rows)
+        # Rounded, as transformers does it.
+        scale = torch.tensor(embedding_scale(self.model), dtype=place.dtype, device=place.device)
+        return embedding(places.to(place.device), rows) * scale
 
     def run(self, number: int, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """A layer's output [B, T, D] as the model's own forward calls it, without a cache."""

@@ -10,6 +10,7 @@ from compress.core.errors import InputError
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture
 from compress.model.families import count_active, count_parameters, family_of, read_architecture
+from compress.model.families.wrapper import text_config
 
 VALUES: list[Any] = [
     *(0, 1, -1, 3, 7, 10**6, 10**12, -(10**12), 2**63, 1.5, -0.5, float("nan"), float("inf")),
@@ -21,7 +22,7 @@ CONFIGS = [*EVERY.values(), *(config for config, _ in PUBLISHED.values())]
 
 def mutated(draw: random.Random) -> dict[str, Any]:
     """A config with one to three keys changed, added or gone."""
-    config = dict(draw.choice(CONFIGS))
+    config = dict(text_config(draw.choice(CONFIGS)))
     known = sorted({*family_of(config["model_type"]).reads, *config})
     for _ in range(draw.randint(1, 3)):
         key = draw.choice(known)

@@ -9,6 +9,7 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.family import Family
+from compress.model.families.gemma3 import GEMMA3
 from compress.model.families.glm4_moe import GLM4_MOE
 from compress.model.families.llama import LLAMA
 from compress.model.families.ministral3 import MINISTRAL3
@@ -22,9 +23,9 @@ from compress.model.families.qwen3_moe import QWEN3_MOE
 from compress.model.families.settings import require
 from compress.model.families.smollm3 import SMOLLM3
 from compress.model.families.wrapper import WRAPPERS, text_config
-from compress.model.layout import Parameter, shape
+from compress.model.layout import Parameter, Slot, shape
 
-DENSE = (LLAMA, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
+DENSE = (LLAMA, GEMMA3, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
 MIXED = (GLM4_MOE, QWEN3_MOE, NEMOTRON_H)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 
@@ -76,9 +77,8 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
     """
     family = family_of(architecture.family)
     shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
-    for name, slot in family.model.items():
-        if name != family.head or not architecture.tied:
-            yield Parameter(name=name, slot=slot, sizes=shared)
+    for name, slot in outside(architecture):
+        yield Parameter(name=name, slot=slot, sizes=shared)
     for number, block in enumerate(architecture.blocks):
         prefix = family.layer.format(layer=block.layer)
         axis_sizes = shared | sizes(block)
@@ -92,6 +92,18 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
                     expert=expert,
                     stack=prefix + slot.stack if slot.stack else None,
                 )
+
+
+def outside(architecture: Architecture) -> Iterator[tuple[str, Slot]]:
+    """The tensors outside the blocks, by their names on disk; a tied head is none of its own.
+
+    One that is folded with its embedding leaves nothing for the final norm to fold.
+    """
+    family = family_of(architecture.family)
+    folded = architecture.tied and family.model[family.embedding].times_root
+    for name, slot in family.model.items():
+        if name != family.head or not architecture.tied:
+            yield name, replace(slot, normalizes=()) if folded else slot
 
 
 def experts_of(name: str, block: Block) -> Sequence[int | None]:

@@ -202,9 +202,14 @@ def decoder(
     lists: Callable[[Architecture], dict[str, Any]] = lambda _: {},
     stock: Callable[[Architecture], bool] = lambda _: True,
     unread: tuple[str, ...] = (),
+    package: str | None = None,
 ) -> Family:
-    """A family whose modules sit where llama's do; its classes begin with ``prefix``."""
-    module = f"transformers.models.{model_type}.modeling_{model_type}"
+    """A family whose modules sit where llama's do; its classes begin with ``prefix``.
+
+    ``package`` is what transformers calls its code where that is not the model type.
+    """
+    package = package or model_type
+    module = f"transformers.models.{package}.modeling_{package}"
     return Family(
         model_type=model_type,
         normal=normal,
