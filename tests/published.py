@@ -126,6 +126,18 @@ MISTRAL_7B: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+MISTRAL_SMALL: dict[str, Any] = {
+    "model_type": "mistral3",
+    "text_config": MISTRAL_7B
+    | {
+        "vocab_size": 131072,
+        "hidden_size": 5120,
+        "intermediate_size": 32768,
+        "num_hidden_layers": 40,
+        "head_dim": 128,
+    },
+    "vision_config": {"model_type": "pixtral", "hidden_size": 1024},
+}
 PHI4_MINI: dict[str, Any] = {
     "model_type": "phi3",
     "vocab_size": 200064,
@@ -244,6 +256,7 @@ PUBLISHED = {
     "Qwen3-0.6B": (QWEN3_06B, 596_049_920),
     "Qwen2.5-0.5B": (QWEN25_05B, 494_032_768),
     "Mistral-7B-v0.3": (MISTRAL_7B, 7_248_023_552),
+    "Mistral-Small-3.1-24B": (MISTRAL_SMALL, 23_572_403_200),
     "Phi-4-mini": (PHI4_MINI, 3_836_021_760),
     "SmolLM3-3B": (SMOLLM3_3B, 3_075_098_624),
     "Qwen3-30B-A3B": (QWEN3_30B, 30_532_122_624),

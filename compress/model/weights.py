@@ -9,7 +9,7 @@ from compress.core.errors import InputError
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, architecture_of
 from compress.model.families import family_of, parameters
-from compress.model.families.wrapper import text_tensors
+from compress.model.families.wrapper import text_config, text_tensors
 from compress.model.headers import FLOATS, Stored, same_bytes, stored_tensors, weight_files
 from compress.model.quantized import (
     METHODS,
@@ -54,7 +54,8 @@ def checked_weights(path: Path, config: Mapping[str, Any], architecture: Archite
     InputError on a quantization that is not known, and on a tensor that is unknown, missing or
     misshaped.
     """
-    stored, method = text_tensors(stored_tensors(path, config), config), method_of(path, config)
+    stored = text_tensors(stored_tensors(path, config), config)
+    method = method_of(path, text_config(config))
     try:
         return check_tensors(path, stored, architecture, method)
     except InputError as error:

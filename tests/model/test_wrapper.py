@@ -29,26 +29,28 @@ EYES = {
     "image_size": 28,
     "patch_size": 14,
 }
-# Of a multimodal model type: its text model among the tiny ones, and the rest of its config.
-WRAPPED: dict[str, tuple[str, dict[str, Any]]] = {
-    "gemma3": ("gemma3", {"mm_tokens_per_image": 4, "vision_config": EYES}),
-    "mistral3": ("ministral3", {"vision_config": EYES | {"model_type": "pixtral", "head_dim": 16}}),
-}
+PIXTRAL = {"vision_config": EYES | {"model_type": "pixtral", "head_dim": 16}}
+# A multimodal model type, its text model among the tiny ones, and the rest of its config.
+WRAPPED: list[tuple[str, str, dict[str, Any]]] = [
+    ("gemma3", "gemma3", {"mm_tokens_per_image": 4, "vision_config": EYES}),
+    ("mistral3", "mistral", PIXTRAL),
+    ("mistral3", "ministral3", PIXTRAL),
+]
 
 
-@pytest.fixture(params=WRAPPED)
+@pytest.fixture(params=WRAPPED, ids=lambda each: "-".join(each[:2]))
 def whole(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """A multimodal checkpoint of random weights."""
-    text, rest = WRAPPED[request.param]
+    kind, text, rest = request.param
     torch.manual_seed(0)
     # The whole of Gemma 3 never caps its logits (transformers 5.23).
     inside = EVERY[text] | {"tie_word_embeddings": True, "final_logit_softcapping": None}
-    config = AutoConfig.for_model(request.param, text_config=inside, **rest)
+    config = AutoConfig.for_model(kind, text_config=inside, **rest)
     model = WHOLE.from_config(config).requires_grad_(False)
     for parameter in model.parameters():
         parameter += 0.05 * torch.randn_like(parameter)
-    model.save_pretrained(tmp_path / request.param)
-    return tmp_path / str(request.param)
+    model.save_pretrained(tmp_path / kind)
+    return tmp_path / str(kind)
 
 
 def test_it_is_what_the_whole_makes_of_text(whole: Path) -> None:

@@ -36,7 +36,7 @@ PREFIXES = {"language_model.": "", "model.language_model.": "model."}
 # What holds for the text model too where its own config is silent.
 SHARED = (
     *("bos_token_id", "eos_token_id", "pad_token_id", "dtype", "torch_dtype"),
-    *("quantization_config", "quantization", "transformers_weights"),
+    *("quantization_config", "compression_config", "quantization", "transformers_weights"),
 )
 
 
