@@ -223,8 +223,13 @@ def uneven(architecture: Architecture) -> Keep:
     last = [n for n, block in enumerate(architecture.blocks) if block.layer == gone]
     several = sum(block.kind == "attention" for block in architecture.blocks) > 1
     keep = without(architecture, *last, *([first] if several else []))
-    block = next(b for b in architecture.blocks if b.kind == "ffn" and b.layer != gone)
-    return keep | {f"layers.{block.layer}.ffn/ffn": some(48, of=sizes(block)["ffn"])}
+    left = [block for block in architecture.blocks if block.layer != gone]
+    # Some families have experts in every layer.
+    [block, *_] = [b for b in left if b.kind == "ffn"] or [b for b in left if b.kind == "moe"]
+    if block.kind == "ffn":
+        return keep | {f"{block_name(block)}/ffn": some(48, of=sizes(block)["ffn"])}
+    experts, width = sizes(block)["expert"], sizes(block)["expert_ffn"]
+    return keep | {f"{block_name(block)}/expert_ffn": some(experts, width // 2, of=width)}
 
 
 def test_an_uneven_student_is_written_read_and_continues_text(
@@ -283,5 +288,23 @@ def test_the_plan_counts_the_bytes_that_are_there(family: str, tmp_path: Path) -
     keys = [getattr(layer, "keys", None) for layer in cache.layers]
     held = sum(2 * key.nbytes for key in keys if key is not None)
     assert held == plan.footprint.kv_cache
+    recurrent, columns = cached_states(cache)
+    assert recurrent == plan.footprint.ssm_state
+    assert columns == plan.footprint.conv_state
     longer = dataclasses.replace(plan.deployment, context=2 * tokens)
     assert footprint(architecture, longer).kv_cache <= 2 * held
+
+
+def cached_states(cache: Any) -> tuple[int, int]:
+    """Bytes of a cache's recurrent states, and of its convolution states as servers hold them.
+
+    transformers allocates as many columns as the kernel has, of which the next token reads all but
+    the first.
+    """
+    recurrent = columns = 0
+    for layer in cache.layers:
+        for state in getattr(layer, "recurrent_states", {}).values():
+            recurrent += 0 if state is None else state.nbytes
+        for state in getattr(layer, "conv_states", {}).values():
+            columns += 0 if state is None else state[..., 1:].numel() * state.element_size()
+    return recurrent, columns

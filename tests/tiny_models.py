@@ -142,6 +142,23 @@ GEMMA = {
 }
 MORE["gemma3"] = tiny_config("gemma3_text", "Gemma3", "tie_word_embeddings", **GEMMA)
 MORE["gemma3_untied"] = tiny_config("gemma3_text", "Gemma3", **GEMMA)
+DELTA = {
+    "layer_types": ["linear_attention", "full_attention"] * 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 32,
+    "linear_conv_kernel_dim": 4,
+    "partial_rotary_factor": 0.5,
+}
+SHARED = {"num_experts": 6, "shared_expert_intermediate_size": 48} | ROUTED
+MORE["qwen3_next"] = tiny_config(
+    "qwen3_next", "Qwen3Next", mlp_only_layers=[2], decoder_sparse_step=1, **DELTA, **SHARED
+)
+MORE["qwen3_5_text"] = tiny_config("qwen3_5_text", "Qwen3_5", **DELTA)
+MORE["qwen3_5_moe_text"] = tiny_config(
+    "qwen3_5_moe_text", "Qwen3_5Moe", "intermediate_size", **DELTA, **SHARED
+)
 EVERY = TINY | MORE
 
 

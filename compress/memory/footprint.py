@@ -5,8 +5,10 @@
     weights    = sum over tensors of elements * bytes in its format + scales; tied embeddings once
     KV cache   = sum over attention blocks of 2 * kv_head * head_dim * bytes * tokens * batch
     SSM state  = sum over Mamba blocks of group * head * channel * state * bytes * batch
-    conv state = sum over Mamba blocks of channels * (kernel - 1) * 2 * batch,
+               + sum over delta nets of key_head * value * key_dim * value_dim * bytes * batch
+    conv state = sum over both of channels * (kernel - 1) * 2 * batch,
                 channels = group * head * channel + 2 * group * state
+                        or key_head * value * value_dim + 2 * key_head * key_dim
 """
 
 from dataclasses import dataclass, replace
@@ -15,7 +17,7 @@ from math import prod
 from typing import Literal
 
 from compress.formats.table import FORMATS, KV_BYTES, Format, KvFormat
-from compress.model.architecture import Architecture, Attention, Block, Mamba, sizes
+from compress.model.architecture import Architecture, Attention, Block, DeltaNet, Mamba, sizes
 from compress.model.families import experts_of, family_of, outside
 from compress.model.layout import Slot, shape
 
@@ -111,6 +113,10 @@ def state_bytes(block: Block, kv_format: KvFormat, served: Deployment) -> tuple[
         channels = block.group * block.head * block.channel
         recurrent = channels * block.state * SSM_BYTES[served.ssm_format]
         conv = (channels + 2 * block.group * block.state) * (block.kernel - 1) * BF16_BYTES
+    elif isinstance(block, DeltaNet):
+        channels = block.key_head * block.value * block.value_dim
+        recurrent = channels * block.key_dim * SSM_BYTES[served.ssm_format]
+        conv = (channels + 2 * block.key_head * block.key_dim) * (block.kernel - 1) * BF16_BYTES
     return cache * served.batch_size, recurrent * served.batch_size, conv * served.batch_size
 
 

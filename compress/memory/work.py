@@ -23,7 +23,7 @@ from math import prod
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
 from compress.memory.machine import Machine
-from compress.model.architecture import Architecture, Attention, Block, Ffn, Mamba, sizes
+from compress.model.architecture import Architecture, Attention, Block, DeltaNet, Ffn, Mamba, sizes
 from compress.model.families import parameters
 
 FP32 = 4
@@ -35,7 +35,8 @@ MICRO_TOKENS, HEAD_TOKENS = 1024, 512
 HEAD_ARRAYS = 4
 # Numbers kept for a backward pass for each that a matrix reads or gives.
 KEPT = 2
-# Positions of a chunk of Mamba's scan, which has that many numbers per head and token, thrice.
+# Positions of a chunk of a scan, Mamba's or the delta rule's, which has that many numbers per head
+# and token, thrice.
 SCAN_CHUNK, SCAN_ARRAYS = 64, 3
 EXPORT_TOKENS = 512
 # What a student that is planned before it is searched has of its teacher's weights.
@@ -151,6 +152,8 @@ def sizes_of(architecture: Architecture) -> Sizes:
     for block in blocks:
         if isinstance(block, Mamba):
             kept[block.layer] += SCAN_ARRAYS * SCAN_CHUNK * block.group * block.head
+        elif isinstance(block, DeltaNet):
+            kept[block.layer] += SCAN_ARRAYS * SCAN_CHUNK * block.key_head * block.value
     return Sizes(
         layers=tuple(layers), outside=outside, hidden=architecture.hidden,
         vocab=architecture.vocab, units=architecture.hidden + sum(map(units_of, blocks)),
@@ -167,6 +170,8 @@ def units_of(block: Block) -> int:
         return own["ffn"]
     if isinstance(block, Mamba):
         return prod(own[axis] for axis in ("group", "head", "channel"))
+    if isinstance(block, DeltaNet):
+        return prod(own[axis] for axis in ("key_head", "value", "value_dim"))
     return own["expert"] * own["expert_ffn"] + own.get("shared_ffn", 0) + own.get("latent", 0)
 
 

@@ -1,8 +1,8 @@
 """A model as a residual stream and a list of blocks: pure data, no torch.
 
 Field names are axis names: the same word is the table's axis, the score's key and the YAML key.
-``query`` counts query heads per KV head and ``head`` Mamba heads per group, because those are the
-numbers that every group of a layer shares.
+``query`` counts query heads per KV head, ``head`` Mamba heads per group and ``value`` value heads
+per key head, because those are the numbers that every group of a layer shares.
 """
 
 import dataclasses
@@ -83,7 +83,24 @@ class Mamba:
     format: Format = "bf16"
 
 
-Block = Attention | Ffn | Moe | Mamba
+@dataclass(frozen=True, kw_only=True)
+class DeltaNet:
+    """Gated delta rule: ``key_head`` heads of ``key_dim``, each with its ``value`` value heads.
+
+    Every value head keeps a state of ``key_dim`` by ``value_dim``.
+    """
+
+    kind: Literal["delta"] = "delta"
+    layer: int
+    key_head: int
+    value: int
+    key_dim: int
+    value_dim: int
+    kernel: int
+    format: Format = "bf16"
+
+
+Block = Attention | Ffn | Moe | Mamba | DeltaNet
 
 
 @with_config(STRICT)

@@ -100,15 +100,15 @@ class Forward:
     def tap_units(self, block: Block, projection: Projection) -> tuple[str, Callable[..., None]]:
         """The module where the units of an output projection are seen, and its hook.
 
-        After a gated norm they are what went into it: of the weight that writes them twice, the
-        gate and what it gates, the second half.
+        After a gated norm over all of them they are what went into it: of the weight that writes
+        them twice, the gate and what it gates, the second half.
         """
         units, shape = projection.units, projection.units.shape(block)
         table = slots_of(self.architecture, block, experts=False)
         writers = [
             n for n, slot in table.items() if parse(slot.shape)[0].products.count(units.axes) == 2
         ]
-        gated = projection.norm is not None
+        gated = projection.norm is not None and not projection.alike
 
         def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = output[..., prod(shape) : 2 * prod(shape)] if gated else args[0]

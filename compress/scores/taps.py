@@ -77,11 +77,9 @@ class Taps:
                         module = inside.get_submodule(projection.module)
                         tap = self.tap_linear(block, projection.module, projection.slot, {})
                         hooks.callback(module.register_forward_hook(tap).remove)
-                    if projection.norm:
-                        norm, tap = (
-                            inside.get_submodule(projection.masked),
-                            self.tap_gated_norm(number, projection.units),
-                        )
+                    if projection.averaged:
+                        norm = inside.get_submodule(projection.averaged)
+                        tap = self.tap_gated_norm(number, projection.units)
                         hooks.callback(norm.register_forward_pre_hook(tap).remove)
                 if experts := experts_of_block(model, architecture, block):
                     forward = self.experts_forward(number, experts, own)
@@ -163,7 +161,9 @@ class Taps:
                 return
 
             def rows(grad: Tensor) -> None:
-                self.add(key, of_sequences(value * grad).reshape(-1, *gone.shape) * gone)
+                # A norm of every head alone sees them one below the other.
+                shift = (value * grad).reshape(self.sequences, -1, gone.numel())
+                self.add(key, of_sequences(shift).reshape(-1, *gone.shape) * gone)
 
             on_gradient(args[0], rows)
 

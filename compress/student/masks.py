@@ -16,7 +16,7 @@ from compress.model.architecture import Architecture, Block
 from compress.model.experts import Experts, experts_of_block, routing_among
 from compress.model.modules import final_norm, layer_of, norm_of, post_of, router_of
 from compress.student.candidate import block_keep
-from compress.student.units import Units, array_of, projections, read_by_experts
+from compress.student.units import Projection, Units, array_of, projections, read_by_experts
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
 
@@ -102,18 +102,24 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
             for projection in projections(architecture, block):
                 if projection.expert is not None:
                     continue
-                mask = unit_mask(architecture, keep, number, projection.units).flatten()
+                mask = unit_mask(architecture, keep, number, projection.units)
+                inside = layer_of(model, block)
                 # A block that is gone leaves no units that a norm could average over.
-                averaged = whole and projection.norm is not None
-                path = projection.masked if averaged else projection.module
-                # Surgery scales the gated norm's weight by this where fewer units are averaged;
-                # before the norm it does the same, eps included.
-                count = float(len(mask) / mask.sum()) ** 0.5 if averaged else 1.0
-                values = mask.repeat_interleave(projection.features)
-                module = layer_of(model, block).get_submodule(path)
-                hooks.callback(unmasked.mask(module, values, count).remove)
-                if not whole and getattr(module, "bias", None) is not None:
-                    hooks.callback(module.register_forward_hook(without_bias).remove)
+                norm = projection.averaged if whole else None
+                if norm is not None:
+                    seen = before_norm(mask, projection).flatten()
+                    # Surgery scales the gated norm's weight by this where fewer units are averaged;
+                    # before the norm it does the same, eps included.
+                    count = float(len(seen) / seen.sum()) ** 0.5
+                    values = seen.repeat_interleave(projection.features)
+                    module = inside.get_submodule(norm)
+                    hooks.callback(unmasked.mask(module, values, count).remove)
+                if norm is None or projection.alike:
+                    values = mask.flatten().repeat_interleave(projection.features)
+                    module = inside.get_submodule(projection.module)
+                    hooks.callback(unmasked.mask(module, values).remove)
+                    if not whole and getattr(module, "bias", None) is not None:
+                        hooks.callback(module.register_forward_hook(without_bias).remove)
             experts = experts_of_block(model, architecture, block)
             if experts and (read := read_by_experts(architecture, block)):
                 mask = unit_mask(architecture, keep, number, read)
@@ -132,6 +138,12 @@ def without_bias(module: Any, args: object, output: Tensor) -> Tensor:
     """Hook of a linear module whose block is gone: what it adds to any input goes too."""
     found: Tensor = output - module.bias
     return found
+
+
+def before_norm(mask: Tensor, projection: Projection) -> Tensor:
+    """Of a mask over units that over those which a projection's norm has a weight for each."""
+    alike = [projection.units.axes.index(axis) for axis in projection.alike]
+    return mask.amax(alike) if alike else mask
 
 
 def narrow(experts: Experts, mask: Tensor, *, bias: bool) -> Callable[..., Tensor]:

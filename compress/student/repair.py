@@ -55,7 +55,8 @@ def scale_of(
     if projection.norm is None:
         return torch.ones(len(kept)).double()
     norm = teacher[prefix_of(teacher.architecture, block) + projection.norm]
-    return energy_scale(gram, norm, projection.groups, kept)
+    repeated = norm.repeat(len(gram) // len(norm))
+    return energy_scale(gram, repeated, projection.groups, kept)
 
 
 def prefix_of(architecture: Architecture, block: Block) -> str:

@@ -10,7 +10,7 @@ from math import prod
 
 from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.families import experts_of, family_of
-from compress.model.layout import Slot, parse
+from compress.model.layout import Product, Slot, axes, parse
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,6 +76,16 @@ UNITS: Mapping[str, tuple[Units, ...]] = {
     "mamba": (
         Units(("group", "head", "channel"), {"head": Axis(within="group"), "channel": Axis()}),
     ),
+    "delta": (
+        Units(
+            ("key_head", "value", "value_dim"),
+            {
+                "key_head": Axis(),
+                "value": Axis(within="key_head"),
+                "value_dim": Axis(width=True),
+            },
+        ),
+    ),
 }
 AXES: Mapping[str, Mapping[str, Axis]] = {
     kind: {name: axis for units in arrays for name, axis in units.cut.items()}
@@ -117,8 +127,9 @@ class Projection:
     """An output projection: ``name`` is its tensor's in the layer, ``key`` its Gram matrix's.
 
     It reads ``units`` of ``features`` numbers each. ``norm`` is the gated norm whose output it
-    reads, in ``groups``; ``after`` the projection that its own output goes through on its way to
-    the residual stream; None where there is none.
+    reads, in ``groups``, the same weight for all units of the axes ``alike``; ``after`` the
+    projection that its own output goes through on its way to the residual stream; None where there
+    is none.
     """
 
     key: str
@@ -129,6 +140,7 @@ class Projection:
     expert: int | None
     norm: str | None
     groups: int
+    alike: tuple[str, ...]
     after: str | None
 
     @property
@@ -137,9 +149,9 @@ class Projection:
         return self.name.removesuffix(".weight")
 
     @property
-    def masked(self) -> str:
-        """The module before which dead units are zero: a norm averages over them, or itself."""
-        return (self.norm or self.name).removesuffix(".weight")
+    def averaged(self) -> str | None:
+        """The module of its norm, before which dead units are zero, as it averages over them."""
+        return self.norm and self.norm.removesuffix(".weight")
 
 
 def read_by_experts(architecture: Architecture, block: Block) -> Units | None:
@@ -167,8 +179,9 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
         after = next((n for n, m in matrices.items() if m == (*HIDDEN, rows)), None)
         if after is None and (rows,) != HIDDEN:
             continue
-        norm = next((n for n in table if table[n].normalizes and matrices[n] == columns), None)
+        norm = next((n for n in table if averages(table[n], read, units)), None)
         normalized = table[norm].normalizes if norm else read
+        weighted = [*axes(table[norm].shape)] if norm else read
         for expert in experts_of(name, block):
             part = f"/{units.axes[-1]}" if expert is None else f"/expert.{expert}"
             yield Projection(
@@ -180,5 +193,16 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
                 expert=expert,
                 norm=norm,
                 groups=prod(axis_sizes[axis] for axis in read if axis not in normalized),
+                alike=tuple(axis for axis in units.axes if axis not in weighted),
                 after=after,
             )
+
+
+def averages(slot: Slot, read: Product, units: Units) -> bool:
+    """Whether a weight is that of a norm over units that a projection ``read`` can lose.
+
+    A projection may read many of its outputs side by side.
+    """
+    [own, *others] = parse(slot.shape)
+    lost = not units.cut.keys().isdisjoint(slot.normalizes)
+    return lost and not others and read[-len(own.products[0]) :] == own.products[0]

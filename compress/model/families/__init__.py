@@ -19,14 +19,16 @@ from compress.model.families.nemotron_h import NEMOTRON_H
 from compress.model.families.phi3 import PHI3
 from compress.model.families.qwen2 import QWEN2
 from compress.model.families.qwen3 import QWEN3
+from compress.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from compress.model.families.qwen3_moe import QWEN3_MOE
+from compress.model.families.qwen3_next import QWEN3_NEXT
 from compress.model.families.settings import require
 from compress.model.families.smollm3 import SMOLLM3
 from compress.model.families.wrapper import WRAPPERS, text_config
 from compress.model.layout import Parameter, Slot, shape
 
 DENSE = (LLAMA, GEMMA3, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
-MIXED = (GLM4_MOE, QWEN3_MOE, NEMOTRON_H)
+MIXED = (GLM4_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, NEMOTRON_H)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 
 

@@ -99,12 +99,13 @@ def read(
     partial: Sequence[str] = ("default", "proportional"),
     second: Callable[[int], str] = lambda layer: "ffn",
     *,
+    first: Callable[[int], str] = lambda layer: "attention",
     gated: bool = True,
 ) -> Architecture:
     """Architecture of a config; windows and missing positions are by layer where it says so.
 
-    ``partial`` are the rope types that may turn a part of the channels only, ``second`` gives the
-    kind of a layer's second block, which is ``gated`` or not.
+    ``partial`` are the rope types that may turn a part of the channels only, ``first`` and
+    ``second`` give the kinds of a layer's blocks, of which the second is ``gated`` or not.
     """
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
     # Its own key: hidden // heads is only the default.
@@ -124,7 +125,7 @@ def read(
         own: dict[str, Any] = {"rope": turns is None or bool(turns[layer])}
         if "sliding_window" in config and kinds is not None:
             own["sliding_window"] = window_of(config, kinds[layer])
-        for kind in ("attention", second(layer)):
+        for kind in (first(layer), second(layer)):
             blocks.append(read_block(whole | own, kind, layer, gated=gated))
     return Architecture(
         family=family,

@@ -5,7 +5,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.model.architecture import Architecture, Attention, Block, Ffn, Mamba, Moe
+from compress.model.architecture import Architecture, Attention, Block, DeltaNet, Ffn, Mamba, Moe
 from compress.model.families.settings import Kind
 from compress.model.layout import Slot
 
@@ -68,6 +68,16 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
             state=config["ssm_state_size"],
             kernel=config["conv_kernel"],
         )
+    if kind == "delta":
+        key_heads = config["linear_num_key_heads"]
+        return DeltaNet(
+            layer=layer,
+            key_head=key_heads,
+            value=config["linear_num_value_heads"] // key_heads,
+            key_dim=config["linear_key_head_dim"],
+            value_dim=config["linear_value_head_dim"],
+            kernel=config["linear_conv_kernel_dim"],
+        )
     return Moe(
         layer=layer,
         expert=config["n_routed_experts"],
@@ -92,6 +102,12 @@ def fixed_keys(block: Block) -> dict[str, Any]:
         return {"intermediate_size": block.ffn}
     if isinstance(block, Mamba):
         return {"mamba_num_heads": block.group * block.head, "mamba_head_dim": block.channel}
+    if isinstance(block, DeltaNet):
+        return {
+            "linear_num_key_heads": block.key_head,
+            "linear_num_value_heads": block.key_head * block.value,
+            "linear_value_head_dim": block.value_dim,
+        }
     return {
         "n_routed_experts": block.expert,
         "moe_intermediate_size": block.expert_ffn,
