@@ -19,7 +19,7 @@ from compress.export.student import export_student
 from compress.formats.table import Format
 from compress.memory.footprint import Deployment, footprint, weight_bytes
 from compress.memory.plan import make_plan
-from compress.model.architecture import Architecture, block_name, from_json, sizes, to_json
+from compress.model.architecture import Architecture, block_name, cached, from_json, sizes, to_json
 from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import (
@@ -34,7 +34,7 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import top
 from compress.student.masks import masked, masked_final
 from compress.student.surgery import prune, student_tensors
-from compress.student.units import AXES, projections, read_by_experts, unit_key
+from compress.student.units import AXES, number_of, projections, read_by_experts, unit_key
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack, final_states, stack_of
 
@@ -113,7 +113,11 @@ def cuts_of(architecture: Architecture) -> Iterator[Keep]:
             if rule.within:
                 index = some(sizes(block)[rule.within], (size + 1) // 2, of=size)
             else:
-                index = some(max(size // 2, sizes(block).get(rule.least or "", 1)), of=size)
+                # Of every routing group as many.
+                groups, least = (number_of(block, n) for n in (rule.multiple, rule.least))
+                most = size // groups
+                rows = some(groups, max(most // 2, least // groups), of=most)
+                index = (rows + most * torch.arange(groups)[:, None]).flatten()
             yield {f"layers.{block.layer}.{kind}/{axis}": index}
         yield without(architecture, architecture.blocks.index(block))
     gone = architecture.blocks[0].layer
@@ -152,7 +156,7 @@ def test_cutting_equals_masking_on_every_axis(family: str, tmp_path: Path) -> No
 @torch.no_grad()
 def test_every_routing_group_keeps_as_many_experts(tmp_path: Path) -> None:
     grouped = {"n_routed_experts": 12, "n_group": 2, "topk_group": 1}
-    for name in ("hybrid", "glm4_moe"):
+    for name in ("hybrid", "glm4_moe", "deepseek_v3"):
         path = write_tiny(tmp_path / name, EVERY[name] | grouped, dtype=torch.float32)
         teacher = open_checkpoint(path)
         block = next(block for block in teacher.architecture.blocks if block.kind == "moe")
@@ -218,11 +222,10 @@ def test_a_student_in_formats_is_exported_and_read_back(
 
 def uneven(architecture: Architecture) -> Keep:
     """A student whose blocks differ, without its first attention and one whole layer."""
-    first = next(n for n, block in enumerate(architecture.blocks) if block.kind == "attention")
+    first, *others = (n for n, block in enumerate(architecture.blocks) if cached(block))
     gone = architecture.blocks[-1].layer
     last = [n for n, block in enumerate(architecture.blocks) if block.layer == gone]
-    several = sum(block.kind == "attention" for block in architecture.blocks) > 1
-    keep = without(architecture, *last, *([first] if several else []))
+    keep = without(architecture, *last, *([first] if others else []))
     left = [block for block in architecture.blocks if block.layer != gone]
     # Some families have experts in every layer.
     [block, *_] = [b for b in left if b.kind == "ffn"] or [b for b in left if b.kind == "moe"]
@@ -285,8 +288,8 @@ def test_the_plan_counts_the_bytes_that_are_there(family: str, tmp_path: Path) -
     model = load_model(path, torch.bfloat16)
     cache: Any = StaticCache(config=model.config, max_cache_len=tokens)
     model(TOKENS, past_key_values=cache, use_cache=True)
-    keys = [getattr(layer, "keys", None) for layer in cache.layers]
-    held = sum(2 * key.nbytes for key in keys if key is not None)
+    kept = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
     assert held == plan.footprint.kv_cache
     recurrent, columns = cached_states(cache)
     assert recurrent == plan.footprint.ssm_state

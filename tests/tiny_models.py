@@ -83,6 +83,15 @@ YARN = {
     "beta_slow": 1.0,
     "llama_4_scaling_beta": 0.1,
 }
+YARN_OF_DEEPSEEK = {
+    "type": "yarn",
+    "factor": 4,
+    "original_max_position_embeddings": 16,
+    "mscale": 1.0,
+    "mscale_all_dim": 1.0,
+    "beta_fast": 32,
+    "beta_slow": 1,
+}
 LONGROPE = {"short_factor": [1.0, 1.5, 1.0, 1.0, 2.0, 3.0], "long_factor": [4.0] * 6}
 
 
@@ -158,6 +167,26 @@ MORE["qwen3_next"] = tiny_config(
 MORE["qwen3_5_text"] = tiny_config("qwen3_5_text", "Qwen3_5", **DELTA)
 MORE["qwen3_5_moe_text"] = tiny_config(
     "qwen3_5_moe_text", "Qwen3_5Moe", "intermediate_size", **DELTA, **SHARED
+)
+MORE["deepseek_v3"] = tiny_config(
+    "deepseek_v3",
+    "DeepseekV3",
+    "head_dim",
+    num_key_value_heads=4,
+    q_lora_rank=48,
+    kv_lora_rank=32,
+    qk_nope_head_dim=12,
+    qk_rope_head_dim=8,
+    v_head_dim=16,
+    rope_scaling=YARN_OF_DEEPSEEK,
+    n_routed_experts=6,
+    n_shared_experts=2,
+    n_group=2,
+    topk_group=1,
+    first_k_dense_replace=2,
+    routed_scaling_factor=1.5,
+    num_nextn_predict_layers=0,
+    **ROUTED,
 )
 EVERY = TINY | MORE
 

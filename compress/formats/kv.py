@@ -1,10 +1,12 @@
 """KV-cache formats: attention that reads its keys and values as an FP8 cache would give them.
 
 E4M3 with scale 1, which is what servers use for a checkpoint without KV scales; values beyond 448
-saturate. Keys are rounded after RoPE, as they are stored.
+saturate. Keys are rounded after RoPE, as they are stored; of latent attention the latent is, which
+keys and values are made from, and the keys with positions that heads share.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,6 +20,8 @@ from compress.formats.table import KvFormat
 
 # What transformers is to call the attention over a cache of each format.
 ATTENTION: Mapping[KvFormat, str] = {"bf16": "sdpa", "fp8": "compress_kv_fp8"}
+# The method with which latent attention there makes keys and values from what a cache holds.
+EXPAND = "expand_kv"
 
 
 def stored(x: Tensor) -> Tensor:
@@ -39,5 +43,17 @@ def set_kv_format(model: Any, kv_format: KvFormat) -> None:
     AttentionInterface.register(ATTENTION["fp8"], fp8_attention)
     AttentionMaskInterface.register(ATTENTION["fp8"], sdpa_mask)
     for module in model.modules():
+        if hasattr(module, EXPAND):
+            vars(module).pop(EXPAND, None)
+            if kv_format == "fp8":
+                setattr(module, EXPAND, partial(expanded, getattr(module, EXPAND)))
+    latent = any(hasattr(module, EXPAND) for module in model.modules())
+    attention = ATTENTION["bf16" if latent else kv_format]
+    for module in model.modules():
         if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
-            module.config._attn_implementation = ATTENTION[kv_format]
+            module.config._attn_implementation = attention
+
+
+def expanded(expand: Callable[..., tuple[Tensor, Tensor]], *held: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values from an FP8 cache of what they are made from."""
+    return expand(*map(stored, held))

@@ -3,7 +3,8 @@
 ::
 
     weights    = sum over tensors of elements * bytes in its format + scales; tied embeddings once
-    KV cache   = sum over attention blocks of 2 * kv_head * head_dim * bytes * tokens * batch
+    KV cache   = sum over attention blocks of numbers * bytes * tokens * batch,
+                numbers = 2 * kv_head * head_dim, of latent attention kv_rank + rope_dim
     SSM state  = sum over Mamba blocks of group * head * channel * state * bytes * batch
                + sum over delta nets of key_head * value * key_dim * value_dim * bytes * batch
     conv state = sum over both of channels * (kernel - 1) * 2 * batch,
@@ -17,7 +18,7 @@ from math import prod
 from typing import Literal
 
 from compress.formats.table import FORMATS, KV_BYTES, Format, KvFormat
-from compress.model.architecture import Architecture, Attention, Block, DeltaNet, Mamba, sizes
+from compress.model.architecture import Architecture, Block, DeltaNet, Mamba, cached, sizes, window
 from compress.model.families import experts_of, family_of, outside
 from compress.model.layout import Slot, shape
 
@@ -106,9 +107,9 @@ def state_bytes(block: Block, kv_format: KvFormat, served: Deployment) -> tuple[
     A window limits the tokens held; of the convolution servers hold kernel - 1 columns.
     """
     cache = recurrent = conv = 0
-    if isinstance(block, Attention):
-        tokens = min(served.context, block.window or served.context)
-        cache = 2 * block.kv_head * block.head_dim * KV_BYTES[kv_format] * tokens
+    if numbers := cached(block):
+        tokens = min(served.context, window(block) or served.context)
+        cache = numbers * KV_BYTES[kv_format] * tokens
     elif isinstance(block, Mamba):
         channels = block.group * block.head * block.channel
         recurrent = channels * block.state * SSM_BYTES[served.ssm_format]
@@ -145,9 +146,9 @@ def largest_context(
     def total(context: int) -> int:
         return footprint(architecture, replace(deployment, context=context)).total
 
-    attentions = [block for block in architecture.blocks if isinstance(block, Attention)]
-    longest_window = max((block.window or 0 for block in attentions), default=0)
-    if all(block.window for block in attentions) and total(longest_window) <= budget_bytes:
+    windows = [window(block) for block in architecture.blocks if cached(block)]
+    longest_window = max((each or 0 for each in windows), default=0)
+    if all(windows) and total(longest_window) <= budget_bytes:
         return None
     # Bisection, because windows make the growth piecewise linear. A token takes at least a byte.
     low, high = 0, budget_bytes + 1

@@ -10,7 +10,7 @@ from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.budget import Budget, in_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
-from compress.model.architecture import Architecture, Attention
+from compress.model.architecture import Architecture, cached
 from compress.model.config import is_export, read_config
 from compress.model.families import count_active, count_parameters
 from compress.model.families.wrapper import text_config, text_note
@@ -66,7 +66,7 @@ def options_of(
     architecture: Architecture, deployment: Deployment, budget: Budget | None
 ) -> Iterator[Option]:
     """Every weight format with every KV format; without attention only the first KV format."""
-    has_cache = any(isinstance(block, Attention) for block in architecture.blocks)
+    has_cache = any(cached(block) for block in architecture.blocks)
     for format in FORMATS:
         for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
             changed = replace(in_format(architecture, format), kv_format=kv_format)

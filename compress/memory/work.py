@@ -23,7 +23,16 @@ from math import prod
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
 from compress.memory.machine import Machine
-from compress.model.architecture import Architecture, Attention, Block, DeltaNet, Ffn, Mamba, sizes
+from compress.model.architecture import (
+    Architecture,
+    Attention,
+    Block,
+    DeltaNet,
+    Ffn,
+    Mamba,
+    Mla,
+    sizes,
+)
 from compress.model.families import parameters
 
 FP32 = 4
@@ -166,6 +175,8 @@ def units_of(block: Block) -> int:
     own = sizes(block)
     if isinstance(block, Attention):
         return own["kv_head"] * own["query"]
+    if isinstance(block, Mla):
+        return own["query"]
     if isinstance(block, Ffn):
         return own["ffn"]
     if isinstance(block, Mamba):

@@ -40,6 +40,26 @@ class Attention:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mla:
+    """Multi-head latent attention: ``query`` heads that share one latent of keys and values.
+
+    A head's queries and keys have ``nope_dim`` numbers without positions and ``rope_dim`` with;
+    those of the keys with positions are shared too. ``q_rank`` is the width that queries are made
+    from; None: they are made from the residual stream.
+    """
+
+    kind: Literal["mla"] = "mla"
+    layer: int
+    query: int
+    nope_dim: int
+    rope_dim: int
+    v_dim: int
+    kv_rank: int
+    q_rank: int | None
+    format: Format = "bf16"
+
+
+@dataclass(frozen=True, kw_only=True)
 class Ffn:
     """A dense feed-forward block of ``ffn`` neurons; gated ones have a third matrix."""
 
@@ -54,6 +74,7 @@ class Ffn:
 class Moe:
     """Routed experts and a shared one, if ``shared_ffn`` is not None; gated as an FFN is.
 
+    A router chooses ``top_k`` experts from the best ``top_group`` of ``routing_group`` groups.
     ``latent`` is the experts' input width if projected.
     """
 
@@ -64,9 +85,16 @@ class Moe:
     shared_ffn: int | None
     top_k: int
     routing_group: int = 1
+    top_group: int = 1
     latent: int | None = None
     gated: bool = False
     format: Format = "bf16"
+
+    @property
+    def fewest_experts(self) -> int:
+        """Fewest that leave it ``top_k`` to choose; groups are told apart by their best two."""
+        of_group = 1 if self.routing_group == 1 else 2
+        return self.routing_group * max(of_group, -(-self.top_k // self.top_group))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +128,7 @@ class DeltaNet:
     format: Format = "bf16"
 
 
-Block = Attention | Ffn | Moe | Mamba | DeltaNet
+Block = Attention | Mla | Ffn | Moe | Mamba | DeltaNet
 
 
 @with_config(STRICT)
@@ -145,6 +173,18 @@ def sizes(block: Block) -> dict[str, int]:
         for field in dataclasses.fields(block)
         if field.name != "layer" and type(value := getattr(block, field.name)) is int
     }
+
+
+def cached(block: Block) -> int:
+    """Numbers that a cache holds of a block for each token; 0 of one that has no cache."""
+    if isinstance(block, Attention):
+        return 2 * block.kv_head * block.head_dim
+    return block.kv_rank + block.rope_dim if isinstance(block, Mla) else 0
+
+
+def window(block: Block) -> int | None:
+    """How many tokens of a cache a block sees; None: all."""
+    return block.window if isinstance(block, Attention) else None
 
 
 def to_json(architecture: Architecture) -> str:

@@ -23,7 +23,7 @@ from compress.scores.ranking import activation_importance
 from compress.scores.taps import SQUARES
 from compress.student.candidate import Ranking
 from compress.student.masks import alive, summed
-from compress.student.units import Units, array_of, axes_in, unit_key, units_in
+from compress.student.units import Units, array_of, axes_in, number_of, unit_key, units_in
 
 
 @dataclass(frozen=True)
@@ -76,9 +76,9 @@ def kl_of_each(rows: Tensor, length: int) -> Tensor:
 def importance(scores: Scores, block: Block | None, axis: str) -> Tensor:
     """Predicted KL of losing each unit of an axis alone; None and "hidden" for the channels.
 
-    Shapes: hidden [hidden], kv_head [kv_head], query [kv_head, query], ffn and shared_ffn [width],
-    head [group, head], channel [channel], expert [expert], expert_ffn [expert, expert_ffn], latent
-    [latent].
+    Shapes: hidden [hidden], kv_head [kv_head], query [kv_head, query] or of latent attention
+    [query], ffn and shared_ffn [width], head [group, head], channel [channel], expert [expert],
+    expert_ffn [expert, expert_ffn], latent [latent].
     """
     if block is None:
         return kl_of_each(scores.contributions["hidden"], scores.length)
@@ -169,7 +169,7 @@ def choose(
             values = values[keep[rule.within]]
         if count < values.shape[-1]:
             # A router chooses among groups, which it takes to be equally large.
-            keep[axis] = top(values, count, sizes(block).get(rule.multiple or "", 1))
+            keep[axis] = top(values, count, number_of(block, rule.multiple))
     return keep
 
 

@@ -311,8 +311,8 @@ def sent(index: Tensor, experts: int) -> Iterator[tuple[Tensor, Tensor]]:
 
 
 def of_sequences(values: Tensor) -> Tensor:
-    """[sequences, tokens, features] summed over tokens, in fp32."""
-    return values.sum(1, dtype=torch.float32)
+    """[sequences, *tokens, features] summed over tokens, in fp32."""
+    return values.flatten(1, -2).sum(1, dtype=torch.float32)
 
 
 def squares_of(values: Tensor) -> Tensor:

@@ -12,10 +12,10 @@ from compress.core.errors import InputError
 from compress.core.settings import read_settings
 from compress.formats.table import Format, KvFormat
 from compress.memory.footprint import block_takes
-from compress.model.architecture import Architecture, Attention, Block, sizes
+from compress.model.architecture import Architecture, Block, cached, sizes
 from compress.model.families import family_of
 from compress.model.find import shipped
-from compress.student.units import AXES, axes_in
+from compress.student.units import AXES, axes_in, number_of
 
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
@@ -113,11 +113,11 @@ def counts(axis: str, size: int, shares: tuple[float, ...]) -> list[int]:
 
 
 def admissible(block: Block, target: Mapping[str, int]) -> bool:
-    """Whether routing still works: at least top-k experts, divisible by the routing groups."""
-    own, rules = sizes(block), axes_in(block)
+    """Whether routing still works: enough experts to choose from, as many of every group."""
+    rules = axes_in(block)
     return all(
-        count >= own.get(rules[axis].least or "", 1)
-        and count % own.get(rules[axis].multiple or "", 1) == 0
+        count >= number_of(block, rules[axis].least)
+        and count % number_of(block, rules[axis].multiple) == 0
         for axis, count in target.items()
     )
 
@@ -188,4 +188,4 @@ def resized(block: Block, target: Mapping[str, int], format: Format = "bf16") ->
 
 def last_attention_must_stay(architecture: Architecture) -> list[int]:
     """Blocks of which one at least must survive: caches and position need an attention block."""
-    return [n for n, block in enumerate(architecture.blocks) if isinstance(block, Attention)]
+    return [n for n, block in enumerate(architecture.blocks) if cached(block)]

@@ -20,7 +20,7 @@ class Axis:
     Every kept position of the axis ``within``, the one before it, has kept indices of its own;
     None: all share them. A ``width`` is rounded to what matrix products like. ``routed`` units see
     the tokens that a router sends them and, once gone, none: no mask on what they put out cuts
-    them. ``least`` and ``multiple`` name sizes of the block that bound and that divide a count.
+    them. ``least`` and ``multiple`` name numbers of the block that bound and that divide a count.
     """
 
     within: str | None = None
@@ -60,12 +60,13 @@ UNITS: Mapping[str, tuple[Units, ...]] = {
             ("kv_head", "query"), {"kv_head": Axis(), "query": Axis(within="kv_head")}, scalar=False
         ),
     ),
+    "mla": (Units(("query",), {"query": Axis()}, scalar=False),),
     "ffn": (Units(("ffn",), {"ffn": Axis(width=True)}),),
     "moe": (
         Units(
             ("expert", "expert_ffn"),
             {
-                "expert": Axis(routed=True, least="top_k", multiple="routing_group"),
+                "expert": Axis(routed=True, least="fewest_experts", multiple="routing_group"),
                 "expert_ffn": Axis(within="expert", width=True),
             },
         ),
@@ -105,6 +106,12 @@ def units_in(block: Block) -> tuple[Units, ...]:
 def axes_in(block: Block) -> Mapping[str, Axis]:
     """The axes of a block that may shrink."""
     return {name: axis for units in units_in(block) for name, axis in units.cut.items()}
+
+
+def number_of(block: Block, name: str | None) -> int:
+    """A number of a block that an axis names; 1 where it names none."""
+    number: int = getattr(block, name) if name else 1
+    return number
 
 
 def unit_key(block: Block, units: Units) -> str:

@@ -1,10 +1,13 @@
 from pathlib import Path
+from typing import Any
 
+import pytest
 import torch
+from tiny_models import EVERY, write_tiny
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 from torch.testing import assert_close
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from compress.formats.fp8 import E4M3_MAX
 from compress.formats.kv import fp8_attention, set_kv_format, stored
@@ -62,6 +65,22 @@ def test_an_fp8_cache_changes_logits_a_little_and_switching_back_undoes_it(tiny:
     difference = float((during - before).square().mean().sqrt())
     assert 0 < difference < 0.15 * float(before.std())
     assert torch.equal(logits(model), before)
+
+
+class Rounded(DynamicCache):
+    """A cache that holds what it is given in FP8."""
+
+    def update(self, keys: Tensor, values: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+        return super().update(stored(keys), stored(values), *others)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+def test_an_fp8_cache_rounds_what_transformers_caches(family: str, tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / family, EVERY[family]))
+    expected = model(TOKENS, past_key_values=Rounded(config=model.config)).logits
+    set_kv_format(model, "fp8")
+    assert_close(logits(model), expected)
 
 
 def test_padding_is_masked_in_both_formats(tiny_llama: Path) -> None:

@@ -49,6 +49,9 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             "final_logit_softcapping": None,
         },
     ),
+    ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 0}),
+    ("deepseek_v3", {"rope_scaling": None, "n_group": 1, "num_experts_per_tok": 3}),
+    ("deepseek_v3", {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "head_dim": 8}),
     ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 0}),
     ("glm4_moe", {"n_group": 3, "topk_group": 2, "partial_rotary_factor": 0.25}),
 ]
@@ -84,6 +87,11 @@ def test_what_transformers_loads_computes_the_same(
         ("nemotron", {"num_key_value_heads": GONE}, "no num_key_value_heads"),
         ("nemotron", {"mlp_bias": True}, "mlp_bias=true is not supported"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_experts 6"),
+        ("deepseek_v3", {"num_key_value_heads": 2}, "2 is not num_attention_heads 4"),
+        ("deepseek_v3", {"head_dim": 16}, "head_dim 16 is not qk_rope_head_dim 8"),
+        ("deepseek_v3", {"qk_rope_head_dim": 7}, "qk_rope_head_dim 7 is odd"),
+        ("deepseek_v3", {"attention_bias": True}, "attention_bias=true is not supported"),
+        ("deepseek_v3", {"n_group": 6}, "leaves n_routed_experts 6 no two of a group"),
         ("glm4_moe", {"n_group": 4}, "n_routed_experts 6 is not a multiple of n_group 4"),
         (
             "gemma3",

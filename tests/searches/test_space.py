@@ -1,13 +1,15 @@
 """Spaces: a wrong file or name is one line."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from tiny_models import EVERY
 
 from compress.core.errors import InputError
+from compress.model.architecture import Moe
 from compress.model.families import read_architecture
-from compress.searches.space import load_space, of_family
+from compress.searches.space import admissible, load_space, of_family
 
 
 @pytest.mark.parametrize(
@@ -47,3 +49,15 @@ def test_a_family_without_hidden_axis_leaves_it_out_in_one_line() -> None:
     assert space.axes.keys() == joint.axes.keys() - {"hidden"}
     assert line is not None
     assert line.startswith("hidden stays 64, as in every nemotron student: its LayerNorms")
+
+
+def test_a_router_is_left_enough_experts_of_every_group() -> None:
+    moe = Moe(layer=0, expert=12, expert_ffn=32, shared_ffn=None, top_k=2)
+
+    def counts(block: Moe) -> list[int]:
+        return [n for n in range(1, 13) if admissible(block, {"expert": n})]
+
+    assert counts(moe) == list(range(2, 13))
+    assert counts(replace(moe, routing_group=3)) == [6, 9, 12]
+    assert counts(replace(moe, routing_group=2, top_group=1, top_k=4)) == [8, 10, 12]
+    assert counts(replace(moe, routing_group=2, top_group=2, top_k=8)) == [8, 10, 12]

@@ -8,6 +8,7 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, sizes
+from compress.model.families.deepseek_v3 import DEEPSEEK_V3
 from compress.model.families.family import Family
 from compress.model.families.gemma3 import GEMMA3
 from compress.model.families.glm4_moe import GLM4_MOE
@@ -28,7 +29,10 @@ from compress.model.families.wrapper import WRAPPERS, text_config
 from compress.model.layout import Parameter, Slot, shape
 
 DENSE = (LLAMA, GEMMA3, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
-MIXED = (GLM4_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, NEMOTRON_H)
+MIXED = (
+    *(DEEPSEEK_V3, GLM4_MOE, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
+    NEMOTRON_H,
+)
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 
 

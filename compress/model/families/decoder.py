@@ -71,6 +71,7 @@ def experts(module: str, reading: str | None = None, writing: str | None = None)
 EXPERTS = experts("mlp.experts")
 SITES = {
     "attention": Site(mixer="self_attn", norm="input_layernorm", pair=True),
+    "mla": Site(mixer="self_attn", norm="input_layernorm", pair=True),
     "ffn": Site(mixer="mlp", norm="post_attention_layernorm"),
     "moe": Site(mixer="mlp", norm="post_attention_layernorm", router="mlp.gate"),
 }

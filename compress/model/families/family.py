@@ -5,7 +5,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from compress.model.architecture import Architecture, Attention, Block, DeltaNet, Ffn, Mamba, Moe
+from compress.model.architecture import (
+    Architecture,
+    Attention,
+    Block,
+    DeltaNet,
+    Ffn,
+    Mamba,
+    Mla,
+    Moe,
+)
 from compress.model.families.settings import Kind
 from compress.model.layout import Slot
 
@@ -56,6 +65,16 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
             qkv_bias=config.get("qkv_bias", False),
             qk_norm=config.get("qk_norm", False),
         )
+    if kind == "mla":
+        return Mla(
+            layer=layer,
+            query=config["num_attention_heads"],
+            nope_dim=config["qk_nope_head_dim"],
+            rope_dim=config["qk_rope_head_dim"],
+            v_dim=config["v_head_dim"],
+            kv_rank=config["kv_lora_rank"],
+            q_rank=config["q_lora_rank"],
+        )
     if kind == "ffn":
         return Ffn(layer=layer, ffn=config["intermediate_size"], gated=gated)
     if kind == "mamba":
@@ -85,6 +104,7 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
         shared_ffn=config["moe_shared_expert_intermediate_size"],
         top_k=config["num_experts_per_tok"],
         routing_group=config.get("n_group", 1),
+        top_group=config.get("topk_group", 1),
         latent=config.get("moe_latent_size"),
         gated=gated,
     )
@@ -98,6 +118,8 @@ def fixed_keys(block: Block) -> dict[str, Any]:
             "num_key_value_heads": block.kv_head,
             "head_dim": block.head_dim,
         }
+    if isinstance(block, Mla):
+        return dict.fromkeys(("num_attention_heads", "num_key_value_heads"), block.query)
     if isinstance(block, Ffn):
         return {"intermediate_size": block.ffn}
     if isinstance(block, Mamba):

@@ -59,17 +59,18 @@ def normal(config: Config) -> dict[str, Any]:
     return own
 
 
-def read(config: Config) -> Architecture:
-    """Architecture of a GLM-4 MoE config; layers that predict further tokens are not counted."""
+def with_experts(config: Config) -> dict[str, Any]:
+    """A config that says how wide its shared expert is; InputError where routing cannot work."""
     settings.require_divides(config, ("n_routed_experts", "n_group"))
     settings.require_routing(config)
     wide = config["moe_intermediate_size"] * config["n_shared_experts"]
-    named = {
-        **config,
-        "moe_shared_expert_intermediate_size": wide,
-        "qkv_bias": config["attention_bias"],
-        "qk_norm": config["use_qk_norm"],
-    }
+    return {**config, "moe_shared_expert_intermediate_size": wide}
+
+
+def read(config: Config) -> Architecture:
+    """Architecture of a GLM-4 MoE config; layers that predict further tokens are not counted."""
+    named = with_experts(config)
+    named |= {"qkv_bias": config["attention_bias"], "qk_norm": config["use_qk_norm"]}
     dense = config["first_k_dense_replace"]
     return shared.read(named, "glm4_moe", second=lambda layer: "ffn" if layer < dense else "moe")
 
