@@ -10,10 +10,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import ONE_THREAD
+from tiny_models import EVERY, ONE_THREAD, write_tiny
 
 from compress.model.build import load_model
-from compress.model.families import FAMILIES
+from compress.model.families import FAMILIES, family_of
 from compress.model.kernels import modeling
 
 # As the packages say what they offer; where transformers looks for it.
@@ -26,6 +26,9 @@ PACKAGES = {
         *("mamba_chunk_scan_combined", "mamba_split_conv1d_scan_combined"),
     ),
     "mamba_ssm/ops/triton/selective_state_update.py": ("selective_state_update",),
+    "fla/__init__.py": (),
+    "fla/ops/__init__.py": (),
+    "fla/ops/gated_delta_rule.py": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
 }
 KERNEL = "def {name}(x, *rest, **named):\n    raise RuntimeError('Expected x.is_cuda()')\n"
 # Whether each kernel was found where it is asked for, then logits in eval mode, in training mode
@@ -34,16 +37,17 @@ FORWARDS = """
 import sys, torch
 from pathlib import Path
 from compress.model.build import load_model
-from compress.model.families import FAMILIES
+from compress.model.families import family_of
 from compress.model.kernels import modeling
 from safetensors.torch import save_file
 
 model = load_model(Path(sys.argv[1]))
 rows = torch.arange(1, 41).view(2, 20)
-module = modeling("nemotron_h")
+kind = model.config.model_type
+module = modeling(kind)
 class Elsewhere:
     is_cpu = False
-for name in FAMILIES["nemotron_h"].kernels:
+for name in family_of(kind).kernels:
     try:
         getattr(module, name)(Elsewhere())
     except RuntimeError as error:
@@ -58,16 +62,18 @@ save_file({key: value.contiguous() for key, value in found.items()}, sys.argv[2]
 """
 
 
-def test_packages_for_a_gpu_change_nothing_on_a_cpu(tiny_hybrid: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", [n for n in EVERY if family_of(EVERY[n]["model_type"]).kernels])
+def test_packages_for_a_gpu_change_nothing_on_a_cpu(name: str, tmp_path: Path) -> None:
+    model_path = write_tiny(tmp_path / "m", EVERY[name])
     for file, names in PACKAGES.items():
         path = tmp_path / "packages" / file
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("".join(KERNEL.format(name=name) for name in names))
     out = tmp_path / "logits"
     paths = [str(tmp_path / "packages"), *sys.path]
-    command = [sys.executable, "-c", FORWARDS, str(tiny_hybrid), str(out)]
+    command = [sys.executable, "-c", FORWARDS, str(model_path), str(out)]
     subprocess.run(command, env=ONE_THREAD | {"PYTHONPATH": ":".join(paths)}, check=True)
-    found, model = load_file(out), load_model(tiny_hybrid)
+    found, model = load_file(out), load_model(model_path)
     rows = torch.arange(1, 41).view(2, 20)
     with torch.no_grad():
         assert torch.equal(found["eval"], model(rows).logits)

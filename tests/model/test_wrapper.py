@@ -30,11 +30,19 @@ EYES = {
     "patch_size": 14,
 }
 PIXTRAL = {"vision_config": EYES | {"model_type": "pixtral", "head_dim": 16}}
+VISUAL = {
+    "vision_config": {
+        "depth": 1, "hidden_size": 32, "intermediate_size": 48, "num_heads": 2,
+        "out_hidden_size": 64, "num_position_embeddings": 16,
+    }
+}  # fmt: skip
 # A multimodal model type, its text model among the tiny ones, and the rest of its config.
 WRAPPED: list[tuple[str, str, dict[str, Any]]] = [
     ("gemma3", "gemma3", {"mm_tokens_per_image": 4, "vision_config": EYES}),
     ("mistral3", "mistral", PIXTRAL),
     ("mistral3", "ministral3", PIXTRAL),
+    ("qwen3_5", "qwen3_5_text", VISUAL),
+    ("qwen3_5_moe", "qwen3_5_moe_text", VISUAL),
 ]
 
 

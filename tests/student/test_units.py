@@ -19,7 +19,8 @@ from compress.student.repair import kept_columns
 from compress.student.units import AXES, array_of, axes_in, projections, units_in
 
 TEACHERS = {
-    name: read_architecture(EVERY[name]) for name in ("llama", "hybrid", "nemotron_h_latent")
+    name: read_architecture(EVERY[name])
+    for name in ("llama", "hybrid", "nemotron_h_latent", "qwen3_next", "qwen3_5_text")
 }
 CASES = [
     pytest.param(teacher, block, id=f"{name}-{block.layer}.{block.kind}")

@@ -30,6 +30,8 @@ TOWERS = (*EYES, *(f"model.{name}" for name in EYES))
 WRAPPERS: Mapping[str, Wrapper] = {
     "gemma3": Wrapper(text="gemma3_text", towers=TOWERS),
     "mistral3": Wrapper(text="mistral", towers=TOWERS),
+    "qwen3_5": Wrapper(text="qwen3_5_text", towers=("model.visual.",)),
+    "qwen3_5_moe": Wrapper(text="qwen3_5_moe_text", towers=("model.visual.",)),
 }
 # How names begin there, and in a checkpoint of the text model.
 PREFIXES = {"language_model.": "", "model.language_model.": "model."}
