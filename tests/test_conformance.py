@@ -25,11 +25,11 @@ from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import (
     count_parameters,
     family_of,
-    parameters,
     read_architecture,
 )
 from compress.model.layout import Parameter, parse
 from compress.model.modules import final_hidden, head_of
+from compress.model.stacks import stored_shapes
 from compress.scores.contributions import contributions
 from compress.scores.costs import top
 from compress.student.masks import masked, masked_final
@@ -76,7 +76,7 @@ def test_every_tensor_that_transformers_saves_is_in_the_table(family: str, tmp_p
     AUTO.from_config(config).save_pretrained(tmp_path / "m")
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as reader:
         found = {name: tuple(reader.get_slice(name).get_shape()) for name in reader.offset_keys()}
-    assert {each.name: each.shape for each in parameters(architecture)} == found
+    assert {name: shape for name, shape, _ in stored_shapes(architecture)} == found
     assert from_json(to_json(architecture)) == architecture
 
 
@@ -226,13 +226,13 @@ def uneven(architecture: Architecture) -> Keep:
     gone = architecture.blocks[-1].layer
     last = [n for n, block in enumerate(architecture.blocks) if block.layer == gone]
     keep = without(architecture, *last, *([first] if others else []))
-    left = [block for block in architecture.blocks if block.layer != gone]
-    # Some families have experts in every layer.
-    [block, *_] = [b for b in left if b.kind == "ffn"] or [b for b in left if b.kind == "moe"]
-    if block.kind == "ffn":
-        return keep | {f"{block_name(block)}/ffn": some(48, of=sizes(block)["ffn"])}
-    experts, width = sizes(block)["expert"], sizes(block)["expert_ffn"]
-    return keep | {f"{block_name(block)}/expert_ffn": some(experts, width // 2, of=width)}
+    kinds = {b.kind: b for b in reversed(architecture.blocks) if b.layer != gone}
+    for kind, axis in (("ffn", "ffn"), ("moe", "expert_ffn"), ("mamba", "channel")):
+        if block := kinds.get(kind):
+            size = sizes(block)[axis]
+            outer = (sizes(block)["expert"],) if kind == "moe" else ()
+            keep[f"{block_name(block)}/{axis}"] = some(*outer, size // 2, of=size)
+    return keep
 
 
 def test_an_uneven_student_is_written_read_and_continues_text(

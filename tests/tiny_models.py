@@ -188,6 +188,31 @@ MORE["deepseek_v3"] = tiny_config(
     num_nextn_predict_layers=0,
     **ROUTED,
 )
+MORE["granitemoehybrid"] = tiny_config(
+    "granitemoehybrid",
+    "GraniteMoeHybrid",
+    "head_dim",
+    tie_word_embeddings=True,
+    layers_block_type=["mamba", "attention"] * 2,
+    num_local_experts=0,
+    shared_intermediate_size=96,
+    mamba_n_heads=8,
+    mamba_n_groups=2,
+    mamba_d_state=16,
+    mamba_chunk_size=16,
+    embedding_multiplier=3.0,
+    residual_multiplier=0.7,
+    attention_multiplier=0.2,
+    logits_scaling=2,
+)
+# Another model of the same family: experts, and positions.
+MORE["granitemoehybrid_moe"] = MORE["granitemoehybrid"] | {
+    "num_local_experts": 6,
+    "intermediate_size": 32,
+    "shared_intermediate_size": 48,
+    "position_embedding_type": "rope",
+    "tie_word_embeddings": False,
+}
 EVERY = TINY | MORE
 
 

@@ -39,6 +39,7 @@ from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, 
 from compress.model.families import count_parameters, parameters
 from compress.model.headers import INDEX, SINGLE
 from compress.model.layout import Parameter
+from compress.model.stacks import stacked
 from compress.student.rounded import rounded
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import Read, Stack, final_states, stack_at
@@ -155,10 +156,12 @@ def write_student(
         quantization, details = quantization_json(architecture)
         served = {**base, "quantization_config": quantization}
         config = served if target == "vllm" else {**own, "quantization": quantization}
-    formats, specs = weight_formats(architecture), plain_specs(architecture)
-    for name, format in formats.items():
-        specs |= stored_specs(name, specs[name].shape, format)
-    tensors = packed(stored, architecture, inputs)
+    formats = weight_formats(architecture)
+    specs = plain_specs(architecture, quantized=formats)
+    for each in parameters(architecture):
+        if (format := formats.get(each.name)) is not None:
+            specs |= stored_specs(each.name, each.shape, format)
+    tensors = stacked(packed(stored, architecture, inputs), architecture, formats)
     write_files(directory, tensors, specs, config, checkpoint.path, to_json(architecture))
     if details:
         write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))

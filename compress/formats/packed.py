@@ -113,10 +113,20 @@ class Packed:
 
     def read(self, name: str, owner: str) -> Tensor:
         """A tensor as stored."""
+        tensor: Tensor = self.file(name, owner).get_tensor(name)
+        return tensor
+
+    def row(self, name: str, owner: str, number: int) -> Tensor:
+        """One of those that are stacked in a tensor, as stored."""
+        [found] = self.file(name, owner).get_slice(name)[number : number + 1]
+        assert isinstance(found, Tensor)
+        return found
+
+    def file(self, name: str, owner: str) -> Any:
+        """The open file of a tensor."""
         if name not in self.files:
             raise InputError(f"{self.directory} has no tensor {name}, which {owner} needs")
-        tensor: Tensor = self.files[name].get_tensor(name)
-        return tensor
+        return self.files[name]
 
 
 def open_files(directory: Path) -> dict[str, Any]:

@@ -6,7 +6,7 @@ config; a removed half of a layer is a module that returns zero.
 
 import copy
 import itertools
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ from compress.model.families.family import Family
 from compress.model.families.wrapper import text_config
 from compress.model.fill import fill, part_of, place_of, require_filled
 from compress.model.kernels import modeling
+from compress.model.layout import Parameter
 
 
 class Removed(nn.Module):
@@ -161,16 +162,13 @@ def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTr
     family = family_of(architecture.family)
     lists = family.lists(architecture)
     settings |= {key: value for key, value in lists.items() if key in family.reads}
-    hidden = settings["hidden_size"]
-    if settings.get("head_dim"):
-        # Some classes want the width that their heads fill (transformers 5.23), although the model
-        # code does not need it: a student's is set past their checks.
-        settings["hidden_size"] = settings["num_attention_heads"] * settings["head_dim"]
+    taken = family.taken(settings)
     try:
-        built = AutoConfig.for_model(architecture.family, attn_implementation="sdpa", **settings)
+        built = AutoConfig.for_model(architecture.family, attn_implementation="sdpa", **taken)
     except (StrictDataclassError, KeyError) as error:
         raise InputError(f"config.json: {' '.join(str(error).split())}") from error
-    built.hidden_size = hidden
+    built.hidden_size = settings["hidden_size"]
+    family.settled(built)
     return built
 
 
@@ -184,6 +182,7 @@ def set_layers(model: Any, architecture: Architecture) -> None:
         changed = copy.deepcopy(model.config)
         for key, value in settings.items():
             setattr(changed, key, value)
+        family.settled(changed)
         return layer_class(changed, number)
 
     for number, blocks in layers_of(architecture).items():
@@ -222,6 +221,19 @@ def weight_formats(architecture: Architecture) -> dict[str, Format]:
     }
 
 
+def export_reader(path: Path, architecture: Architecture) -> Callable[[Parameter], Tensor]:
+    """What gives the parameters of a quantized export of ours, dequantized."""
+    packed = Packed(path, weight_formats(architecture))
+
+    def read(parameter: Parameter) -> Tensor:
+        name, stack = parameter.name, parameter.stack
+        if stack is None or parameter.expert is None or name in packed.formats:
+            return packed[name]
+        return parameter.slot.part.view(packed.row(stack, name, parameter.expert))
+
+    return read
+
+
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a directory: plain Hugging Face, heterogeneous, or a quantized export of ours.
 
@@ -230,8 +242,9 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     config = read_config(path)
     if is_export(path, config):
         architecture = architecture_of(path, config)
-        formats = weight_formats(architecture)
-        return build_model(config, architecture, Packed(path, formats).items(), dtype)
+        read = export_reader(path, architecture)
+        tensors = ((each.name, read(each)) for each in parameters(architecture))
+        return build_model(config, architecture, tensors, dtype)
     checkpoint = open_checkpoint(path)
     return build_model(checkpoint.config, checkpoint.architecture, checkpoint.items(), dtype)
 

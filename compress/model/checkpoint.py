@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +19,9 @@ from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, is_expo
 from compress.model.families import parameters, read_architecture
 from compress.model.headers import INDEX, SINGLE, Stored
 from compress.model.quantized import Quantized
+from compress.model.stacks import stacked, stored_shapes
 from compress.model.tensor_files import Write, tensor_writer
-from compress.model.weights import checked_weights
+from compress.model.weights import Slice, checked_weights
 
 SHARD_BYTES = 4 * 2**30
 GENERATION = "generation_config.json"
@@ -39,7 +40,7 @@ class Checkpoint:
     path: Path
     config: Mapping[str, Any]
     architecture: Architecture
-    tensors: Mapping[str, Stored | Quantized] = field(repr=False)
+    tensors: Mapping[str, Stored | Quantized | Slice] = field(repr=False)
     finite: set[str] = field(default_factory=set, repr=False)
     readers: dict[Path, Any] = field(default_factory=dict, repr=False)
 
@@ -49,7 +50,11 @@ class Checkpoint:
         InputError if it holds a NaN or an infinity.
         """
         stored = self.tensors[name]
-        tensor = stored.values(self.read) if isinstance(stored, Quantized) else self.read(stored)
+        if isinstance(stored, Slice):
+            [own] = self.values(stored.stack, stored.expert)
+            tensor = stored.part.view(own).contiguous()
+        else:
+            tensor = self.values(stored)
         if name not in self.finite:
             # Extremes pass NaN on, and take no memory.
             extremes = torch.aminmax(tensor) if tensor.numel() else ()
@@ -58,13 +63,26 @@ class Checkpoint:
             self.finite.add(name)
         return tensor
 
-    def read(self, stored: Stored) -> Tensor:
-        """A tensor as it is on disk."""
+    def values(self, stored: Stored | Quantized, row: int | None = None) -> Tensor:
+        """A tensor dequantized, or of a stack one row, [1, ...]."""
+        return (
+            stored.values(self.read, row)
+            if isinstance(stored, Quantized)
+            else self.read(stored, row)
+        )
+
+    def read(self, stored: Stored, row: int | None = None) -> Tensor:
+        """A tensor as it is on disk, or one row of it, [1, ...]."""
         if stored.file not in self.readers:
             # Kept open: a header is parsed once, and pages of the file are no memory of ours.
             opened: Any = safe_open(stored.file, framework="pt")
             self.readers[stored.file] = opened
-        found: Tensor = self.readers[stored.file].get_tensor(stored.name)
+        reader = self.readers[stored.file]
+        found: Tensor
+        if row is None:
+            found = reader.get_tensor(stored.name)
+        else:
+            found = reader.get_slice(stored.name)[row : row + 1]
         return found
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
@@ -117,19 +135,18 @@ def write_checkpoint(
     """
     read = from_json(architecture_json) if architecture_json else read_architecture(config)
     with atomic_directory(directory) as partial:
-        write_files(partial, tensors, plain_specs(read, dtype), config, source, architecture_json)
+        specs, whole = plain_specs(read, dtype), stacked(tensors, read)
+        write_files(partial, whole, specs, config, source, architecture_json)
         finish(partial)
 
 
 def plain_specs(
-    architecture: Architecture, dtype: torch.dtype = torch.bfloat16
+    architecture: Architecture, dtype: torch.dtype = torch.bfloat16, quantized: Container[str] = ()
 ) -> dict[str, Tensor]:
-    """Type and shape of every tensor of a checkpoint that is not quantized, on ``meta``."""
+    """Type and shape of every tensor of a checkpoint that is not ``quantized``, on ``meta``."""
     return {
-        each.name: torch.empty(
-            each.shape, dtype=torch.float32 if each.slot.float32 else dtype, device="meta"
-        )
-        for each in parameters(architecture)
+        name: torch.empty(shape, dtype=torch.float32 if one.slot.float32 else dtype, device="meta")
+        for name, shape, one in stored_shapes(architecture, quantized)
     }
 
 

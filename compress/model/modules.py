@@ -66,23 +66,27 @@ def product(x_ND: Tensor, weight_VD: Tensor) -> Tensor:
     return x_ND.float() @ weight_VD.float().T
 
 
+def setting(model: Any, key: str) -> float | None:
+    """A number of a model's config; None where its class does not declare it: no code reads it."""
+    declared = any(field.name == key for field in fields(model.config))
+    return getattr(model.config, key) if declared else None
+
+
 def head_of(model: Any) -> Head:
     """The output head of a model, as its config scales and caps it."""
-    # What the config's class does not declare its model code does not read.
-    declared = {field.name for field in fields(model.config)}
-
-    def setting(key: str) -> float | None:
-        return getattr(model.config, key) if key in declared else None
-
-    scale = (setting("logit_scale") or 1.0) / (setting("logits_scaling") or 1.0)
+    scale = (setting(model, "logit_scale") or 1.0) / (setting(model, "logits_scaling") or 1.0)
     weight = model.get_output_embeddings().weight
-    return Head(weight, scale, setting("final_logit_softcapping"))
+    return Head(weight, scale, setting(model, "final_logit_softcapping"))
 
 
-def embedding_scale(model: Any) -> float:
-    """What a model multiplies its embeddings by."""
-    scale: float = getattr(model.get_input_embeddings(), "scalar_embed_scale", 1.0)
-    return scale
+def scaled_embeddings(model: Any, rows: Tensor) -> Tensor:
+    """Rows of the embedding [..., D] as a model's first layer reads them."""
+    root: float | None = getattr(model.get_input_embeddings(), "scalar_embed_scale", None)
+    if root is not None:
+        # Rounded, as transformers does it.
+        rows = rows * torch.tensor(root, dtype=rows.dtype, device=rows.device)
+    times = setting(model, "embedding_multiplier")
+    return rows if times is None else rows * times
 
 
 def final_hidden(model: Any, ids_BT: Tensor) -> Tensor:

@@ -262,10 +262,22 @@ class Quantized:
         """Bytes on disk, scales included."""
         return sum(part.bytes for part in self.parts.values())
 
-    def values(self, read: "Callable[[Stored], Tensor]") -> "Tensor":
-        """The weight, fp32, of tensors as ``read`` gives them."""
-        parts = {key: read(part) for key, part in self.parts.items()}
-        return self.layout.values(parts, self.shape, self.block)
+    def values(
+        self, read: "Callable[[Stored, int | None], Tensor]", row: int | None = None
+    ) -> "Tensor":
+        """The weight, fp32, of tensors as ``read`` gives them, or of a stack one row, [1, ...].
+
+        ``read`` gives all of a tensor, or that row [1, ...].
+        """
+        if row is None:
+            parts = {key: read(part, None) for key, part in self.parts.items()}
+            return self.layout.values(parts, self.shape, self.block)
+        count = self.shape[0]
+        parts = {
+            key: read(part, row if len(part.shape) > 1 and part.shape[0] == count else None)
+            for key, part in self.parts.items()
+        }
+        return self.layout.values(parts, (1, *self.shape[1:]), self.block)
 
 
 def method_of(path: Path, config: Mapping[str, Any]) -> Method | None:

@@ -8,9 +8,11 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, architecture_of
+from compress.model.dequantize import Shape
 from compress.model.families import family_of, parameters
 from compress.model.families.wrapper import text_config, text_tensors
 from compress.model.headers import FLOATS, Stored, same_bytes, stored_tensors, weight_files
+from compress.model.layout import Part
 from compress.model.quantized import (
     METHODS,
     OF_ACTIVATIONS,
@@ -26,6 +28,15 @@ IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
 
 @dataclass(frozen=True)
+class Slice:
+    """One expert's weight of a stack of all of them."""
+
+    stack: Stored | Quantized
+    expert: int
+    part: Part
+
+
+@dataclass(frozen=True)
 class Weights:
     """Every parameter's tensor, or tensors where it is quantized, and the architecture they tell.
 
@@ -33,16 +44,15 @@ class Weights:
     """
 
     architecture: Architecture
-    tensors: Mapping[str, Stored | Quantized]
+    tensors: Mapping[str, Stored | Quantized | Slice]
     bytes: int
     method: str | None = None
 
     @property
     def quantized(self) -> str:
         """The formats that weights are quantized in, and by whom; empty where none is."""
-        formats = {
-            each.layout.format for each in self.tensors.values() if isinstance(each, Quantized)
-        }
+        found = (each.stack if isinstance(each, Slice) else each for each in self.tensors.values())
+        formats = {each.layout.format for each in found if isinstance(each, Quantized)}
         return f"{', '.join(sorted(formats))} by {self.method}" if formats else ""
 
 
@@ -102,25 +112,20 @@ def check_tensors(
         stored[family.embedding] = head
     unread = tuple(start.format(layers=architecture.layers) for start in family.unread)
     left = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
-    found: dict[str, Stored | Quantized] = {}
+    claimed: dict[str, Stored | Quantized] = {}
+    found: dict[str, Stored | Quantized | Slice] = {}
     for parameter in parameters(architecture):
-        name, shape = parameter.name, parameter.shape
-        weight = held(path, name, shape, left, method) if method else None
-        if weight:
-            found[name] = weight
-            for part in weight.parts:
-                del left[part_name(part, name)]
+        name, stack = parameter.name, parameter.stack
+        if weight := claim(path, name, parameter.shape, left, method):
+            found[name] = claimed[name] = weight
             continue
-        if name not in left:
+        if stack is None or parameter.expert is None or parameter.stacked is None:
             raise InputError(f"{path} has no tensor {name}")
-        tensor = found[name] = left.pop(name)
-        if tensor.shape != shape:
-            raise InputError(
-                f"tensor {name} in {path} has shape {list(tensor.shape)}, "
-                f"its config says {list(shape)}"
-            )
-        if tensor.dtype not in FLOATS:
-            raise InputError(f"tensor {name} in {path} is stored as {tensor.dtype}")
+        if stack not in claimed:
+            if (whole := claim(path, stack, parameter.stacked, left, method)) is None:
+                raise InputError(f"{path} has no tensor {stack}")
+            claimed[stack] = whole
+        found[name] = Slice(claimed[stack], parameter.expert, parameter.slot.part)
     if architecture.tied:
         left.pop(family.head, None)
     ignored = OF_ACTIVATIONS if method else ()
@@ -128,5 +133,28 @@ def check_tensors(
     if unknown := [name for name in sorted(left) if not name.endswith(IGNORED_SUFFIX)]:
         knows = f"which no table of {architecture.family} knows"
         raise InputError(f"{path} holds tensor {unknown[0]}, {knows}")
-    total = sum(each.bytes for each in (*found.values(), *beside))
+    total = sum(each.bytes for each in (*claimed.values(), *beside))
     return Weights(architecture, found, total, method.name if method else None)
+
+
+def claim(
+    path: Path, name: str, shape: Shape, left: dict[str, Stored], method: Method | None
+) -> Stored | Quantized | None:
+    """A tensor, taken from those that are left, or several where it is quantized; None if none is.
+
+    InputError where it is misshaped.
+    """
+    if method and (weight := held(path, name, shape, left, method)):
+        for part in weight.parts:
+            del left[part_name(part, name)]
+        return weight
+    if name not in left:
+        return None
+    tensor = left.pop(name)
+    if tensor.shape != shape:
+        raise InputError(
+            f"tensor {name} in {path} has shape {list(tensor.shape)}, its config says {list(shape)}"
+        )
+    if tensor.dtype not in FLOATS:
+        raise InputError(f"tensor {name} in {path} is stored as {tensor.dtype}")
+    return tensor

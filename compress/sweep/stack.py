@@ -15,15 +15,14 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from compress.formats.kv import set_kv_format
-from compress.formats.packed import Packed
 from compress.model.architecture import Architecture
-from compress.model.build import generates, skeleton, weight_formats
+from compress.model.build import export_reader, generates, skeleton
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters
 from compress.model.fill import empty, fill
 from compress.model.layout import Parameter
-from compress.model.modules import Head, embedding_scale, final_norm, head_of
+from compress.model.modules import Head, final_norm, head_of, scaled_embeddings
 from compress.sweep.placement import REFERENCE, Placement, return_free_memory
 
 # B sequences, T tokens, D hidden.
@@ -146,9 +145,7 @@ class Stack:
         ids, places = torch.unique(ids_BT.to(table.device), return_inverse=True)
         place = self.placement
         rows = table[ids].to(place.device, place.dtype)
-        # Rounded, as transformers does it.
-        scale = torch.tensor(embedding_scale(self.model), dtype=place.dtype, device=place.device)
-        return embedding(places.to(place.device), rows) * scale
+        return scaled_embeddings(self.model, embedding(places.to(place.device), rows))
 
     def run(self, number: int, layer: nn.Module, hidden_BTD: Tensor) -> Tensor:
         """A layer's output [B, T, D] as the model's own forward calls it, without a cache."""
@@ -226,8 +223,7 @@ def stack_at(path: Path, placement: Placement = REFERENCE) -> Stack:
     if not is_export(path, config):
         return stack_of(open_checkpoint(path), placement)
     architecture = architecture_of(path, config)
-    packed = Packed(path, weight_formats(architecture))
-    stack = Stack(config, architecture, lambda parameter: packed[parameter.name], placement)
+    stack = Stack(config, architecture, export_reader(path, architecture), placement)
     generates(stack.model, path)
     return stack
 

@@ -54,6 +54,10 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "head_dim": 8}),
     ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 0}),
     ("glm4_moe", {"n_group": 3, "topk_group": 2, "partial_rotary_factor": 0.25}),
+    ("granitemoehybrid", {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}),
+    ("granitemoehybrid", {"layers_block_type": GONE, "layer_types": ["full_attention"] * 4}),
+    ("granitemoehybrid", {"mamba_d_head": "auto", "position_embedding_type": "rope"}),
+    ("granitemoehybrid_moe", {"num_experts_per_tok": 1, "rope_theta": 1e6, "mamba_expand": 2}),
 ]
 
 
@@ -102,6 +106,10 @@ def test_what_transformers_loads_computes_the_same(
         ("gemma3", {"sliding_window": None}, "no sliding_window is used"),
         ("gemma3", {"partial_rotary_factor": 0.5}, "with partial_rotary_factor 0.5 is not supp"),
         ("gemma3", {"rope_parameters": {"full_attention": 3}}, "full_attention is 3, not a table"),
+        ("granitemoehybrid", {"mamba_n_heads": 7, "mamba_d_head": 16}, "are not mamba_expand 2 of"),
+        ("granitemoehybrid", {"layers_block_type": ["conv"] * 4}, "unknown layer type 'conv'"),
+        ("granitemoehybrid", {"time_step_limit": [0.0, 0.5]}, "it is .0, infinity"),
+        ("granitemoehybrid_moe", {"num_experts_per_tok": 7}, "is above num_local_experts 6"),
         ("mistral", {"num_hidden_layers": 10**12}, "not a whole number from 1 to 9999"),
     ],
     ids=str,

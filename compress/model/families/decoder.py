@@ -123,7 +123,7 @@ def read(
     whole = {**config, "head_dim": head_dim, "num_key_value_heads": kv_heads}
     blocks: list[Block] = []
     for layer in range(layers):
-        own: dict[str, Any] = {"rope": turns is None or bool(turns[layer])}
+        own: dict[str, Any] = {} if turns is None else {"rope": bool(turns[layer])}
         if "sliding_window" in config and kinds is not None:
             own["sliding_window"] = window_of(config, kinds[layer])
         for kind in (first(layer), second(layer)):

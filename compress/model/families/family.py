@@ -137,6 +137,16 @@ def fixed_keys(block: Block) -> dict[str, Any]:
     } | ({} if block.latent is None else {"moe_latent_size": block.latent})
 
 
+def heads_wide(own: dict[str, Any]) -> dict[str, Any]:
+    """Settings with the hidden size that heads fill.
+
+    Some classes want it (transformers 5.23), although the model code does not need it.
+    """
+    if not own.get("head_dim"):
+        return own
+    return own | {"hidden_size": own["num_attention_heads"] * own["head_dim"]}
+
+
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One model family. Tensor names are those of the checkpoint on disk.
@@ -148,6 +158,8 @@ class Family:
     need to be other than ``fixed`` says. ``modules`` is where transformers keeps the family: module
     path, model class, layer class; ``stock`` says whether its config class takes an architecture
     whose layers agree. ``whole_hidden`` says why the hidden size of a student stays its teacher's.
+    ``taken`` gives settings that differ in what its config class checks, and pass there, and
+    ``settled`` puts right on a config what follows from the true ones.
     ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
     """
 
@@ -171,6 +183,8 @@ class Family:
     lists: Callable[[Architecture], dict[str, Any]] = lambda _: {}
     stock: Callable[[Architecture], bool] = lambda _: True
     whole_hidden: str | None = None
+    taken: Callable[[dict[str, Any]], dict[str, Any]] = heads_wide
+    settled: Callable[[Any], None] = lambda _: None
     # Tensors on disk that transformers leaves out, by the beginning of their names; ``{layers}`` is
     # the number of layers. A student has none of them.
     unread: tuple[str, ...] = ()
