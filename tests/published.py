@@ -332,6 +332,21 @@ GRANITE_MICRO: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": True,
 }
+GPT_OSS_20B: dict[str, Any] = {
+    "model_type": "gpt_oss",
+    "vocab_size": 201088,
+    "hidden_size": 2880,
+    "intermediate_size": 2880,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 64,
+    "num_key_value_heads": 8,
+    "head_dim": 64,
+    "num_local_experts": 32,
+    "num_experts_per_tok": 4,
+    "sliding_window": 128,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": False,
+}
 PUBLISHED = {
     "Nemotron-H-8B": (HYBRID_8B, 8_100_852_736),
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
@@ -340,6 +355,7 @@ PUBLISHED = {
     "Nemotron-3-Super-120B-A12B": (SUPER_120B, 120_668_707_840),
     "Llama-3.1-8B": (LLAMA_8B, 8_030_261_248),
     "Llama-3.2-1B": (LLAMA_1B, 1_235_814_400),
+    "gpt-oss-20b": (GPT_OSS_20B, 20_914_757_184),
     "Granite-4.0-H-Micro": (GRANITE_MICRO, 3_191_396_096),
     "SmolLM2-135M": (SMOLLM2, 134_515_008),
     "Minitron-4B": (MINITRON_4B, 4_190_509_056),

@@ -213,6 +213,17 @@ MORE["granitemoehybrid_moe"] = MORE["granitemoehybrid"] | {
     "position_embedding_type": "rope",
     "tie_word_embeddings": False,
 }
+MORE["gpt_oss"] = tiny_config(
+    "gpt_oss",
+    "GptOss",
+    intermediate_size=32,
+    num_local_experts=6,
+    num_experts_per_tok=2,
+    sliding_window=6,
+    swiglu_limit=2.0,
+    rope_parameters={"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0,
+                     "original_max_position_embeddings": 8, "truncate": False},
+)  # fmt: skip
 EVERY = TINY | MORE
 
 

@@ -164,7 +164,9 @@ def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTr
     settings |= {key: value for key, value in lists.items() if key in family.reads}
     taken = family.taken(settings)
     try:
-        built = AutoConfig.for_model(architecture.family, attn_implementation="sdpa", **taken)
+        built = AutoConfig.for_model(
+            architecture.family, attn_implementation=family.attention, **taken
+        )
     except (StrictDataclassError, KeyError) as error:
         raise InputError(f"config.json: {' '.join(str(error).split())}") from error
     built.hidden_size = settings["hidden_size"]

@@ -11,6 +11,7 @@ from transformers import DynamicCache, PreTrainedModel
 
 from compress.formats.fp8 import E4M3_MAX
 from compress.formats.kv import fp8_attention, set_kv_format, stored
+from compress.formats.table import KvFormat
 from compress.model.build import load_model
 
 TOKENS = torch.randint(0, 128, (2, 24), generator=torch.Generator().manual_seed(3))
@@ -67,6 +68,18 @@ def test_an_fp8_cache_changes_logits_a_little_and_switching_back_undoes_it(tiny:
     assert torch.equal(logits(model), before)
 
 
+@pytest.mark.parametrize("kv_format", ["bf16", "fp8"])
+def test_attention_sinks_are_heard_in_both_formats(kv_format: KvFormat, tmp_path: Path) -> None:
+    model: Any = load_model(write_tiny(tmp_path / "m", EVERY["gpt_oss"]))
+    before = logits(model)
+    set_kv_format(model, kv_format)
+    during = logits(model)
+    assert torch.equal(during, before) == (kv_format == "bf16")
+    for layer in model.model.layers:
+        layer.self_attn.sinks += 3
+    assert (logits(model) - during).abs().max() > 0.5
+
+
 class Rounded(DynamicCache):
     """A cache that holds what it is given in FP8."""
 
@@ -75,7 +88,7 @@ class Rounded(DynamicCache):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("family", ["llama", "deepseek_v3"])
+@pytest.mark.parametrize("family", ["llama", "deepseek_v3", "gpt_oss"])
 def test_an_fp8_cache_rounds_what_transformers_caches(family: str, tmp_path: Path) -> None:
     model = load_model(write_tiny(tmp_path / family, EVERY[family]))
     expected = model(TOKENS, past_key_values=Rounded(config=model.config)).logits
@@ -83,8 +96,9 @@ def test_an_fp8_cache_rounds_what_transformers_caches(family: str, tmp_path: Pat
     assert_close(logits(model), expected)
 
 
-def test_padding_is_masked_in_both_formats(tiny_llama: Path) -> None:
-    model = load_model(tiny_llama)
+@pytest.mark.parametrize("family", ["llama", "gpt_oss"])
+def test_padding_is_masked_in_both_formats(family: str, tmp_path: Path) -> None:
+    model = load_model(write_tiny(tmp_path / family, EVERY[family]))
     mask = torch.ones_like(TOKENS)
     mask[:, :5] = 0
     other = torch.where(mask.bool(), TOKENS, 7)

@@ -12,6 +12,7 @@ from compress.model.families.deepseek_v3 import DEEPSEEK_V3
 from compress.model.families.family import Family
 from compress.model.families.gemma3 import GEMMA3
 from compress.model.families.glm4_moe import GLM4_MOE
+from compress.model.families.gpt_oss import GPT_OSS
 from compress.model.families.granitemoehybrid import GRANITEMOEHYBRID
 from compress.model.families.llama import LLAMA
 from compress.model.families.ministral3 import MINISTRAL3
@@ -32,7 +33,7 @@ from compress.model.layout import Parameter, Slot, shape
 DENSE = (LLAMA, GEMMA3, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
 MIXED = (
     *(DEEPSEEK_V3, GLM4_MOE, GRANITEMOEHYBRID, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
-    NEMOTRON_H,
+    *(GPT_OSS, NEMOTRON_H),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 

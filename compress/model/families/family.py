@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from compress.model.architecture import (
     Architecture,
@@ -158,8 +158,9 @@ class Family:
     need to be other than ``fixed`` says. ``modules`` is where transformers keeps the family: module
     path, model class, layer class; ``stock`` says whether its config class takes an architecture
     whose layers agree. ``whole_hidden`` says why the hidden size of a student stays its teacher's.
-    ``taken`` gives settings that differ in what its config class checks, and pass there, and
-    ``settled`` puts right on a config what follows from the true ones.
+    ``attention`` is transformers' name of what computes it. ``taken`` gives settings that differ in
+    what its config class checks, and pass there, and ``settled`` puts right on a config what
+    follows from the true ones.
     ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
     """
 
@@ -177,6 +178,7 @@ class Family:
     modules: tuple[str, str, str]
     final_norm: str
     sites: Mapping[str, Site]
+    attention: Literal["sdpa", "eager"] = "sdpa"
     fixed: Callable[[Block], dict[str, Any]] = fixed_keys
     kernels: tuple[str, ...] = ()
     parts: Callable[[Block], dict[str, dict[str, Any]]] = lambda _: {}
