@@ -31,9 +31,8 @@ from compress.export.modelopt import quantization_json
 from compress.export.targets import LOADERS, Loader, Target
 from compress.formats.packed import pack_block, stored_specs
 from compress.formats.table import Format
-from compress.memory.budget import in_format
 from compress.memory.footprint import Deployment, footprint
-from compress.model.architecture import Architecture, to_json
+from compress.model.architecture import Architecture, to_json, without_formats
 from compress.model.build import is_plain, student_config, weight_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
 from compress.model.families import count_parameters, parameters
@@ -123,11 +122,6 @@ def check_target(architecture: Architecture, target: Target) -> None:
             f"target {target!r} takes {', '.join(loader.formats)} only, this student has {formats} "
             f"weights and {architecture.kv_format} KV; use --target {others}"
         )
-
-
-def without_formats(architecture: Architecture) -> Architecture:
-    """The architecture with every number format set to BF16."""
-    return replace(in_format(architecture, "bf16"), kv_format="bf16")
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Quantized weights on disk: which tensors hold one, packed block by block and read back.
+"""Quantized weights on disk, as we write them: which tensors hold one, packed block by block.
 
 ========  =================  ======================  ================
 format    ``weight``         ``weight_scale``        beside them
@@ -10,19 +10,15 @@ INT4      U8 [out, in/2]     F16 [out, in/128]
 ========  =================  ======================  ================
 
 The names and the first two rows are ModelOpt's layout. ``input_scale`` F32 [] is for servers that
-quantize activations; reading back does not need it. Everything else is stored as it is.
+quantize activations. Everything else is stored as it is. ``model/quantized.py`` reads it back.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
-from pathlib import Path
-from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from compress.core.errors import InputError
 from compress.formats.blocks import CHUNK
 from compress.formats.fake import fused_groups, shared
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
@@ -86,59 +82,3 @@ def packed(weight: Tensor, format: Format, *common: Tensor) -> tuple[Tensor, ...
         *(row.numerics.pack(part, *common) for part in torch.split(weight, rows)), strict=True
     )
     return tuple(torch.cat(part) if part[0].dim() else part[0] for part in parts)
-
-
-class Packed:
-    """The parameters of an export under their plain names, each read when it is asked for.
-
-    ``formats`` has the format of every weight that is quantized; those come as fp32 values.
-    InputError on no safetensors file, a corrupt one, or a quantized weight without its scale.
-    """
-
-    def __init__(self, directory: Path, formats: Mapping[str, Format]) -> None:
-        self.directory, self.formats, self.files = directory, formats, open_files(directory)
-
-    def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every parameter that is there, by name."""
-        beside = {n for name in self.formats for n in stored_names(name, self.formats[name])[1:]}
-        return ((name, self[name]) for name in self.files if name not in beside)
-
-    def __getitem__(self, name: str) -> Tensor:
-        """A parameter, dequantized."""
-        if (format := self.formats.get(name, "bf16")) == "bf16":
-            return self.read(name, name)
-        names = [n for n in stored_names(name, format) if not n.endswith(INPUT_SCALE)]
-        found: Tensor = FORMATS[format].numerics.unpack(*(self.read(n, name) for n in names))
-        return found
-
-    def read(self, name: str, owner: str) -> Tensor:
-        """A tensor as stored."""
-        tensor: Tensor = self.file(name, owner).get_tensor(name)
-        return tensor
-
-    def row(self, name: str, owner: str, number: int) -> Tensor:
-        """One of those that are stacked in a tensor, as stored."""
-        [found] = self.file(name, owner).get_slice(name)[number : number + 1]
-        assert isinstance(found, Tensor)
-        return found
-
-    def file(self, name: str, owner: str) -> Any:
-        """The open file of a tensor."""
-        if name not in self.files:
-            raise InputError(f"{self.directory} has no tensor {name}, which {owner} needs")
-        return self.files[name]
-
-
-def open_files(directory: Path) -> dict[str, Any]:
-    """The open safetensors file of every tensor of a directory."""
-    found: dict[str, Any] = {}
-    # By pattern, not by index: exports for servers carry none (see export/student.py).
-    for path in sorted(directory.glob("*.safetensors")):
-        try:
-            file: Any = safe_open(path, framework="pt")
-        except SafetensorError as error:
-            raise InputError(f"{path} is corrupt: {error}") from error
-        found |= dict.fromkeys(file.keys(), file)
-    if not found:
-        raise InputError(f"{directory} holds no safetensors file")
-    return found

@@ -7,7 +7,7 @@ from compress.core.quantities import format_bytes
 from compress.formats.table import Format
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, block_takes, footprint
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, without_formats
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,8 +43,7 @@ def in_format(architecture: Architecture, format: Format) -> Architecture:
 
 def teacher_bytes(architecture: Architecture, deployment: Deployment) -> int:
     """Bytes of the model with BF16 weights and a 16-bit KV cache: what a share is a share of."""
-    whole = replace(in_format(architecture, "bf16"), kv_format="bf16")
-    return footprint(whole, deployment).total
+    return footprint(without_formats(architecture), deployment).total
 
 
 def resolve_budget(

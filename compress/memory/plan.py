@@ -10,6 +10,7 @@ from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.budget import Budget, in_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
+from compress.memory.stored import AsStored, as_stored
 from compress.model.architecture import Architecture, cached
 from compress.model.config import is_export, read_config
 from compress.model.families import count_active, count_parameters
@@ -31,11 +32,14 @@ class Option:
 class Plan:
     """The answer to ``compress plan``; ``largest_context`` is None without a budget or a limit.
 
-    ``quantized``: it is one of our quantized exports, whatever it is planned in.
+    ``quantized``: it is one of our quantized exports, whatever it is planned in. ``stored`` is what
+    any quantized model is on disk, and ``served`` its bytes as it is.
     """
 
     architecture: Architecture
     quantized: bool
+    stored: AsStored | None
+    served: Footprint | None
     deployment: Deployment
     footprint: Footprint
     largest_context: int | None
@@ -59,7 +63,13 @@ class Plan:
             "budget": None if self.budget is None else self.budget.bytes,
             "fits": self.fits,
             "largest_context": self.largest_context,
-        }
+        } | ({"stored": self.stored_json()} if self.stored else {})
+
+    def stored_json(self) -> dict[str, Any]:
+        """What the model is on disk, of a quantized one."""
+        assert self.stored
+        total = self.served.total if self.served else None
+        return {"formats": self.stored.formats, "weights": self.stored.weights, "total": total}
 
 
 def options_of(
@@ -97,8 +107,6 @@ def notes_of(
         if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
             inputs = f"inputs no multiple of {FORMATS[format].group}"
             yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
-    if config.get("quantization_config") and architecture.formats == {"bf16"}:
-        yield "config.json names a quantization; planned as bf16, which a search would need"
     if device and architecture.kv_format not in device.kv_formats:
         yield f"no backend is sure to run a {architecture.kv_format} KV cache on {device.name}"
     if device and device.count > 1:
@@ -120,6 +128,7 @@ def make_plan(
     """
     config = read_config(model)
     architecture = planned_architecture(model, config)
+    stored = as_stored(model, config)
     limit = resolve_budget(architecture, deployment, budget, device)
     planned = architecture if format is None else in_format(architecture, format)
     if kv_format is not None:
@@ -129,6 +138,8 @@ def make_plan(
     return Plan(
         architecture=planned,
         quantized=is_export(model, config),
+        stored=stored,
+        served=stored.served(architecture, deployment) if stored and stored.weights else None,
         deployment=deployment,
         footprint=footprint(planned, deployment),
         largest_context=longest if limit else None,

@@ -161,6 +161,12 @@ class Architecture:
 JSON = TypeAdapter(Architecture)
 
 
+def without_formats(architecture: Architecture) -> Architecture:
+    """The architecture with all weights and the KV cache in BF16."""
+    blocks = tuple(dataclasses.replace(block, format="bf16") for block in architecture.blocks)
+    return dataclasses.replace(architecture, blocks=blocks, kv_format="bf16")
+
+
 def block_name(block: Block) -> str:
     """The name that scores, candidates and reports use, such as ``layers.7.ffn``."""
     return f"layers.{block.layer}.{block.kind}"

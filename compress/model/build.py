@@ -6,7 +6,7 @@ config; a removed half of a layer is a module that returns zero.
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +19,15 @@ from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
 from compress.formats.kv import set_kv_format
-from compress.formats.packed import Packed
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import GENERATION, open_checkpoint
-from compress.model.config import architecture_of, is_export, read_config
+from compress.model.config import architecture_of, read_config
 from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family
 from compress.model.families.wrapper import text_config
 from compress.model.fill import fill, part_of, place_of, require_filled
 from compress.model.kernels import modeling
-from compress.model.layout import Parameter
 
 
 class Removed(nn.Module):
@@ -223,30 +221,11 @@ def weight_formats(architecture: Architecture) -> dict[str, Format]:
     }
 
 
-def export_reader(path: Path, architecture: Architecture) -> Callable[[Parameter], Tensor]:
-    """What gives the parameters of a quantized export of ours, dequantized."""
-    packed = Packed(path, weight_formats(architecture))
-
-    def read(parameter: Parameter) -> Tensor:
-        name, stack = parameter.name, parameter.stack
-        if stack is None or parameter.expert is None or name in packed.formats:
-            return packed[name]
-        return parameter.slot.part.view(packed.row(stack, name, parameter.expert))
-
-    return read
-
-
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of a directory: plain Hugging Face, heterogeneous, or a quantized export of ours.
+    """The model of a directory: plain Hugging Face, heterogeneous, or quantized by us or others.
 
     InputError on what ``open_checkpoint`` refuses.
     """
-    config = read_config(path)
-    if is_export(path, config):
-        architecture = architecture_of(path, config)
-        read = export_reader(path, architecture)
-        tensors = ((each.name, read(each)) for each in parameters(architecture))
-        return build_model(config, architecture, tensors, dtype)
     checkpoint = open_checkpoint(path)
     return build_model(checkpoint.config, checkpoint.architecture, checkpoint.items(), dtype)
 

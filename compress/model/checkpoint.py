@@ -14,8 +14,8 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
-from compress.model.architecture import Architecture, from_json
-from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, is_export, read_config
+from compress.model.architecture import Architecture, from_json, without_formats
+from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, read_config
 from compress.model.families import parameters, read_architecture
 from compress.model.headers import INDEX, SINGLE, Stored
 from compress.model.quantized import Quantized
@@ -102,17 +102,11 @@ def in_bf16(
 def open_checkpoint(path: Path) -> Checkpoint:
     """Open a checkpoint whose tensors are those of the family's table and have their shapes.
 
-    InputError on a missing or corrupt file, an unknown family, a quantized checkpoint, and a tensor
-    that is unknown, missing or misshaped, by name.
+    Quantized ones come dequantized. InputError on a missing or corrupt file, an unknown family, an
+    unknown quantization, and a tensor that is unknown, missing or misshaped, by name.
     """
     config = read_config(path)
-    architecture = architecture_of(path, config)
-    if is_export(path, config):
-        formats = ", ".join(sorted(architecture.formats - {"bf16"}))
-        raise InputError(
-            f"{path} is quantized ({formats}); this needs BF16 weights: take its teacher, or the "
-            "student in its run, under distill/ or candidates/"
-        )
+    architecture = without_formats(architecture_of(path, config))
     weights = checked_weights(path, config, architecture)
     return Checkpoint(path, config, weights.architecture, weights.tensors)
 

@@ -1,4 +1,4 @@
-"""The values of quantized weights, by layout; ``quantized.py`` says which tensors hold one.
+"""The values of quantized weights, by scheme; ``schemes.py`` says which tensors hold one.
 
 A weight is ``W = s * c``, with a code ``c`` for every number and a scale ``s`` for the tensor, its
 rows, its blocks, or the groups of a row; with zero points ``s * (c - z)``. ModelOpt's
@@ -49,10 +49,12 @@ def product(codes: "Tensor", scale: "Tensor", parts: Parts, block: Shape) -> "Te
 
     if (zero := parts.get(ZERO)) is not None:
         codes -= over(zero.float())
-    codes *= over(scale)
-    if (inputs := parts.get(INPUTS)) is not None:
-        codes *= inputs.float()
-    return codes
+    return of_inputs(codes.mul_(over(scale)), parts)
+
+
+def of_inputs(values: "Tensor", parts: Parts) -> "Tensor":
+    """Values times what the inputs are multiplied by, if they are; in place."""
+    return values.mul_(parts[INPUTS].float()) if INPUTS in parts else values
 
 
 def numbers(scale: "Tensor") -> "Tensor":
@@ -64,32 +66,43 @@ def numbers(scale: "Tensor") -> "Tensor":
     return power(scale) if scale.dtype == torch.uint8 else scale.float()
 
 
-def whole(scale: str, parts: Parts, _: Shape, block: Shape) -> "Tensor":
-    """FP8 and INT8: codes that are numbers."""
-    return product(parts[CODES].float(), numbers(parts[scale]), parts, block)
+def fp8(scale: str, parts: Parts, shape: Shape, block: Shape) -> "Tensor":
+    """FP8, with scales under a name."""
+    from compress.formats.fp8 import unpack
+
+    scales = spread(numbers(parts[scale]), shape, block)
+    return of_inputs(unpack(parts[CODES], scales), parts)
 
 
-def pairs(codes: str, parts: Parts, _: Shape, block: Shape) -> "Tensor":
-    """NVFP4 and MXFP4: codes in pairs, the even column in the low half."""
-    scale = numbers(parts[SCALE])
+def int8(parts: Parts, _: Shape, block: Shape) -> "Tensor":
+    """INT8: codes that are numbers."""
+    return product(parts[CODES].float(), parts[SCALE].float(), parts, block)
+
+
+def nvfp4(codes: str, parts: Parts, _: Shape, __: Shape) -> "Tensor":
+    """NVFP4, with codes under a name."""
+    import torch
+
+    from compress.formats.nvfp4 import unpack
+
     if SECOND in parts:
-        scale = scale * parts[SECOND].float()
-    if GLOBAL in parts:
-        scale = scale / parts[GLOBAL].float()
-    return product(e2m1(parts[codes]), scale, parts, block)
+        return of_inputs(unpack(parts[codes], parts[SCALE], parts[SECOND]), parts)
+    return unpack(parts[codes], parts[SCALE].float() / parts[GLOBAL], torch.ones(()))
 
 
-def e2m1(codes: "Tensor") -> "Tensor":
-    """The values of codes in pairs, [..., in/2] to [..., in]."""
-    from compress.formats.blocks import e2m1_values, from_pairs
+def mxfp4(codes: str, parts: Parts, _: Shape, __: Shape) -> "Tensor":
+    """MXFP4, with codes under a name."""
+    import torch
 
-    return e2m1_values(from_pairs(codes, 2)).view(*codes.shape[:-1], -1)
+    from compress.formats.mxfp4 import unpack
+
+    return unpack(parts[codes], parts[SCALE].view(torch.uint8))
 
 
-def experts(parts: Parts, _: Shape, block: Shape) -> "Tensor":
+def experts(parts: Parts, shape: Shape, block: Shape) -> "Tensor":
     """MXFP4 of gpt-oss: experts [expert, in, out] of blocks [expert, out, in/32, 16]."""
-    rows = e2m1(parts[BLOCKS].flatten(-2))
-    return product(rows, numbers(parts[SCALES]), {}, block).transpose(1, 2).contiguous()
+    rows = {CODES: parts[BLOCKS].flatten(-2), SCALE: parts[SCALES]}
+    return mxfp4(CODES, rows, shape, block).transpose(1, 2).contiguous()
 
 
 def words(bits: int, parts: Parts, shape: Shape, block: Shape) -> "Tensor":
@@ -125,7 +138,7 @@ def halves(parts: Parts, shape: Shape, block: Shape) -> "Tensor":
     return product(values, numbers(parts[SCALE]), parts, block)
 
 
-def ours(parts: Parts, _: Shape, block: Shape) -> "Tensor":
+def ours(parts: Parts, _: Shape, __: Shape) -> "Tensor":
     """INT4 of our own exports: two's complement, the even column in the low half of a byte."""
     from compress.formats.int4 import unpack
 

@@ -13,6 +13,7 @@ from compress.core.files import read_json
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
 FLOATS = ("BF16", "F16", "F32", "F64")
+PICKLED = (".bin", ".pt", ".pth", ".ckpt")
 PIECE_BYTES = 2**24
 
 
@@ -34,13 +35,20 @@ class Stored:
 
 
 def weight_files(path: Path, config: Mapping[str, Any]) -> list[Path]:
-    """The files that transformers reads: the single one where it is there, else the index's."""
+    """The files that transformers reads: the single one where it is there, else the index's.
+
+    Without either, all that there are: exports for servers have no index (export/student.py).
+    InputError where there is none.
+    """
     named = config.get("transformers_weights")
+    shards = sorted(path.glob("*.safetensors"))
     single = (path / SINGLE).is_file() or not (path / INDEX).is_file()
     if named not in (None, SINGLE if single else INDEX):
         raise InputError(f"{path}: transformers_weights {named!r} is not read here; remove the key")
+    if single and shards:
+        return [path / SINGLE] if path / SINGLE in shards else shards
     if single:
-        return [path / SINGLE]
+        raise InputError(f"{path} holds no safetensors file{other_weights(path)}")
     index = read_json(path / INDEX)
     weight_map = index.get("weight_map") if isinstance(index, dict) else None
     if not isinstance(weight_map, dict) or not weight_map:
@@ -48,12 +56,23 @@ def weight_files(path: Path, config: Mapping[str, Any]) -> list[Path]:
     return [path / str(name) for name in sorted(set(map(str, weight_map.values())))]
 
 
+def other_weights(path: Path) -> str:
+    """What to do about weights in files that are never read, if there are such."""
+    pickled = sorted(file.name for end in PICKLED for file in path.glob(f"*{end}"))
+    if pickled:
+        return (
+            f": {pickled[0]} is pickled code, which is never run here; save_pretrained of the "
+            "model that transformers loads from it writes safetensors"
+        )
+    return "" if not any(path.glob("*.gguf")) else ": take the model that the GGUF file was made of"
+
+
 def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     """Every tensor of a checkpoint directory by name; InputError on missing or corrupt files."""
     found: dict[str, Stored] = {}
     for file in weight_files(path, config):
         if not file.is_file():
-            raise InputError(f"{file} does not exist; weights are read from safetensors only")
+            raise InputError(f"{file} does not exist, which {INDEX} names; get it too")
         try:
             found |= {tensor.name: tensor for tensor in read_header(file)}
         except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:

@@ -6,15 +6,15 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
+from compress.core.files import read_json
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, architecture_of
 from compress.model.dequantize import Shape
 from compress.model.families import family_of, parameters
 from compress.model.families.wrapper import text_config, text_tensors
-from compress.model.headers import FLOATS, Stored, same_bytes, stored_tensors, weight_files
+from compress.model.headers import FLOATS, INDEX, Stored, same_bytes, stored_tensors, weight_files
 from compress.model.layout import Part
 from compress.model.quantized import (
-    METHODS,
     OF_ACTIVATIONS,
     Method,
     Quantized,
@@ -22,6 +22,7 @@ from compress.model.quantized import (
     method_of,
     part_name,
 )
+from compress.model.schemes import METHODS
 
 # Old llama checkpoints carry this buffer; it is recomputed and means nothing.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
@@ -52,7 +53,7 @@ class Weights:
     def quantized(self) -> str:
         """The formats that weights are quantized in, and by whom; empty where none is."""
         found = (each.stack if isinstance(each, Slice) else each for each in self.tensors.values())
-        formats = {each.layout.format for each in found if isinstance(each, Quantized)}
+        formats = {each.scheme.format for each in found if isinstance(each, Quantized)}
         return f"{', '.join(sorted(formats))} by {self.method}" if formats else ""
 
 
@@ -76,6 +77,14 @@ def checked_weights(path: Path, config: Mapping[str, Any], architecture: Archite
         reason = str(error) if known else f"known here are {', '.join(METHODS)}"
         said = f"this checkpoint is quantized ({said}); take the one in BF16: {reason}"
         raise InputError(f"{path}: {said}") from error
+
+
+def index_bytes(path: Path) -> int | None:
+    """Bytes of all weights as the index has them, if there is one that says so."""
+    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    metadata = index.get("metadata") if isinstance(index, dict) else None
+    total = metadata.get("total_size") if isinstance(metadata, dict) else None
+    return total if type(total) is int and total > 0 else None
 
 
 def planned_weights(path: Path, config: Mapping[str, Any]) -> Weights | None:

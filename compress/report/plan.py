@@ -29,13 +29,29 @@ def print_plan(name: str, plan: Plan) -> None:
     headings = ["weights, KV in", "weights", "KV cache", "states", "total"]
     headings += ["fits", "largest context"] if plan.budget else ["smallest card"]
     table("bytes by format", headings, [option_row(option, plan) for option in plan.options])
-    lines = [f"as it is: {format_bytes(plan.footprint.total)}"]
+    dequantized = plan.stored is not None and not plan.quantized
+    what = "in BF16, as a search reads it" if dequantized else "as it is"
+    lines = [f"{what}: {format_bytes(plan.footprint.total)}"]
     if plan.budget:
         verdict = "fits" if plan.fits else "does not fit"
         lines[0] += f", {verdict}: {plan.budget.description}"
         lines.append(f"largest context that fits: {context_text(plan.largest_context)}")
+    if dequantized:
+        lines.insert(0, stored_line(plan))
     for line in (*lines, *plan.notes):
         console().print(line, markup=False, soft_wrap=True)
+
+
+def stored_line(plan: Plan) -> str:
+    """What a quantized model of others takes as it is on disk."""
+    assert plan.stored
+    line = f"as it is on disk, {plan.stored.formats}: "
+    if plan.served is None:
+        return line + "unknown without its weights or their index"
+    line += f"{format_bytes(plan.served.total)}, weights {format_bytes(plan.served.weights)}"
+    if plan.budget is None:
+        return line
+    return line + (", fits" if plan.served.total <= plan.budget.bytes else ", does not fit")
 
 
 def print_work(works: Sequence[Work], machine: Machine) -> None:

@@ -100,7 +100,7 @@ def evaluate(names: Sequence[str], asked: Asked, recipe: Recipe) -> dict[str, An
 
 def teacher_subject(session: Session) -> Subject:
     """The session's teacher."""
-    return Subject(lambda: session.stack, session.teacher_bytes)
+    return Subject(lambda: session.stack, session.served_bytes)
 
 
 def subject_of(session: Session, named: Named) -> Subject:

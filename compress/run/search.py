@@ -59,7 +59,7 @@ def chosen_space(session: Session) -> Space | None:
     recipe, budget = session.recipe, session.budget.bytes
     if recipe.space is not None:
         return loaded(session, recipe.space)
-    whole, few = session.teacher_bytes, session.teacher_is_small
+    whole, few = session.served_bytes, session.teacher_is_small
     if whole <= budget and few:
         note(
             f"the teacher fits as it is: {format_bytes(whole)} within "

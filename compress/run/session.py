@@ -12,10 +12,10 @@ from compress.core.errors import InputError
 from compress.core.files import digests
 from compress.measure.kl import Reference, reference
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
-from compress.memory.footprint import footprint
-from compress.model.architecture import Architecture
+from compress.memory.stored import AsStored, as_stored
+from compress.model.architecture import Architecture, without_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint
-from compress.model.config import is_export, read_config
+from compress.model.config import read_config
 from compress.model.families import count_active
 from compress.model.families.wrapper import text_note
 from compress.model.find import is_named, note_of, resolve_model
@@ -24,7 +24,7 @@ from compress.run.directory import Run
 from compress.run.recipe import Recipe
 from compress.student.assemble import BlockStore
 from compress.sweep.placement import Placement, placement
-from compress.sweep.stack import Stack, stack_at, stack_of
+from compress.sweep.stack import Stack, served_as, stack_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import Split, split_documents
@@ -69,13 +69,13 @@ class Session:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        """The teacher on disk; it has to be in BF16."""
+        """The teacher on disk; a quantized one comes dequantized."""
         return open_checkpoint(self.path)
 
     @cached_property
     def architecture(self) -> Architecture:
-        """The teacher's."""
-        return planned_architecture(self.path, read_config(self.path))
+        """The teacher's, in BF16."""
+        return without_formats(planned_architecture(self.path, read_config(self.path)))
 
     @cached_property
     def placement(self) -> Placement:
@@ -84,10 +84,8 @@ class Session:
 
     @cached_property
     def stack(self) -> Stack:
-        """The teacher as its layers, on the placement; an export dequantized."""
-        if is_export(self.path, read_config(self.path)):
-            return stack_at(self.path, self.placement)
-        return stack_of(self.checkpoint, self.placement)
+        """The teacher as its layers, on the placement; an export with its KV cache as served."""
+        return stack_of(self.checkpoint, self.placement, served_as(self.path))
 
     @cached_property
     def store(self) -> BlockStore:
@@ -127,18 +125,26 @@ class Session:
 
     @property
     def teacher_bytes(self) -> int:
-        """The teacher in the same deployment: with BF16 weights and a 16-bit cache.
-
-        One of our quantized exports, which eval compares like a teacher, as it is.
-        """
-        if is_export(self.path, read_config(self.path)):
-            return footprint(self.architecture, self.recipe.deployment).total
+        """The teacher in the same deployment: with BF16 weights and a 16-bit cache."""
         return teacher_bytes(self.architecture, self.recipe.deployment)
+
+    @cached_property
+    def quantized(self) -> AsStored | None:
+        """What a quantized teacher is on disk."""
+        return as_stored(self.path, read_config(self.path))
+
+    @property
+    def served_bytes(self) -> int:
+        """The teacher in the same deployment as it is: quantized, if it is."""
+        if self.quantized is None or self.quantized.weights is None:
+            return self.teacher_bytes
+        return self.quantized.served(self.architecture, self.recipe.deployment).total
 
     @property
     def note(self) -> str:
         """What a reader must know about the teacher, such as how it was obtained."""
-        notes = note_of(self.path), text_note(read_config(self.path))
+        read = f"dequantized from {self.quantized.formats}" if self.quantized else ""
+        notes = note_of(self.path), text_note(read_config(self.path)), read
         return "; ".join(note for note in notes if note)
 
     @cached_property

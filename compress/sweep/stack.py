@@ -16,7 +16,7 @@ from torch.nn.functional import embedding
 
 from compress.formats.kv import set_kv_format
 from compress.model.architecture import Architecture
-from compress.model.build import export_reader, generates, skeleton
+from compress.model.build import generates, skeleton
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, is_export, read_config
 from compress.model.families import family_of, parameters
@@ -206,26 +206,31 @@ def recorded(model: Any, hidden_BTD: Tensor) -> list[Call]:
     raise AssertionError("a forward that does not call its layers")
 
 
-def stack_of(checkpoint: Checkpoint, placement: Placement = REFERENCE) -> Stack:
-    """The stack of a checkpoint on disk."""
+def stack_of(
+    checkpoint: Checkpoint,
+    placement: Placement = REFERENCE,
+    served: Architecture | None = None,
+) -> Stack:
+    """The stack of a checkpoint on disk; ``served`` is its architecture with its formats."""
 
     def read(parameter: Parameter) -> Tensor:
         return checkpoint[parameter.name]
 
-    stack = Stack(checkpoint.config, checkpoint.architecture, read, placement)
+    architecture = served or checkpoint.architecture
+    stack = Stack(checkpoint.config, architecture, read, placement)
     generates(stack.model, checkpoint.path)
     return stack
 
 
 def stack_at(path: Path, placement: Placement = REFERENCE) -> Stack:
-    """The stack of a directory that ``load_model`` reads; quantized exports come dequantized."""
+    """The stack of a directory, its KV cache in the format that a quantized export is served in."""
+    return stack_of(open_checkpoint(path), placement, served_as(path))
+
+
+def served_as(path: Path) -> Architecture | None:
+    """The architecture of a quantized export of ours, with its formats; None of all else."""
     config = read_config(path)
-    if not is_export(path, config):
-        return stack_of(open_checkpoint(path), placement)
-    architecture = architecture_of(path, config)
-    stack = Stack(config, architecture, export_reader(path, architecture), placement)
-    generates(stack.model, path)
-    return stack
+    return architecture_of(path, config) if is_export(path, config) else None
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What was exported is a model again: eval and plan take it, a search says what it needs."""
+"""What was exported is a model again: eval and plan take it as it is, a search dequantized."""
 
 from pathlib import Path
 
@@ -8,7 +8,6 @@ from quantized import with_formats
 from tiny_models import TINY, write_tiny
 
 from compress import load
-from compress.core.errors import InputError
 from compress.export.inputs import token_rows
 from compress.export.student import export_student
 from compress.export.targets import Target
@@ -48,8 +47,9 @@ def test_eval_measures_our_exports_as_load_reads_them(
     rows = token_rows(architecture)
     with torch.no_grad(), session.stack.whole() as model:
         assert torch.equal(model(rows).logits, load(out)(rows).logits)
-    with pytest.raises(InputError, match=rf"quantized \({format}\).*take its teacher"):
-        open_checkpoint(session.path)
+    assert session.architecture == session.checkpoint.architecture
+    assert session.architecture.formats == {"bf16"}
+    assert format.upper() in session.note
     plan = make_plan(out, Deployment(context=64))
     assert plan.quantized
     assert plan.footprint == footprint(architecture, Deployment(context=64))
