@@ -82,6 +82,7 @@ FFN, QUERY, GROUP, HIDDEN = some(64, of=96), some(2, 1, of=2), some(1, of=2), so
 HEAD, CHANNEL = some(2, 3, of=4), some(8, of=16)
 EXPERT, WIDTH, SHARED = some(4, of=6), some(6, 16, of=32), some(32, of=48)
 LATENT = some(16, of=32)
+VALUE, VALUE_DIM = some(2, 1, of=2), some(16, of=32)
 Mask = Callable[[PreTrainedModel], object]
 CASES: dict[str, tuple[str, Keep, Mask]] = {
     "llama ffn": (
@@ -159,6 +160,50 @@ CASES: dict[str, tuple[str, Keep, Mask]] = {
             masked(m, "model.layers.1.mixer.fc2_latent_proj", dropped(LATENT, 32)),
             mask_expert_ffn(m, "model.layers.1.mixer.experts", WIDTH),
         ),
+    ),
+    "delta net value heads": (
+        "qwen3_5_text",
+        {"layers.0.delta/value": VALUE},
+        lambda m: masked(m, "model.layers.0.linear_attn.out_proj", heads(VALUE, 2, 2, 32)),
+    ),
+    "delta net key heads": (
+        "qwen3_next",
+        {"layers.2.delta/key_head": GROUP},
+        lambda m: masked(m, "model.layers.2.linear_attn.out_proj", heads(GROUP[None], 1, 2, 64)),
+    ),
+    "delta net value dimensions": (
+        "qwen3_next",
+        {"layers.0.delta/value_dim": VALUE_DIM},
+        lambda m: mask_gated_norm(
+            m, "model.layers.0.linear_attn.norm", dropped(VALUE_DIM, 32), 1 / 2
+        ),
+    ),
+    "delta net in all ways": (
+        "qwen3_5_moe_text",
+        {
+            "layers.0.delta/key_head": GROUP,
+            "layers.0.delta/value": VALUE[:1],
+            "layers.0.delta/value_dim": VALUE_DIM,
+        },
+        lambda m: (
+            mask_gated_norm(m, "model.layers.0.linear_attn.norm", dropped(VALUE_DIM, 32), 1 / 2),
+            masked(m, "model.layers.0.linear_attn.out_proj", heads(GROUP[None], 1, 2, 64)),
+            masked(
+                m,
+                "model.layers.0.linear_attn.out_proj",
+                heads(VALUE[:1].expand(2, -1), 2, 2, 32),
+            ),
+        ),
+    ),
+    "gated attention": (
+        "qwen3_5_text",
+        {"layers.1.attention/query": QUERY},
+        lambda m: masked(m, "model.layers.1.self_attn.o_proj", heads(QUERY, 2, 2, 16)),
+    ),
+    "shared expert with a gate": (
+        "qwen3_next",
+        {"layers.1.moe/shared_ffn": SHARED},
+        lambda m: masked(m, "model.layers.1.mlp.shared_expert.down_proj", dropped(SHARED, 48)),
     ),
     "hybrid block removed": (
         "hybrid",

@@ -159,20 +159,24 @@ def best_units(
     chosen everywhere, and that axis by what they add up to; where two axes do not depend on each
     other, the units of one are worth what they are in those kept of the other.
     """
-    inner = [*units.cut][-1]
-    outer = units.cut[inner].within
-    if outer is None or outer not in units.cut:
-        found = {}
-        for axis in (axis for axis in units.cut if axis in own):
-            others = units.others(axis)
-            there = kept.amax([at for at in range(-kept.dim(), 0) if at not in others], True)
-            found[axis] = top(summed(values * there, units, axis), own[axis].shape[-1])
-        return found
-    count = own[inner].shape[-1] if inner in own else values.shape[-1]
-    order = top(values, count)
-    found = {}
-    if outer in own:
+    found = dict[str, Tensor]()
+    outer = {rule.within for rule in units.cut.values()}
+    for axis in (axis for axis in units.cut if axis not in outer):
+        others = units.others(axis)
+        there = kept.amax([at for at in range(-kept.dim(), 0) if at not in others], True)
+        found |= best_of_axis(units, axis, own, summed(values * there, units, axis))
+    return found
+
+
+def best_of_axis(
+    units: Units, axis: str, own: Mapping[str, Tensor], values: Tensor
+) -> dict[str, Tensor]:
+    """The best of an axis, and of the one that it is within where that shrinks too."""
+    count = own[axis].shape[-1] if axis in own else values.shape[-1]
+    order, found = top(values, count), dict[str, Tensor]()
+    outer = units.cut[axis].within
+    if outer is not None and outer in own:
         sums = values.gather(-1, order).sum(-1)
         found[outer] = own[outer] if units.cut[outer].routed else top(sums, len(own[outer]))
         order = order[found[outer]]
-    return found | ({inner: order} if inner in own else {})
+    return found | ({axis: order} if axis in own else {})
