@@ -21,7 +21,7 @@ from compress.student.surgery import (
 from compress.student.units import Projection, projections
 from compress.sweep.stack import stack_of
 
-TEACHERS = TINY | {"latent": EVERY["nemotron_h_latent"]}
+TEACHERS = TINY | {"latent": EVERY["nemotron_h_latent"], "gemma": EVERY["gemma3"]}
 TOKENS = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(7))
 SAME: dict[Half, Tensor] = dict.fromkeys(HALVES, TOKENS)
 OTHER = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(8))
@@ -29,6 +29,8 @@ OTHER = torch.randint(0, 128, (16, 48), generator=torch.Generator().manual_seed(
 CUTS: dict[str, tuple[str, int, dict[str, Tensor]]] = {
     "llama attention": ("llama", 2, {"query": torch.tensor([[0], [1]])}),
     "llama ffn": ("llama", 3, {"ffn": torch.arange(0, 96, 2)}),
+    "gemma attention": ("gemma", 2, {"query": torch.tensor([[0], [1]])}),
+    "gemma ffn": ("gemma", 3, {"ffn": torch.arange(0, 96, 2)}),
     "hybrid attention": ("hybrid", 2, {"kv_head": torch.tensor([1])}),
     "hybrid ffn": ("hybrid", 3, {"ffn": torch.arange(0, 96, 2)}),
     "mamba heads": ("hybrid", 0, {"head": torch.tensor([[0, 2], [1, 3]])}),
@@ -83,18 +85,22 @@ def built(teacher: Teacher, candidate: Candidate, grams: Grams) -> Any:
 
 
 def block_output(model: Any, family: str, block: Block) -> Tensor:
-    """[tokens, hidden] that a block adds to the residual stream on the text."""
+    """[tokens, hidden] that a block adds to the residual stream on the text.
+
+    Times what a norm behind the block divides by.
+    """
     found: list[Tensor] = []
 
     def hook(module: Any, args: Any, output: Any) -> None:
         found.append(output[0] if isinstance(output, tuple) else output)
 
     layer = model.model.layers[block.layer]
-    mixer = getattr(layer, family_of(family).sites[block.kind].mixer)
-    handle = mixer.register_forward_hook(hook)
+    site = family_of(family).sites[block.kind]
+    handle = getattr(layer, site.mixer).register_forward_hook(hook)
     model.model(input_ids=TOKENS, use_cache=False)
     handle.remove()
-    return found[0].flatten(0, -2)
+    weight = 1 + getattr(layer, site.post).weight if site.post else 1
+    return found[0].flatten(0, -2) * weight
 
 
 def inputs_of(model: Any, block: Block, projection: Projection) -> Tensor:

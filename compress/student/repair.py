@@ -144,6 +144,10 @@ def errors(
     weight = teacher[prefix + projection.name].to(fit)
     if projection.after:
         weight = teacher[prefix + projection.after].to(fit) @ weight
+    if projection.post:
+        # What it divides by is taken as the teacher's.
+        slot = family_of(teacher.architecture.family).tensors(block)[projection.post]
+        weight = (slot.offset + teacher[prefix + projection.post].to(fit))[:, None] * weight
     changes = torch.full((len(cuts), len(fit)), -1.0).double()
     for change, kept in zip(changes, cuts, strict=True):
         change[kept] += scale_of(teacher, block, projection, fit, kept)

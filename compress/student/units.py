@@ -135,8 +135,8 @@ class Projection:
 
     It reads ``units`` of ``features`` numbers each. ``norm`` is the gated norm whose output it
     reads, in ``groups``, the same weight for all units of the axes ``alike``; ``after`` the
-    projection that its own output goes through on its way to the residual stream; None where there
-    is none.
+    projection that its own output goes through on its way to the residual stream, and ``post`` the
+    norm behind that; None where there is none.
     """
 
     key: str
@@ -149,6 +149,7 @@ class Projection:
     groups: int
     alike: tuple[str, ...]
     after: str | None
+    post: str | None
 
     @property
     def module(self) -> str:
@@ -179,6 +180,7 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
     table, axis_sizes = family_of(architecture.family).tensors(block), sizes(block)
     matrices = {name: parse(slot.shape) for name, slot in table.items()}
     several = len(units_in(block)) > 1 or "expert" in axis_sizes
+    post = family_of(architecture.family).sites[block.kind].post
     for name, slot in table.items():
         rows, columns = matrices[name][0], matrices[name][1:]
         if not columns or (units := units_of(read := columns[0].products[0], block)) is None:
@@ -202,6 +204,7 @@ def projections(architecture: Architecture, block: Block) -> Iterator[Projection
                 groups=prod(axis_sizes[axis] for axis in read if axis not in normalized),
                 alike=tuple(axis for axis in units.axes if axis not in weighted),
                 after=after,
+                post=post and f"{post}.weight",
             )
 
 
