@@ -22,7 +22,8 @@ CONFIGS = [*EVERY.values(), *(config for config, _ in PUBLISHED.values())]
 
 def mutated(draw: random.Random) -> dict[str, Any]:
     """A config with one to three keys changed, added or gone."""
-    config = dict(text_config(draw.choice(CONFIGS)))
+    whole = draw.choice(CONFIGS)
+    config = dict(text_config(whole))
     known = sorted({*family_of(config["model_type"]).reads, *config})
     for _ in range(draw.randint(1, 3)):
         key = draw.choice(known)
@@ -30,6 +31,8 @@ def mutated(draw: random.Random) -> dict[str, Any]:
             config.pop(key, None)
         else:
             config[key] = draw.choice(VALUES)
+    if "text_config" in whole:
+        return whole | {"text_config": draw.choice([*VALUES, *[config] * 99])}
     return config
 
 

@@ -3,6 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
+from compress.core.errors import InputError
 from compress.model.architecture import Architecture
 from compress.model.families import decoder as shared
 from compress.model.families import settings
@@ -89,7 +90,10 @@ def ropes(config: Config) -> list[dict[str, Any]]:
     named = config.get("rope_parameters") or {}
     settings.require(named, dict.fromkeys(shared.TYPES.values(), settings.TABLE.or_null))
     whole, windows = (dict(named.get(kind) or {}) for kind in shared.TYPES.values())
-    return [whole | (config.get("rope_scaling") or {}), windows]
+    scaled = config.get("rope_scaling")
+    if scaled is not None and named and not whole:
+        raise InputError("rope_parameters beside rope_scaling has no full_attention")
+    return [whole | (scaled or {}), windows]
 
 
 GEMMA3 = replace(
