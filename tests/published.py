@@ -347,6 +347,28 @@ GPT_OSS_20B: dict[str, Any] = {
     "rms_norm_eps": 1e-5,
     "tie_word_embeddings": False,
 }
+OLMO2_1B: dict[str, Any] = {
+    "model_type": "olmo2",
+    "vocab_size": 100352,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 16,
+    "rms_norm_eps": 1e-6,
+    "rope_theta": 500000,
+    "tie_word_embeddings": False,
+}
+OLMO3_7B = OLMO2_1B | {
+    "model_type": "olmo3",
+    "vocab_size": 100278,
+    "hidden_size": 4096,
+    "intermediate_size": 11008,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 32,
+    "sliding_window": 4096,
+}
 PUBLISHED = {
     "Nemotron-H-8B": (HYBRID_8B, 8_100_852_736),
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
@@ -359,6 +381,8 @@ PUBLISHED = {
     "Granite-4.0-H-Micro": (GRANITE_MICRO, 3_191_396_096),
     "SmolLM2-135M": (SMOLLM2, 134_515_008),
     "Minitron-4B": (MINITRON_4B, 4_190_509_056),
+    "OLMo-2-1B": (OLMO2_1B, 1_484_916_736),
+    "OLMo-3-7B": (OLMO3_7B, 7_298_011_136),
     "Qwen3-8B": (QWEN3_8B, 8_190_735_360),
     "Qwen3-0.6B": (QWEN3_06B, 596_049_920),
     "Qwen2.5-0.5B": (QWEN25_05B, 494_032_768),

@@ -92,6 +92,12 @@ YARN_OF_DEEPSEEK = {
     "beta_fast": 32,
     "beta_slow": 1,
 }
+YARN_OF_OLMO = {
+    "rope_type": "yarn",
+    "factor": 8.0,
+    "original_max_position_embeddings": 16,
+    "attention_factor": 1.2,
+}
 LONGROPE = {"short_factor": [1.0, 1.5, 1.0, 1.0, 2.0, 3.0], "long_factor": [4.0] * 6}
 
 
@@ -109,6 +115,8 @@ MORE: dict[str, dict[str, object]] = {
     "ministral": tiny_config("ministral", "Ministral", head_dim=24, **MIXED),
     "ministral3": tiny_config("ministral3", "Ministral3", rope_parameters=YARN),
     "nemotron": tiny_config("nemotron", "Nemotron", "rms_norm_eps", norm_eps=1e-5, head_dim=24),
+    "olmo2": tiny_config("olmo2", "Olmo2", head_dim=24),
+    "olmo3": tiny_config("olmo3", "Olmo3", "head_dim", rope_scaling=YARN_OF_OLMO, **MIXED),
     "phi3": tiny_config(
         "phi3",
         "Phi3",

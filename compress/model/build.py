@@ -77,15 +77,15 @@ def shared_settings(architecture: Architecture) -> dict[str, Any]:
 def is_plain(architecture: Architecture) -> bool:
     """Whether one config of the family describes every layer, so that stock loaders build it."""
     family, shared = family_of(architecture.family), shared_settings(architecture)
-    halves = len(norms_of(family))
+    halves = len(places_of(family))
     whole = all(len(blocks) == halves for blocks in layers_of(architecture).values())
     agree = (family.fixed(block).items() <= shared.items() for block in architecture.blocks)
     return whole and all(agree) and family.stock(architecture)
 
 
-def norms_of(family: Family) -> list[str]:
-    """The norms that feed the blocks of a layer, one each."""
-    return list(dict.fromkeys(site.norm for site in family.sites.values()))
+def places_of(family: Family) -> list[tuple[str, ...]]:
+    """The places of a layer that a block can have, by the norms there."""
+    return list(dict.fromkeys(site.norms for site in family.sites.values()))
 
 
 def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
@@ -176,7 +176,7 @@ def set_layers(model: Any, architecture: Architecture) -> None:
     """Replace the layers that differ from the model's config, and drop what was removed."""
     family = family_of(architecture.family)
     layer_class = getattr(modeling(architecture.family), family.modules[2])
-    norms = norms_of(family)
+    places = places_of(family)
 
     def built(number: int, settings: Mapping[str, Any]) -> Any:
         changed = copy.deepcopy(model.config)
@@ -192,14 +192,14 @@ def set_layers(model: Any, architecture: Architecture) -> None:
         layer = model.model.layers[number]
         for part, keys in (item for block in blocks for item in family.parts(block).items()):
             layer.set_submodule(part, built(number, keys).get_submodule(part))
-        there = {family.sites[block.kind].norm for block in blocks}
-        for norm in (each for each in norms if each not in there):
-            sites = (site for site in family.sites.values() if site.norm == norm)
+        there = {family.sites[block.kind].norms for block in blocks}
+        for norms in (each for each in places if each not in there):
+            sites = (site for site in family.sites.values() if site.norms == norms)
             site = next(s for s in sites if getattr(layer, s.mixer, None) is not None)
             for mixer in site.mixers:
                 setattr(layer, mixer, Removed(number, site.pair))
-            for part in filter(None, (site.norm, site.post)):
-                setattr(layer, part, nn.Identity())
+            for norm in norms:
+                setattr(layer, norm, nn.Identity())
 
 
 def disk_tensors(

@@ -59,14 +59,16 @@ class Slot:
     ``fused`` names the scale group of a quantizable linear layer: the block's weights of one group
     share format and tensor scale (q/k/v, gate/up, the experts). None: stays BF16. ``normalizes``
     are the axes a norm averages over, so that surgery can fold the changed width into the weight,
-    which acts as ``offset`` + weight; ``times_root`` are axes by the root of whose sizes the model
-    multiplies it. ``part``: it is rows of a larger matrix in the torch model.
+    which acts as ``offset`` + weight; one ``over_heads`` of queries or keys is read by no
+    projection. ``times_root`` are axes by the root of whose sizes the model multiplies it.
+    ``part``: it is rows of a larger matrix in the torch model.
     """
 
     shape: str
     fused: str | None = None
     normalizes: tuple[str, ...] = ()
     offset: float = 0.0
+    over_heads: bool = False
     times_root: tuple[str, ...] = ()
     float32: bool = False
     place: str | None = None

@@ -4,17 +4,21 @@ Models are those that ``build_model`` gives, or transformers' own of the same fa
 is ``model.model`` and its layers ``model.model.layers``.
 """
 
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from compress.model.architecture import Architecture, Block
 from compress.model.families import family_of
 from compress.model.layout import Slot
 
-# N tokens, V vocabulary, D hidden.
+# N tokens, V vocabulary, D hidden, B sequences, T tokens of one.
+# What layers call a mixer's first argument, where they name it.
+HIDDEN_STATES = "hidden_states"
 
 
 @dataclass(frozen=True)
@@ -118,10 +122,16 @@ def router_of(model: Any, block: Block) -> Any:
     return layer_of(model, block).get_submodule(site.router)
 
 
-def norm_of(model: Any, block: Block) -> Any:
-    """The norm that feeds a block."""
-    site = family_of(model.config.model_type).sites[block.kind]
-    return getattr(layer_of(model, block), site.norm)
+def norm_of(model: Any, block: Block) -> Any | None:
+    """The norm that feeds a block's mixers; None where they read the residual stream itself."""
+    norm = family_of(model.config.model_type).sites[block.kind].norm
+    return getattr(layer_of(model, block), norm) if norm else None
+
+
+def readers_of(model: Any, block: Block) -> list[Any]:
+    """The modules of a block that read the residual stream: its norm, or mixers without one."""
+    norm = norm_of(model, block)
+    return [norm] if norm is not None else mixers_of(model, block)
 
 
 def post_of(model: Any, block: Block) -> Any | None:
@@ -131,9 +141,44 @@ def post_of(model: Any, block: Block) -> Any | None:
 
 
 def branch_of(model: Any, block: Block) -> list[Any]:
-    """The modules of a block's branch in their order: norm, mixers, and post if there is one."""
-    post = post_of(model, block)
-    return [norm_of(model, block), *mixers_of(model, block), *([post] if post else [])]
+    """The modules of a block's branch in their order: norm, mixers and post, those there are."""
+    modules = (norm_of(model, block), *mixers_of(model, block), post_of(model, block))
+    return [module for module in modules if module is not None]
+
+
+def with_hidden(
+    args: tuple[Any, ...], kwargs: Mapping[str, Any], change: Callable[[Tensor], Tensor]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a module of a branch whose hidden states are changed."""
+    if args:
+        return (change(args[0]), *args[1:]), dict(kwargs)
+    return args, {**kwargs, HIDDEN_STATES: change(kwargs[HIDDEN_STATES])}
+
+
+def after(module: nn.Module, see: Callable[[Tensor], None]) -> RemovableHandle:
+    """A hook that calls ``see`` with what a module puts out."""
+    return module.register_forward_hook(lambda module, args, output: see(output))
+
+
+def seeing(model: Any, block: Block, see: Callable[[Tensor], None]) -> Iterator[RemovableHandle]:
+    """Put on hooks that call ``see`` with what a block's mixers read, [B, T, D], in every forward.
+
+    Its gradient is that of this block alone, also where the mixers read the residual stream.
+    """
+    if (norm := norm_of(model, block)) is not None:
+        yield after(norm, see)
+        return
+
+    def own(hidden_BTD: Tensor) -> Tensor:
+        view_BTD = hidden_BTD.view_as(hidden_BTD)
+        see(view_BTD)
+        return view_BTD
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return with_hidden(args, kwargs, own)
+
+    for mixer in mixers_of(model, block):
+        yield mixer.register_forward_pre_hook(hook, with_kwargs=True)
 
 
 def weights_of(

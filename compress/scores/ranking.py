@@ -17,7 +17,7 @@ from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, block_name
 from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import parse
-from compress.model.modules import final_norm, layer_of, norm_of, slots_of
+from compress.model.modules import after, final_norm, layer_of, seeing, slots_of
 from compress.student.candidate import Ranking
 from compress.student.units import Projection, array_of, axes_in, projections, unit_key
 from compress.sweep.stack import Stack, final_states
@@ -66,11 +66,11 @@ class Forward:
     def attached(self, model: Any) -> Iterator[None]:
         """Hooks in place."""
         blocks = self.architecture.blocks
-        norms = [final_norm(model), *(norm_of(model, block) for block in blocks)]
         with ExitStack() as stack:
-            for number, norm in enumerate(norms):
-                stack.callback(norm.register_forward_hook(self.tap_norm(number)).remove)
-            for block in blocks:
+            stack.callback(after(final_norm(model), self.tap_reading(len(blocks))).remove)
+            for number, block in enumerate(blocks):
+                for handle in seeing(model, block, self.tap_reading(number)):
+                    stack.callback(handle.remove)
                 for projection in projections(self.architecture, block):
                     if projection.expert is None:
                         name, tap = self.tap_units(block, projection)
@@ -89,13 +89,13 @@ class Forward:
         """Add means of sequences that are squared and summed, [*units] in fp64."""
         self.squares[key] = self.squares[key] + squares if key in self.squares else squares
 
-    def tap_norm(self, number: int) -> Callable[..., None]:
-        """Hook of a residual norm."""
+    def tap_reading(self, number: int) -> Callable[[Tensor], None]:
+        """What sees what a block or the head reads."""
 
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            self.add(f"hidden@{number}", output.abs().mean(1, dtype=torch.float32))
+        def see(hidden_BTD: Tensor) -> None:
+            self.add(f"hidden@{number}", hidden_BTD.abs().mean(1, dtype=torch.float32))
 
-        return hook
+        return see
 
     def tap_units(self, block: Block, projection: Projection) -> tuple[str, Callable[..., None]]:
         """The module where the units of an output projection are seen, and its hook.

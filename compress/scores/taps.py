@@ -18,7 +18,7 @@ from compress.formats.table import Format
 from compress.model.architecture import Block, block_name, sizes
 from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import Slot, parse, size_of, split
-from compress.model.modules import final_norm, layer_of, norm_of, slots_of
+from compress.model.modules import after, final_norm, layer_of, seeing, slots_of
 from compress.scores.gated import Errors, Gated
 from compress.student.masks import (
     Unmasked,
@@ -66,8 +66,8 @@ class Taps:
         with ExitStack() as hooks:
             for number, block in numbered(architecture, layer):
                 inside, own = layer_of(model, block), errors.get(number, {})
-                norm = norm_of(model, block)
-                hooks.callback(norm.register_forward_hook(self.tap_norm(number)).remove)
+                for handle in seeing(model, block, self.tap_reading(number)):
+                    hooks.callback(handle.remove)
                 for name, slot in slots_of(architecture, block, experts=False).items():
                     tap = self.tap_linear(block, name, slot, own)
                     module = inside.get_submodule(name)
@@ -90,9 +90,9 @@ class Taps:
     def on_final(self) -> Iterator[None]:
         """Hooks on the final norm, inside ``Stack.head``."""
         stack = self.stack
-        tap = self.tap_norm(len(stack.architecture.blocks))
+        tap = self.tap_reading(len(stack.architecture.blocks))
         with masked_final(stack, self.gated.keep) as self.unmasked, ExitStack() as hooks:
-            hooks.callback(final_norm(stack.model).register_forward_hook(tap).remove)
+            hooks.callback(after(final_norm(stack.model), tap).remove)
             yield
 
     def backward(
@@ -131,12 +131,12 @@ class Taps:
         own = self.rows[key] if once else self.rows[key][self.draw]
         (own if expert is None else own[:, expert[0]]).add_(rows)
 
-    def tap_norm(self, number: int) -> Callable[..., None]:
-        """Hook for a residual norm's output: the hidden channels."""
+    def tap_reading(self, number: int) -> Callable[[Tensor], None]:
+        """What sees what a block or the head reads: the hidden channels."""
         activation, slope, tokens = (f"hidden@{number}{suffix}" for suffix in SQUARES)
 
-        def hook(module: nn.Module, args: Any, output: Tensor) -> None:
-            value = output.detach()
+        def see(hidden_BTD: Tensor) -> None:
+            value = hidden_BTD.detach()
 
             def rows(grad: Tensor) -> None:
                 self.add("hidden", of_sequences(value * grad))
@@ -146,9 +146,9 @@ class Taps:
             if self.squares:
                 self.add(activation, squares_of(value) * self.draws, once=True)
                 self.add(tokens, tokens_of(value) * self.draws, once=True)
-            on_gradient(output, rows)
+            on_gradient(hidden_BTD, rows)
 
-        return hook
+        return see
 
     def tap_gated_norm(self, number: int, units: Units) -> Callable[..., None]:
         """Hook for dead units before a norm: the output projection after it never sees them."""

@@ -12,9 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.model.architecture import Architecture, Block
+from compress.model.architecture import Architecture, Block, sizes
 from compress.model.experts import Experts, experts_of_block, routing_among
-from compress.model.modules import final_norm, layer_of, norm_of, post_of, router_of
+from compress.model.families import family_of
+from compress.model.layout import kept_positions, parse, shape
+from compress.model.modules import (
+    final_norm,
+    layer_of,
+    post_of,
+    readers_of,
+    router_of,
+    with_hidden,
+)
 from compress.student.candidate import block_keep
 from compress.student.units import Projection, Units, array_of, projections, read_by_experts
 from compress.sweep.placement import Placement
@@ -74,12 +83,23 @@ class Unmasked:
         """
         values = mask.to(self.placement.device, self.placement.dtype)
 
-        def hook(_: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-            given = args[0] if count == 1 else args[0] * count
+        def changed(x: Tensor) -> Tensor:
+            given = x if count == 1 else x * count
             self.inputs[module] = given.detach()
-            return (given * values, *args[1:])
+            return given * values
 
-        return module.register_forward_pre_hook(hook)
+        def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            return with_hidden(args, kwargs, changed)
+
+        return module.register_forward_pre_hook(hook, with_kwargs=True)
+
+    def mask_norm(self, module: Any, mask: Tensor) -> Any:
+        """Mask what a norm averages over, as surgery does.
+
+        That scales the norm's weight by the root of how many fewer are averaged; before the norm it
+        does the same, eps included.
+        """
+        return self.mask(module, mask, float(len(mask) / mask.sum()) ** 0.5)
 
 
 @contextmanager
@@ -93,12 +113,15 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
         for number, block in numbered(architecture, layer):
             whole, own = is_alive(keep, number), block_keep(keep, block)
             if "hidden" in keep:
-                # Only norms read the residual stream, and what is about to be added to it; surgery
-                # folds their changed width.
-                for norm in filter(None, (norm_of(model, block), post_of(model, block))):
-                    hooks.callback(unmasked.mask(norm, hidden_mask(architecture, keep)).remove)
+                # Of norms that read the residual stream, or what is about to be added to it,
+                # surgery folds the changed width.
+                for module in filter(None, (*readers_of(model, block), post_of(model, block))):
+                    hooks.callback(unmasked.mask(module, hidden_mask(architecture, keep)).remove)
             if whole and own.keys() <= {"hidden"}:
                 continue
+            for name, mask in norms_over_heads(architecture, block, own) if whole else ():
+                norm = layer_of(model, block).get_submodule(name)
+                hooks.callback(unmasked.mask_norm(norm, mask).remove)
             for projection in projections(architecture, block):
                 if projection.expert is not None:
                     continue
@@ -108,12 +131,8 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 norm = projection.averaged if whole else None
                 if norm is not None:
                     seen = before_norm(mask, projection).flatten()
-                    # Surgery scales the gated norm's weight by this where fewer units are averaged;
-                    # before the norm it does the same, eps included.
-                    count = float(len(seen) / seen.sum()) ** 0.5
                     values = seen.repeat_interleave(projection.features)
-                    module = inside.get_submodule(norm)
-                    hooks.callback(unmasked.mask(module, values, count).remove)
+                    hooks.callback(unmasked.mask_norm(inside.get_submodule(norm), values).remove)
                 if norm is None or projection.alike:
                     values = mask.flatten().repeat_interleave(projection.features)
                     module = inside.get_submodule(projection.module)
@@ -132,6 +151,17 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
             if whole and "expert" in own:
                 hooks.enter_context(routing_among(router_of(model, block), own["expert"]))
         yield unmasked
+
+
+def norms_over_heads(
+    architecture: Architecture, block: Block, keep: Mapping[str, Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """The modules of norms over all heads some of which go, with masks over what they average."""
+    for name, slot in family_of(architecture.family).tensors(block).items():
+        if slot.over_heads and not keep.keys().isdisjoint(slot.normalizes):
+            [dimension], [size] = parse(slot.shape), shape(slot.shape, sizes(block))
+            kept = kept_positions(dimension, sizes(block), keep)
+            yield name.removesuffix(".weight"), torch.zeros(size).index_fill_(0, kept, 1)
 
 
 def without_bias(module: Any, args: object, output: Tensor) -> Tensor:

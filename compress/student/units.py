@@ -214,5 +214,5 @@ def averages(slot: Slot, read: Product, units: Units) -> bool:
     A projection may read many of its outputs side by side.
     """
     [own, *others] = parse(slot.shape)
-    lost = not units.cut.keys().isdisjoint(slot.normalizes)
+    lost = not slot.over_heads and not units.cut.keys().isdisjoint(slot.normalizes)
     return lost and not others and read[-len(own.products[0]) :] == own.products[0]

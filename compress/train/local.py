@@ -24,7 +24,15 @@ from torch import Tensor, nn
 from compress.core.errors import InputError
 from compress.model.architecture import Block
 from compress.model.fill import inside, part_of, place_of
-from compress.model.modules import branch_of, mixers_of, norm_of, post_of
+from compress.model.modules import (
+    HIDDEN_STATES,
+    branch_of,
+    mixers_of,
+    norm_of,
+    post_of,
+    readers_of,
+    with_hidden,
+)
 from compress.sweep.stack import Stack
 from compress.train.distill import DistillSettings, schedule, train_settings
 from compress.train.loop import TrainSettings, batch_at, update
@@ -211,8 +219,8 @@ def watched(model: Any, block: Block) -> Iterator[Seen]:
     """What a block of a model reads and gives, after every forward pass."""
     seen = Seen()
 
-    def reading(module: nn.Module, args: tuple[Any, ...]) -> None:
-        seen.read = args[0]
+    def reading(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.read = args[0] if args else kwargs[HIDDEN_STATES]
 
     def called(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         seen.args, seen.kwargs = args, kwargs
@@ -224,7 +232,8 @@ def watched(model: Any, block: Block) -> Iterator[Seen]:
     first, *others = mixers_of(model, block)
     post = post_of(model, block)
     with ExitStack() as stack:
-        stack.callback(norm_of(model, block).register_forward_pre_hook(reading).remove)
+        reader = readers_of(model, block)[0]
+        stack.callback(reader.register_forward_pre_hook(reading, with_kwargs=True).remove)
         stack.callback(first.register_forward_pre_hook(called, with_kwargs=True).remove)
         for giving in (first, *others) if post is None else (post,):
             stack.callback(giving.register_forward_hook(gave).remove)
@@ -237,14 +246,13 @@ def block_error(student: Stack, block: Block, seen: Seen, hidden: Tensor | None)
     kept = slice(None) if hidden is None else hidden.to(device)
     target_BTD = seen.gave[..., kept].float()
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        normed = norm_of(student.model, block)(seen.read[..., kept].float())
-        named = "hidden_states" in seen.kwargs
-        args = () if named else (normed, *seen.args[1:])
-        given = seen.kwargs | ({"hidden_states": normed} if named else {})
+        norm, read_BTD = norm_of(student.model, block), seen.read[..., kept].float()
+        normed_BTD = read_BTD if norm is None else norm(read_BTD)
+        args, given = with_hidden(seen.args, seen.kwargs, lambda _: normed_BTD)
         outputs = [mixer(*args, **given) for mixer in mixers_of(student.model, block)]
         found = (output[0] if isinstance(output, tuple) else output for output in outputs)
         found_BTD = torch.stack(tuple(found)).sum(0)
-        if post := post_of(student.model, block):
+        if (post := post_of(student.model, block)) is not None:
             found_BTD = post(found_BTD)
     found_BTD = found_BTD.float()
     scale = target_BTD.square().sum().clamp_min(torch.finfo(torch.float32).tiny)

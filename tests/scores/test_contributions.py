@@ -154,11 +154,11 @@ def broken(after: int, monkeypatch: pytest.MonkeyPatch) -> list[int]:
     count: list[int] = []
 
     def failing(register: Callable[..., Any]) -> Callable[..., Any]:
-        def registered(module: nn.Module, hook: Any) -> Any:
+        def registered(module: nn.Module, hook: Any, **options: Any) -> Any:
             count.append(1)
             if len(count) > after:
                 raise Killed
-            return register(module, hook)
+            return register(module, hook, **options)
 
         return registered
 

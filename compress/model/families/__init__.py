@@ -19,6 +19,7 @@ from compress.model.families.ministral3 import MINISTRAL3
 from compress.model.families.mistral import MINISTRAL, MISTRAL
 from compress.model.families.nemotron import NEMOTRON
 from compress.model.families.nemotron_h import NEMOTRON_H
+from compress.model.families.olmo2 import OLMO2, OLMO3
 from compress.model.families.phi3 import PHI3
 from compress.model.families.qwen2 import QWEN2
 from compress.model.families.qwen3 import QWEN3
@@ -30,7 +31,10 @@ from compress.model.families.smollm3 import SMOLLM3
 from compress.model.families.wrapper import WRAPPERS, text_config
 from compress.model.layout import Parameter, Slot, shape
 
-DENSE = (LLAMA, GEMMA3, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, PHI3, QWEN2, QWEN3, SMOLLM3)
+DENSE = (
+    *(LLAMA, GEMMA3, MISTRAL, MINISTRAL, MINISTRAL3, NEMOTRON, OLMO2, OLMO3, PHI3),
+    *(QWEN2, QWEN3, SMOLLM3),
+)
 MIXED = (
     *(DEEPSEEK_V3, GLM4_MOE, GRANITEMOEHYBRID, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
     *(GPT_OSS, NEMOTRON_H),

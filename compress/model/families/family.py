@@ -25,15 +25,15 @@ Config = Mapping[str, Any]
 class Site:
     """Where a kind of block sits inside a transformers layer module.
 
-    ``mixer`` computes the branch and ``norm`` feeds it; ``post`` is the norm, if any, that its
-    output goes through before it is added; ``beside`` is another module that reads what the mixer
-    does and whose output is added to its own. All are attributes of the layer. Kinds of one norm
-    take turns at it. A ``pair`` returns something else beside its branch. ``router`` is the path of
-    the module that chooses experts.
+    ``mixer`` computes the branch; ``norm`` feeds it, None: the residual stream itself does;
+    ``post`` is the norm, if any, that its output goes through before it is added; ``beside`` is
+    another module that reads what the mixer does and whose output is added to its own. All are
+    attributes of the layer. Kinds of the same norms take turns. A ``pair`` returns something else
+    beside its branch. ``router`` is the path of the module that chooses experts.
     """
 
     mixer: str
-    norm: str
+    norm: str | None = None
     post: str | None = None
     pair: bool = False
     beside: str | None = None
@@ -43,6 +43,11 @@ class Site:
     def mixers(self) -> tuple[str, ...]:
         """The modules that compute the branch, as the sum of what they put out."""
         return (self.mixer,) if self.beside is None else (self.mixer, self.beside)
+
+    @property
+    def norms(self) -> tuple[str, ...]:
+        """The norms of the branch, by which its place in a layer is known."""
+        return tuple(filter(None, (self.norm, self.post)))
 
 
 def by_layer(architecture: Architecture, entry: Callable[[list[Block]], Any]) -> list[Any]:
