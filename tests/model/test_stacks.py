@@ -1,0 +1,95 @@
+"""Experts that a checkpoint stacks in one tensor: read one by one, quantized or not."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import EVERY, write_tiny
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from compress.core.errors import InputError
+from compress.formats.packed import packed
+from compress.memory.footprint import block_bytes
+from compress.model.architecture import Moe
+from compress.model.build import load_model
+from compress.model.checkpoint import open_checkpoint
+from compress.model.families import count_active, count_parameters, read_architecture
+
+AUTO: Any = AutoModelForCausalLM
+TOKENS = torch.randint(1, 128, (2, 30), generator=torch.Generator().manual_seed(1))
+STACK = "model.layers.1.block_sparse_moe.input_linear.weight"
+
+
+def test_an_expert_is_some_rows_of_its_stack(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY["granitemoehybrid_moe"])
+    checkpoint, stored = open_checkpoint(path), load_file(path / "model.safetensors")
+    prefix = "model.layers.1.block_sparse_moe.experts.4"
+    assert torch.equal(checkpoint[f"{prefix}.gate_proj.weight"], stored[STACK][4, :32])
+    assert torch.equal(checkpoint[f"{prefix}.up_proj.weight"], stored[STACK][4, 32:])
+    path = write_tiny(tmp_path / "n", EVERY["gpt_oss"])
+    checkpoint, stored = open_checkpoint(path), load_file(path / "model.safetensors")
+    stack, prefix = stored["model.layers.2.mlp.experts.gate_up_proj"], "model.layers.2.mlp.experts."
+    assert torch.equal(checkpoint[f"{prefix}3.up_proj.weight"], stack[3, :, 1::2].T)
+
+
+@pytest.mark.parametrize("family", ["granitemoehybrid_moe", "gpt_oss"])
+def test_a_token_uses_its_experts_of_a_stack_and_each_has_scales(family: str) -> None:
+    architecture = read_architecture(EVERY[family])
+    moes = [block for block in architecture.blocks if isinstance(block, Moe)]
+    one = sum(3 * block.expert_ffn * architecture.hidden for block in moes)
+    biases = sum(2 * m.expert_ffn + architecture.hidden for m in moes) if family == "gpt_oss" else 0
+    idle = (moes[0].expert - moes[0].top_k) * (one + biases)
+    assert count_parameters(architecture) - count_active(architecture) == idle
+    block = Moe(layer=0, expert=4, expert_ffn=32, shared_ffn=None, top_k=2, gated=True)
+    formats: list[Any] = ["bf16", "fp8", "nvfp4"]
+    taken = [block_bytes(Moe(**{**vars(block), "format": f}), 64, "gpt_oss") for f in formats]
+    weights, matrices = 4 * 3 * 32 * 64, 4 * 3
+    assert taken[0] - taken[1] == weights - matrices * 8
+    assert taken[0] - taken[2] == 2 * weights - (weights // 2 + weights // 16 + matrices * 8)
+
+
+def mxfp4(stack: Tensor) -> tuple[Tensor, Tensor]:
+    """Blocks and scales of experts [expert, in, out], each packed as its transpose."""
+    codes, scales = packed(stack.transpose(1, 2).float().contiguous(), "mxfp4")
+    return codes.view(*scales.shape, 16), scales
+
+
+def write_released(path: Path) -> Path:
+    """A checkpoint as gpt-oss is released: experts in MXFP4, all else in BF16."""
+    config = EVERY["gpt_oss"]
+    write_tiny(path, config)
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith(("gate_up_proj", "down_proj"))]:
+        tensors[f"{name}_blocks"], tensors[f"{name}_scales"] = mxfp4(tensors.pop(name))
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    said = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (path / "config.json").write_text(json.dumps(config | {"quantization_config": said}))
+    return path
+
+
+def test_released_experts_in_mxfp4_are_read_as_transformers_reads_them(tmp_path: Path) -> None:
+    path = write_released(tmp_path / "m")
+    stock = AUTO.from_pretrained(path, dtype=torch.float32).eval()
+    for layer in range(4):
+        ours = load_model(path).model.layers[layer].mlp.experts
+        theirs = stock.model.layers[layer].mlp.experts
+        assert torch.equal(ours.gate_up_proj, theirs.gate_up_proj.float())
+        assert torch.equal(ours.down_proj, theirs.down_proj.float())
+    torch.testing.assert_close(load_model(path)(TOKENS).logits, stock(TOKENS).logits)
+
+
+def test_a_stack_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY["granitemoehybrid_moe"])
+    tensors = load_file(path / "model.safetensors")
+    tensors[STACK] = tensors[STACK][:5].clone()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"input_linear.weight in .* has shape \[5, 64, 64\]"):
+        open_checkpoint(path)
+    del tensors[STACK]
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    with pytest.raises(InputError, match=r"has no tensor .*sparse_moe.input_linear"):
+        open_checkpoint(path)
