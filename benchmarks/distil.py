@@ -99,7 +99,7 @@ def candidate_of(teacher: Checkpoint, width: int, grams: Grams) -> Candidate:
             energy = grams.both(projection.key).diagonal() * weight.square().sum(0)
             kept = energy.topk(width).indices.sort().values
             keep[f"{block_name(block)}/ffn"] = kept
-    architecture = student_architecture(model, keep, {}, "bf16")
+    architecture = student_architecture(model, keep, {}, {})
     return Candidate(id=f"ffn-{width}", kind="prune", architecture=architecture, keep=keep)
 
 

@@ -206,13 +206,14 @@ def exact_costs(
 def changed(stack: Stack, number: int, keep: Keep, format: Format) -> Variant:
     """The teacher with one block cut and in a format."""
     cut = variant(stack, number, keep)
+    [(layer, without)] = cut.changes.items()
 
     @contextmanager
     def change() -> Iterator[None]:
-        with rounded(stack.model, stack.architecture, number, format), cut.change():
+        with rounded(stack.model, stack.architecture, number, format), without():
             yield
 
-    return cut if format == "bf16" else Variant(cut.layer, change)
+    return cut if format == "bf16" else Variant({layer: change})
 
 
 def identity(text: str, rows: Tensor, block: Block, stratum: str, keep: Keep) -> str:

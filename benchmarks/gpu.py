@@ -81,7 +81,7 @@ def halved(stack: Stack) -> Candidate:
         if axis := CUT.get(block.kind):
             keep[f"{block_name(block)}/{axis}"] = torch.arange(0, sizes(block)[axis], 2)
     formats = {number: FORMATS_SCORED[number % 2] for number in range(len(blocks))}
-    student = student_architecture(stack.architecture, keep, formats, "bf16")
+    student = student_architecture(stack.architecture, keep, formats, {})
     return Candidate(id="half", kind="joint", architecture=student, keep=keep)
 
 

@@ -41,6 +41,7 @@ from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
 from compress.formats.table import FORMATS, Format
 from compress.measure.kl import Reference, mean_kl, measure, sequence_kl
+from compress.model.architecture import kv_text
 from compress.model.families import count_parameters
 from compress.run.bench import Bench, Row
 from compress.run.directory import Run
@@ -279,7 +280,7 @@ def choice_of(session: Session, candidate: Candidate) -> dict[str, Any]:
         "parameters": count_parameters(made),
         "blocks": f"{len(made.blocks)} of {len(whole.blocks)}",
         "hidden": f"{made.hidden} of {whole.hidden}",
-        "KV cache": made.kv_format,
+        "KV cache": kv_text(made),
         "formats": ", ".join(f"{formats[name]} {name}" for name in FORMATS if formats[name]),
         "repaired": len(candidate.repaired),
     }

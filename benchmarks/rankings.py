@@ -41,7 +41,7 @@ def cut(architecture: Architecture, scores: Scores, axis: str, ranking: Ranking)
             target = {axis: max(1, round(CUTS[axis] * sizes(block)[axis]))}
             found = choose(scores, block, target, ranking)
             keep |= {f"{block_name(block)}/{name}": index for name, index in found.items()}
-    student = student_architecture(architecture, keep, {}, "bf16")
+    student = student_architecture(architecture, keep, {}, {})
     return Candidate(id=f"{axis}-{ranking}", kind=ranking, architecture=student, keep=keep)
 
 

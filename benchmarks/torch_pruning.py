@@ -181,7 +181,7 @@ def uniform_ffn(architecture: Architecture, scores: Scores, target: int) -> Cand
         if isinstance(block, Ffn):
             kept = choose(scores, block, {"ffn": block.ffn - gone})["ffn"]
             keep[f"{block_name(block)}/ffn"] = kept
-    student = student_architecture(architecture, keep, {}, "bf16")
+    student = student_architecture(architecture, keep, {}, {})
     return Candidate(id="uniform", kind="uniform", architecture=student, keep=keep)
 
 

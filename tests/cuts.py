@@ -18,7 +18,7 @@ def candidate(teacher: Architecture, keep: Keep) -> Candidate:
         id="x",
         kind="prune",
         keep=keep,
-        architecture=student_architecture(teacher, keep, {}, "bf16"),
+        architecture=student_architecture(teacher, keep, {}, {}),
     )
 
 

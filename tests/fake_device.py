@@ -24,12 +24,12 @@ from torch.utils import backend_registration
 
 from compress.export.inputs import input_ranges
 from compress.formats.fake import shared
-from compress.formats.kv import set_kv_format
 from compress.formats.packed import packed
-from compress.formats.table import FORMATS, Format
+from compress.formats.table import FORMATS, Format, KvFormat
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.measure.predictions import kl_gradient_to, kl_to, predictions
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, in_kv_format
+from compress.model.build import set_kv_formats
 from compress.model.families import parameters, read_architecture
 from compress.model.layout import Parameter
 from compress.model.modules import Head, mixers_of
@@ -113,7 +113,8 @@ def candidate_of(architecture: Architecture) -> Candidate:
     """A student that lacks something along every axis, in several formats."""
     keep = KEPT[architecture.family]
     formats: dict[int, Format] = {1: "nvfp4", 2: "fp8"}
-    student = student_architecture(architecture, keep, formats, "fp8")
+    everywhere: dict[int, KvFormat] = dict.fromkeys(architecture.kv_formats, "fp8")
+    student = student_architecture(architecture, keep, formats, everywhere)
     return Candidate(id="x", kind="joint", architecture=student, keep=keep)
 
 
@@ -226,7 +227,7 @@ def rankings(stack: Stack) -> None:
 def grams(stack: Stack) -> None:
     """Gram matrices of every layer, with a KV cache in FP8."""
     hidden = states(stack)
-    set_kv_format(stack.model, "fp8")
+    set_kv_formats(stack.model, in_kv_format(stack.architecture, "fp8"))
     for number, layer in stack.visits(range(stack.layers)):
         with tapped(stack, number) as found:
             hidden = stack.run(number, layer, hidden)

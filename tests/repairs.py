@@ -73,7 +73,7 @@ def cut_candidate(
     name = block_name(architecture.blocks[number])
     whole = {"blocks": torch.arange(len(architecture.blocks))}
     kept = whole | {f"{name}/{axis}": index for axis, index in keep.items()}
-    student = student_architecture(architecture, kept, {}, "bf16")
+    student = student_architecture(architecture, kept, {}, {})
     numbers = frozenset([number] if repaired else [])
     return Candidate(id="x", kind="prune", architecture=student, keep=kept, repaired=numbers)
 

@@ -22,7 +22,7 @@ from compress.model.architecture import (
     to_json,
 )
 from compress.model.families import count_parameters
-from compress.student.units import AXES
+from compress.student.units import axes_in
 
 CONTEXT = 2048
 LLAMA = Architecture(
@@ -75,7 +75,9 @@ def cut(teacher: Architecture, seed: int) -> tuple[Architecture, dict[str, np.nd
             "layer": layers.setdefault(block.layer, len(layers)),
             "format": str(draw.choice(["bf16", "fp8", "nvfp4"])),
         }
-        for axis in AXES[block.kind]:
+        if block.kind == "attention":
+            changes["kv_format"] = str(draw.choice(["bf16", "fp8"]))
+        for axis in axes_in(block):
             whole = getattr(block, axis)
             step = 16 if whole % 16 == 0 else 1
             kept = max(
@@ -87,7 +89,7 @@ def cut(teacher: Architecture, seed: int) -> tuple[Architecture, dict[str, np.nd
                 keep[f"{block_name(block)}/{axis}"] = np.arange(kept)
         blocks.append(dataclasses.replace(block, **changes))
     keep["blocks"] = np.array(numbers)
-    return dataclasses.replace(teacher, blocks=tuple(blocks), kv_format="fp8"), keep
+    return dataclasses.replace(teacher, blocks=tuple(blocks)), keep
 
 
 def write_run(directory: Path, family: str) -> Path:

@@ -17,6 +17,7 @@ from compress.model.build import disk_tensors
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
+from compress.scores.kv import kv_costs
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.proposals import candidate_of, seeds
@@ -40,7 +41,8 @@ class Teacher:
         formats = ["fp8", "nvfp4"]
         found = contributions(stack_of(self.checkpoint), TOKENS[:4], 2, formats)
         exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])
-        self.scores = Scores(found, exact, {"fp8": 1e-3}, LENGTH)
+        kv = kv_costs(stack_of(self.checkpoint), TOKENS[:4])
+        self.scores = Scores(found, exact, kv, LENGTH)
         self.text: Reference = reference(self.checkpoint, stack_of(self.checkpoint), TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
 

@@ -3,7 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from compress.model.architecture import Architecture, block_name, sizes
+from compress.model.architecture import (
+    Architecture,
+    Block,
+    block_name,
+    kv_format_of,
+    kv_text,
+    sizes,
+)
 from compress.model.families import count_parameters
 
 LOADING = {
@@ -19,6 +26,7 @@ ACTIVATIONS = (
     "computes something else; the `input_scale` tensors are there for it."
 )
 KV = "The plan assumes an FP8 KV cache: serve it with one (vLLM: `--kv-cache-dtype fp8`)."
+MIXED_KV = "KV caches differ by layer: `compress.load` reads each in its format, as measured."
 
 
 def model_card(
@@ -31,7 +39,7 @@ def model_card(
         "parameters": count_parameters(architecture),
         "bytes of weights": facts["bytes"],
         "formats": ", ".join(facts["formats"]),
-        "KV cache": architecture.kv_format,
+        "KV cache": kv_text(architecture),
         **{key: value for key, value in card.items() if not isinstance(value, Mapping)},
     }
     parts = [f"# {name}", "A smaller language model made by `compress`."]
@@ -46,15 +54,18 @@ def model_card(
     )
     if set(facts["formats"]) != {"bf16"}:
         parts.append(ACTIVATIONS)
-    if architecture.kv_format != "bf16":
-        parts.append(KV)
-    blocks = {
-        block_name(block): f"{block.format}; "
-        + ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
-        for block in architecture.blocks
-    }
+    if kv_formats := set(architecture.kv_formats.values()) - {"bf16"}:
+        parts.append(KV if kv_formats == set(architecture.kv_formats.values()) else MIXED_KV)
+    blocks = {block_name(block): block_text(block) for block in architecture.blocks}
     parts += ["## Blocks", table("block", "format and sizes", blocks)]
     return "\n\n".join(parts) + "\n"
+
+
+def block_text(block: Block) -> str:
+    """A block's formats and sizes."""
+    kv_format = kv_format_of(block)
+    held = "" if kv_format is None else f"{kv_format} KV; "
+    return f"{block.format}; {held}" + ", ".join(f"{a} {size}" for a, size in sizes(block).items())
 
 
 def table(left: str, right: str, rows: Mapping[str, Any]) -> str:

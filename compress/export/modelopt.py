@@ -7,7 +7,7 @@ matches no module (a sentinel stays in its names).
 from collections.abc import Mapping
 from typing import Any
 
-from compress.formats.table import FORMATS, KV_BYTES, Format
+from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, Format
 from compress.model.architecture import Architecture
 from compress.model.families import family_of, parameters
 
@@ -64,7 +64,7 @@ def quantization_json(architecture: Architecture) -> tuple[dict[str, Any], dict[
 
     With formats that ModelOpt's loaders do not know the layout is ours, and there is one file.
     """
-    layers, kv_format = layer_formats(architecture), architecture.kv_format
+    layers, kv_formats = layer_formats(architecture), set(architecture.kv_formats.values())
     used = list(dict.fromkeys(format for format in layers.values() if format != "bf16"))
     details: dict[str, Any] = {"kv_cache_quant_algo": None}
     config: dict[str, Any] = {}
@@ -80,7 +80,9 @@ def quantization_json(architecture: Architecture) -> tuple[dict[str, Any], dict[
         }
         config["quantized_layers"] = quantized
     config |= {"ignore": details.get("exclude_modules", []), "quant_algo": details["quant_algo"]}
-    if kv_format != "bf16":
+    # The layout has one for all layers; what differs only we read, in architecture.json.
+    if len(kv_formats) == 1 and kv_formats != {KV_FORMATS[0]}:
+        [kv_format] = kv_formats
         # Without calibrated scales: servers then use 1.
         details["kv_cache_quant_algo"] = kv_format.upper()
         bits = 8 * KV_BYTES[kv_format]

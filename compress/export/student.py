@@ -32,7 +32,7 @@ from compress.export.targets import LOADERS, Loader, Target
 from compress.formats.packed import pack_block, stored_specs
 from compress.formats.table import Format
 from compress.memory.footprint import Deployment, footprint
-from compress.model.architecture import Architecture, to_json, without_formats
+from compress.model.architecture import Architecture, kv_text, to_json, without_formats
 from compress.model.build import is_plain, student_config, weight_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
 from compress.model.families import count_parameters, parameters
@@ -111,16 +111,21 @@ def check_target(architecture: Architecture, target: Target) -> None:
             "export this one with --target compress"
         )
 
+    kv_formats = set(architecture.kv_formats.values())
+
     def takes(other: Loader) -> bool:
+        told = len(kv_formats) <= 1 or other.kv_scope == "block"
         known = architecture.formats <= set(other.formats)
-        return known and architecture.kv_format in other.kv_formats
+        return told and known and kv_formats <= set(other.kv_formats)
 
     if not takes(loader):
         formats = ", ".join(sorted(architecture.formats))
+        one = "a KV format for all blocks" if loader.kv_scope == "global" else "KV formats"
         others = " or ".join(name for name, other in LOADERS.items() if takes(other))
         raise InputError(
-            f"target {target!r} takes {', '.join(loader.formats)} only, this student has {formats} "
-            f"weights and {architecture.kv_format} KV; use --target {others}"
+            f"target {target!r} takes {', '.join(loader.formats)} only, with {one} of "
+            f"{', '.join(loader.kv_formats)}; this student has {formats} weights and "
+            f"{kv_text(architecture)} KV; use --target {others}"
         )
 
 

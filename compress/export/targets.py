@@ -6,6 +6,7 @@ from typing import Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.memory.devices import Device
 from compress.searches.space import Space
 
 Target = Literal["compress", "transformers", "vllm"]
@@ -13,16 +14,22 @@ Target = Literal["compress", "transformers", "vllm"]
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """What a loader builds: weight and KV formats, and blocks that differ (``uneven``)."""
+    """What a loader builds: weight and KV formats, and blocks that differ (``uneven``).
+
+    ``kv_scope`` says whether its layout has a KV format for every block or one for all.
+    """
 
     formats: tuple[Format, ...]
     kv_formats: tuple[KvFormat, ...]
     uneven: bool
+    kv_scope: Literal["global", "block"] = "global"
 
 
 # vLLM reads formats by its ModelOpt loader.
 LOADERS: Mapping[Target, Loader] = {
-    "compress": Loader(formats=tuple(FORMATS), kv_formats=KV_FORMATS, uneven=True),
+    "compress": Loader(
+        formats=tuple(FORMATS), kv_formats=KV_FORMATS, uneven=True, kv_scope="block"
+    ),
     "transformers": Loader(formats=("bf16",), kv_formats=("bf16",), uneven=False),
     "vllm": Loader(
         formats=("bf16", *(name for name, row in FORMATS.items() if row.modelopt)),
@@ -35,11 +42,13 @@ LOADERS: Mapping[Target, Loader] = {
 def restricted(space: Space, target: Target) -> Space:
     """The space with only what the target's loader builds from a config.
 
-    Stock loaders want one value per width and whole layers. A loader of BF16 only leaves the other
-    formats of a space out; InputError where a loader of several does not know one of them.
+    Stock loaders want one value per width, whole layers and one KV format. A loader of BF16 only
+    leaves the other formats of a space out; InputError where a loader of several does not know one.
     """
     loader = LOADERS[target]
     update: dict[str, object] = {}
+    if loader.kv_scope == "global":
+        update["kv_scope"] = "global"
     if not loader.uneven:
         whole = {"scope": "global"}
         update["axes"] = {k: axis.model_copy(update=whole) for k, axis in space.axes.items()}
@@ -52,3 +61,22 @@ def restricted(space: Space, target: Target) -> Space:
             "use --target compress or a space without it"
         )
     return space.model_copy(update=update)
+
+
+def served_by(space: Space, device: Device | None) -> tuple[Space, str | None]:
+    """The space with only the KV formats that the device runs, and a line that says what is out.
+
+    InputError where none is left.
+    """
+    if device is None or set(space.kv_formats) <= set(device.kv_formats):
+        return space, None
+    left = tuple(format for format in space.kv_formats if format in device.kv_formats)
+    gone = ", ".join(format for format in space.kv_formats if format not in device.kv_formats)
+    if not left:
+        raise InputError(
+            f"the space asks for {gone} KV caches, which no backend is sure to run on "
+            f"{device.name}; list {' or '.join(device.kv_formats)} in kv_formats, or leave "
+            "--device out and give its memory as --budget"
+        )
+    line = f"{gone} KV caches are left out: no backend is sure to run them on {device.name}"
+    return space.model_copy(update={"kv_formats": left}), line

@@ -1,4 +1,4 @@
-"""KV-cache formats: attention that reads its keys and values as an FP8 cache would give them.
+"""KV-cache formats, layer by layer: attention over keys and values as their cache gives them.
 
 E4M3 with scale 1, which is what servers use for a checkpoint without KV scales; values beyond 448
 saturate. Keys are rounded after RoPE, as they are stored; of latent attention the latent is, which
@@ -6,7 +6,8 @@ keys and values are made from, and the keys with positions that heads share.
 """
 
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -17,14 +18,11 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import eager_mask, sdpa_mask
 
 from compress.formats.fp8 import E4M3_MAX
-from compress.formats.table import KvFormat
+from compress.formats.table import KV_FORMATS, KvFormat
 
-# What transformers is to call the attention over a cache of each format, by what it calls the one
-# that a model has without a decision: where there are sinks it is the model code's own.
-ATTENTION: Mapping[str, Mapping[KvFormat, str]] = {
-    "sdpa": {"bf16": "sdpa", "fp8": "compress_kv_fp8"},
-    "eager": {"bf16": "eager", "fp8": "compress_kv_fp8_eager"},
-}
+# What transformers is to call the attention of modules that say which format their cache has, by
+# what it calls the one that they have without: where there are sinks it is the model code's own.
+ATTENTION: Mapping[str, str] = {"sdpa": "compress_kv", "eager": "compress_kv_eager"}
 # The method with which latent attention there makes keys and values from what a cache holds.
 EXPAND = "expand_kv"
 
@@ -35,43 +33,62 @@ def stored(x: Tensor) -> Tensor:
     return x + (rounded - x).detach()
 
 
-def fp8_attention(
+def attention_over(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any
 ) -> tuple[Tensor, None]:
-    """Scaled dot-product attention over FP8 keys and values."""
-    return sdpa_attention_forward(module, query, stored(key), stored(value), *others, **options)
+    """Scaled dot-product attention over a module's keys and values in the format of its cache."""
+    if format_of(module) == "fp8":
+        key, value = stored(key), stored(value)
+    return sdpa_attention_forward(module, query, key, value, *others, **options)
 
 
-def fp8_eager(
+def own_attention_over(
     module: Any, query: Tensor, key: Tensor, value: Tensor, *others: Any, **options: Any
 ) -> tuple[Tensor, Tensor]:
-    """The attention of a layer's own model code over FP8 keys and values."""
+    """The attention of a layer's own model code over the same."""
     own: Callable[..., tuple[Tensor, Tensor]] = sys.modules[
         type(module).__module__
     ].eager_attention_forward
-    return own(module, query, stored(key), stored(value), *others, **options)
+    if format_of(module) == "fp8":
+        key, value = stored(key), stored(value)
+    return own(module, query, key, value, *others, **options)
 
 
-def set_kv_format(model: Any, kv_format: KvFormat) -> None:
-    """Make every attention layer of the model read its cache in a format."""
+def format_of(attention: Any) -> KvFormat:
+    """The format that an attention module reads its cache in."""
+    found: KvFormat = getattr(attention, "kv_format", KV_FORMATS[0])
+    return found
+
+
+def set_kv_format(attention: Any, kv_format: KvFormat) -> None:
+    """Make one attention module read its cache in a format."""
     # The masks have to be registered under the same names, or padding is ignored without a word.
-    AttentionInterface.register(ATTENTION["sdpa"]["fp8"], fp8_attention)
-    AttentionMaskInterface.register(ATTENTION["sdpa"]["fp8"], sdpa_mask)
-    AttentionInterface.register(ATTENTION["eager"]["fp8"], fp8_eager)
-    AttentionMaskInterface.register(ATTENTION["eager"]["fp8"], eager_mask)
-    for module in model.modules():
-        if hasattr(module, EXPAND):
-            vars(module).pop(EXPAND, None)
-            if kv_format == "fp8":
-                setattr(module, EXPAND, partial(expanded, getattr(module, EXPAND)))
-    latent = any(hasattr(module, EXPAND) for module in model.modules())
-    eager = model.config._attn_implementation in ATTENTION["eager"].values()
-    attention = ATTENTION["eager" if eager else "sdpa"]["bf16" if latent else kv_format]
-    for module in model.modules():
-        if hasattr(module, "config") and hasattr(module.config, "_attn_implementation"):
-            module.config._attn_implementation = attention
+    AttentionInterface.register(ATTENTION["sdpa"], attention_over)
+    AttentionMaskInterface.register(ATTENTION["sdpa"], sdpa_mask)
+    AttentionInterface.register(ATTENTION["eager"], own_attention_over)
+    AttentionMaskInterface.register(ATTENTION["eager"], eager_mask)
+    attention.kv_format = kv_format
+    if hasattr(attention, EXPAND):
+        vars(attention).pop(EXPAND, None)
+        if kv_format == "fp8":
+            setattr(attention, EXPAND, partial(expanded, getattr(attention, EXPAND)))
+    else:
+        # Layers of this config whose module says nothing go on as they did.
+        before = attention.config._attn_implementation
+        attention.config._attn_implementation = ATTENTION.get(before, before)
 
 
 def expanded(expand: Callable[..., tuple[Tensor, Tensor]], *held: Tensor) -> tuple[Tensor, Tensor]:
     """Keys and values from an FP8 cache of what they are made from."""
     return expand(*map(stored, held))
+
+
+@contextmanager
+def with_kv_format(attention: Any, kv_format: KvFormat) -> Iterator[None]:
+    """An attention module that reads its cache in a format for a while."""
+    before = format_of(attention)
+    set_kv_format(attention, kv_format)
+    try:
+        yield
+    finally:
+        set_kv_format(attention, before)

@@ -17,8 +17,17 @@ from functools import lru_cache
 from math import prod
 from typing import Literal
 
-from compress.formats.table import FORMATS, KV_BYTES, Format, KvFormat
-from compress.model.architecture import Architecture, Block, DeltaNet, Mamba, cached, sizes, window
+from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, Format
+from compress.model.architecture import (
+    Architecture,
+    Block,
+    DeltaNet,
+    Mamba,
+    cached,
+    kv_format_of,
+    sizes,
+    window,
+)
 from compress.model.families import experts_of, family_of, outside
 from compress.model.layout import Slot, shape
 
@@ -31,7 +40,7 @@ SSM_BYTES: dict[SsmFormat, int] = {"fp32": 4, "bf16": 2}
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """How a model is served; the KV format belongs to the architecture."""
+    """How a model is served; KV formats belong to the architecture."""
 
     context: int
     batch_size: int = 1
@@ -101,7 +110,7 @@ def weight_bytes(architecture: Architecture) -> int:
     return outside_bytes(architecture) + inside
 
 
-def state_bytes(block: Block, kv_format: KvFormat, served: Deployment) -> tuple[int, int, int]:
+def state_bytes(block: Block, served: Deployment) -> tuple[int, int, int]:
     """Bytes of one block's keys and values, recurrent state and convolution state.
 
     A window limits the tokens held; of the convolution servers hold kernel - 1 columns.
@@ -109,7 +118,7 @@ def state_bytes(block: Block, kv_format: KvFormat, served: Deployment) -> tuple[
     cache = recurrent = conv = 0
     if numbers := cached(block):
         tokens = min(served.context, window(block) or served.context)
-        cache = numbers * KV_BYTES[kv_format] * tokens
+        cache = numbers * KV_BYTES[kv_format_of(block) or KV_FORMATS[0]] * tokens
     elif isinstance(block, Mamba):
         channels = block.group * block.head * block.channel
         recurrent = channels * block.state * SSM_BYTES[served.ssm_format]
@@ -123,8 +132,7 @@ def state_bytes(block: Block, kv_format: KvFormat, served: Deployment) -> tuple[
 
 def footprint(architecture: Architecture, deployment: Deployment) -> Footprint:
     """Bytes that serving the model takes."""
-    kv_format = architecture.kv_format
-    held = [state_bytes(block, kv_format, deployment) for block in architecture.blocks]
+    held = [state_bytes(block, deployment) for block in architecture.blocks]
     return Footprint(
         weights=weight_bytes(architecture),
         kv_cache=sum(cache for cache, _, _ in held),

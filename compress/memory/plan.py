@@ -1,7 +1,7 @@
 """What a model takes, what fits, and which budget binds: pure arithmetic on config.json."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from compress.memory.budget import Budget, in_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
 from compress.memory.stored import AsStored, as_stored
-from compress.model.architecture import Architecture, cached
+from compress.model.architecture import Architecture, cached, in_kv_format
 from compress.model.config import is_export, read_config
 from compress.model.families import count_active, count_parameters
 from compress.model.families.wrapper import text_config, text_note
@@ -79,7 +79,7 @@ def options_of(
     has_cache = any(cached(block) for block in architecture.blocks)
     for format in FORMATS:
         for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
-            changed = replace(in_format(architecture, format), kv_format=kv_format)
+            changed = in_kv_format(in_format(architecture, format), kv_format)
             longest = largest_context(changed, deployment, budget.bytes) if budget else None
             yield Option(
                 format=format,
@@ -107,8 +107,8 @@ def notes_of(
         if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
             inputs = f"inputs no multiple of {FORMATS[format].group}"
             yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
-    if device and architecture.kv_format not in device.kv_formats:
-        yield f"no backend is sure to run a {architecture.kv_format} KV cache on {device.name}"
+    if device and (foreign := {*architecture.kv_formats.values()} - {*device.kv_formats}):
+        yield f"no backend is sure to run a {min(foreign)} KV cache on {device.name}"
     if device and device.count > 1:
         yield f"{device.name}: assumes that weights and caches split evenly"
 
@@ -132,7 +132,7 @@ def make_plan(
     limit = resolve_budget(architecture, deployment, budget, device)
     planned = architecture if format is None else in_format(architecture, format)
     if kv_format is not None:
-        planned = replace(planned, kv_format=kv_format)
+        planned = in_kv_format(planned, kv_format)
     longest = largest_context(planned, deployment, limit.bytes) if limit else 0
     spoken_of = None if longest is None else max(longest, deployment.context)
     return Plan(

@@ -6,14 +6,21 @@ per key head, because those are the numbers that every group of a layer shares.
 """
 
 import dataclasses
+import json
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from pydantic import (
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    with_config,
+)
 
 from compress.core.errors import InputError
 from compress.core.settings import first_fault
-from compress.formats.table import Format, KvFormat
+from compress.formats.table import KV_FORMATS, Format, KvFormat
 
 # As JSON has them: a number is no text, and what is not known is an error.
 STRICT = ConfigDict(extra="forbid", strict=True)
@@ -24,7 +31,8 @@ class Attention:
     """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``.
 
     ``window`` limits how many tokens it sees; without ``rope`` it knows no positions. ``qkv_bias``
-    and ``qk_norm`` say what a config may choose to have, in families where it may.
+    and ``qk_norm`` say what a config may choose to have, in families where it may. ``kv_format`` is
+    that of its cache.
     """
 
     kind: Literal["attention"] = "attention"
@@ -37,6 +45,7 @@ class Attention:
     qkv_bias: bool = False
     qk_norm: bool = False
     format: Format = "bf16"
+    kv_format: KvFormat = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +66,7 @@ class Mla:
     kv_rank: int
     q_rank: int | None
     format: Format = "bf16"
+    kv_format: KvFormat = "bf16"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,7 +155,6 @@ class Architecture:
     hidden: int
     tied: bool
     blocks: tuple[Annotated[Block, Field(discriminator="kind")], ...]
-    kv_format: KvFormat = "bf16"
 
     @property
     def layers(self) -> int:
@@ -157,14 +166,45 @@ class Architecture:
         """The number formats its blocks use."""
         return {block.format for block in self.blocks}
 
+    @property
+    def kv_formats(self) -> dict[int, KvFormat]:
+        """The KV format of every block that has a cache, by the block's number."""
+        found = ((n, kv_format_of(block)) for n, block in enumerate(self.blocks))
+        return {number: kv_format for number, kv_format in found if kv_format is not None}
+
 
 JSON = TypeAdapter(Architecture)
 
 
+def in_kv_format(architecture: Architecture, kv_format: KvFormat) -> Architecture:
+    """The architecture with every KV cache in one format."""
+    change: dict[str, Any] = {"kv_format": kv_format}
+    blocks = (
+        block if kv_format_of(block) is None else dataclasses.replace(block, **change)
+        for block in architecture.blocks
+    )
+    return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+
 def without_formats(architecture: Architecture) -> Architecture:
-    """The architecture with all weights and the KV cache in BF16."""
+    """The architecture with all weights and KV caches in BF16."""
     blocks = tuple(dataclasses.replace(block, format="bf16") for block in architecture.blocks)
-    return dataclasses.replace(architecture, blocks=blocks, kv_format="bf16")
+    return in_kv_format(dataclasses.replace(architecture, blocks=blocks), KV_FORMATS[0])
+
+
+def kv_format_of(block: Block) -> KvFormat | None:
+    """The KV format of a block; None where it has no cache that grows with the context."""
+    found: KvFormat | None = getattr(block, "kv_format", None)
+    return found
+
+
+def kv_text(architecture: Architecture) -> str:
+    """The KV formats in words: ``fp8``, or ``fp8 in 3 of 8 blocks`` where the others are BF16."""
+    found = list(architecture.kv_formats.values())
+    other = [kv_format for kv_format in found if kv_format != KV_FORMATS[0]]
+    if len(set(found)) <= 1:
+        return found[0] if found else KV_FORMATS[0]
+    return f"{other[0]} in {len(other)} of {len(found)} blocks"
 
 
 def block_name(block: Block) -> str:
@@ -198,8 +238,26 @@ def to_json(architecture: Architecture) -> str:
     return JSON.dump_json(architecture, indent=1).decode()
 
 
+def loaded(text: str) -> Any:
+    """What a text of JSON holds; InputError where it is none."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise InputError(f"architecture.json is not JSON: {error}") from error
+
+
 def from_json(text: str) -> Architecture:
-    """Read what ``to_json`` wrote; InputError on unknown, missing or wrong fields."""
+    """Read what ``to_json`` wrote; InputError on unknown, missing or wrong fields.
+
+    A ``kv_format`` of the whole, as was written once, is that of every attention block.
+    """
+    found = loaded(text)
+    if isinstance(found, dict) and "kv_format" in found:
+        own, blocks = {"kv_format": found.pop("kv_format")}, found.get("blocks")
+        for block in blocks if isinstance(blocks, list) else ():
+            if isinstance(block, dict) and block.get("kind") == "attention":
+                block |= own
+        text = json.dumps(found)
     try:
         return JSON.validate_json(text)
     except ValidationError as error:

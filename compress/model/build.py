@@ -18,7 +18,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
-from compress.formats.kv import set_kv_format
+from compress.formats.kv import format_of, set_kv_format
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block
 from compress.model.checkpoint import GENERATION, open_checkpoint
@@ -28,6 +28,7 @@ from compress.model.families.family import Family
 from compress.model.families.wrapper import text_config
 from compress.model.fill import fill, part_of, place_of, require_filled
 from compress.model.kernels import modeling
+from compress.model.modules import attention_of
 
 
 class Removed(nn.Module):
@@ -239,8 +240,16 @@ def load(path: str | Path) -> PreTrainedModel:
     directory = Path(path)
     model = load_model(directory)
     generates(model, directory)
-    set_kv_format(model, architecture_of(directory, read_config(directory)).kv_format)
+    set_kv_formats(model, architecture_of(directory, read_config(directory)))
     return model
+
+
+def set_kv_formats(model: PreTrainedModel, architecture: Architecture) -> None:
+    """Make every attention layer of a model read its cache in the format of its block."""
+    for number, kv_format in architecture.kv_formats.items():
+        attention = attention_of(model, architecture.blocks[number])
+        if kv_format != format_of(attention):
+            set_kv_format(attention, kv_format)
 
 
 def generates(model: PreTrainedModel, directory: Path) -> None:

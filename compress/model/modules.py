@@ -116,6 +116,11 @@ def mixers_of(model: Any, block: Block) -> list[Any]:
     return [getattr(layer_of(model, block), name) for name in site.mixers]
 
 
+def attention_of(model: Any, block: Block) -> Any:
+    """The module that reads an attention block's cache."""
+    return mixers_of(model, block)[0]
+
+
 def router_of(model: Any, block: Block) -> Any:
     """The module that chooses a block's experts."""
     site = family_of(model.config.model_type).sites[block.kind]

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.formats.table import Format
-from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.formats.table import KV_BYTES, KV_FORMATS, Format
+from compress.model.architecture import Architecture, Block, block_name, kv_format_of, sizes
 from compress.student.units import AXES
 
 ROW_PIXELS, GAP_PIXELS, TOP_PIXELS = 30, 10, 4
@@ -13,7 +13,10 @@ ROW_PIXELS, GAP_PIXELS, TOP_PIXELS = 30, 10, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One axis of one teacher block; ``format`` is None where the block was removed."""
+    """One axis of one teacher block; ``format`` is None where the block was removed.
+
+    Or its KV cache, in bits of a number.
+    """
 
     column: int
     block: str
@@ -52,10 +55,17 @@ def layer_map(
     y = TOP_PIXELS
     for kind, axes in AXES.items():
         blocks = [(n, block) for n, block in enumerate(teacher.blocks) if block.kind == kind]
-        for axis in axes if blocks else ():
-            cells = tuple(cell_of(block, matched.get(number), axis) for number, block in blocks)
-            rows.append(MapRow(kind=kind, axis=axis, cells=cells, y=y))
-            y += ROW_PIXELS
+        having = {a: [(n, b) for n, b in blocks if a in sizes(b)] for a in axes}
+        found = {
+            axis: tuple(cell_of(block, matched.get(number), axis) for number, block in own)
+            for axis, own in having.items()
+        }
+        caches = [(n, b) for n, b in blocks if kv_format_of(b) is not None]
+        found["KV bits"] = tuple(cache_cell(block, matched.get(n)) for n, block in caches)
+        for axis, cells in found.items():
+            if cells:
+                rows.append(MapRow(kind=kind, axis=axis, cells=cells, y=y))
+                y += ROW_PIXELS
         y += GAP_PIXELS if blocks else 0
     return rows
 
@@ -68,4 +78,16 @@ def cell_of(teacher: Block, student: Block | None, axis: str) -> Cell:
         kept=sizes(student)[axis] if student else 0,
         whole=sizes(teacher)[axis],
         format=student.format if student else None,
+    )
+
+
+def cache_cell(teacher: Block, student: Block | None) -> Cell:
+    """The cell of one block's KV cache."""
+    kv_format = kv_format_of(student) if student else None
+    return Cell(
+        column=teacher.layer,
+        block=block_name(teacher),
+        kept=8 * KV_BYTES[kv_format] if kv_format else 0,
+        whole=8 * KV_BYTES[KV_FORMATS[0]],
+        format=kv_format,
     )

@@ -12,6 +12,7 @@ from compress.core.files import write_text
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.formats.table import FORMATS
 from compress.memory.devices import DEVICES
+from compress.model.architecture import Architecture, kv_text
 from compress.model.families import count_parameters
 from compress.report.charts import distillation_curve, inline_svg, kl_against_bytes
 from compress.report.content import (
@@ -52,6 +53,11 @@ def charts(run: RunFiles) -> dict[str, Figure]:
     return {name: figure for name, figure in drawn.items() if figure is not None}
 
 
+def used_formats(architecture: Architecture) -> set[str]:
+    """Formats of weights and of KV caches."""
+    return {*architecture.formats, *architecture.kv_formats.values()}
+
+
 def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
     """The page."""
     environment = Environment(
@@ -73,7 +79,8 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         lines=lines(run),
         candidates=worth_listing(run),
         picture=picture,
-        formats=[f for f in FORMATS if selected and f in selected.architecture.formats],
+        formats=[f for f in FORMATS if selected and f in used_formats(selected.architecture)],
+        kv=kv_text(selected.architecture) if selected else "",
         repairs=repairs(selected) if selected else "",
         charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
         evaluation=evaluation_grid(run.results) if run.results else None,

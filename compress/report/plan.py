@@ -5,12 +5,13 @@ from itertools import pairwise
 
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
+from compress.formats.table import KV_FORMATS
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import block_bytes, outside_bytes, state_bytes
 from compress.memory.machine import PROCESS, Machine
 from compress.memory.plan import Option, Plan
 from compress.memory.work import Work
-from compress.model.architecture import Architecture, sizes
+from compress.model.architecture import Architecture, kv_format_of, sizes
 from compress.model.families import count_active, count_parameters, parameters
 
 
@@ -99,11 +100,12 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
     alike: dict[tuple[str, str, str], list[int]] = {}
     for number, block in enumerate(architecture.blocks):
         text = ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
-        alike.setdefault((block.kind, text, block.format), []).append(number)
+        kv_format = kv_format_of(block)
+        cache = f", {kv_format} KV" if kv_format not in (None, KV_FORMATS[0]) else ""
+        alike.setdefault((block.kind, text, block.format + cache), []).append(number)
     for (kind, text, format), numbers in alike.items():
         blocks = [architecture.blocks[number] for number in numbers]
-        kv_format = architecture.kv_format
-        held = sum(sum(state_bytes(block, kv_format, deployment)) for block in blocks)
+        held = sum(sum(state_bytes(block, deployment)) for block in blocks)
         weights = sum(block_bytes(b, architecture.hidden, architecture.family) for b in blocks)
         count = format_count(sum(counts[number] for number in numbers))
         layers = ranges([block.layer for block in blocks])

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from torch import Tensor
 
 from compress.core.terminal import note, table
-from compress.formats.table import FORMATS
+from compress.formats.table import FORMATS, KV_FORMATS
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import family_of
 from compress.scores.costs import Scores, change, importance, kl_of, removed
@@ -44,8 +44,14 @@ def print_scores(architecture: Architecture, scores: Scores) -> None:
         ["format", "sum of all", "least", "where", "most", "where "],
         formats,
     )
-    for kv_format, cost in scores.kv.items():
-        note(f"{kv_format.upper()} KV cache, measured: {cost:.5f} nats per token")
+    for format in KV_FORMATS[1:]:
+        by_block = {k.rpartition("/")[0]: v for k, v in scores.kv.items() if k.endswith(format)}
+        if by_block:
+            most = max(by_block, key=by_block.__getitem__)
+            note(
+                f"{format.upper()} KV caches, measured: {sum(by_block.values()):.5f} nats per token"
+                f" for all {len(by_block)}, most of them {most}: {by_block[most]:.5f}"
+            )
 
 
 def unit_rows(scores: Scores, architecture: Architecture) -> Iterator[tuple[str, ...]]:

@@ -2,10 +2,9 @@
 
 import shlex
 from collections.abc import Iterator
-from dataclasses import replace
 
 from compress.core.terminal import command
-from compress.model.architecture import Architecture, Block
+from compress.model.architecture import Architecture, Block, without_formats
 from compress.report.rows import TEACHER, Student, read_students, read_teacher, selected_of
 from compress.run.directory import Run, shown
 from compress.run.recipe import read_recipe
@@ -19,7 +18,7 @@ def is_cut(run: Run, student: Student) -> bool:
 
 def structure(architecture: Architecture) -> tuple[int, list[Block]]:
     """An architecture's sizes, without formats."""
-    return architecture.hidden, [replace(block, format="bf16") for block in architecture.blocks]
+    return architecture.hidden, list(without_formats(architecture).blocks)
 
 
 def next_step(run: Run) -> str:

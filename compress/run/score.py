@@ -1,4 +1,4 @@
-"""The score stage: contributions, exact removals and the KV format, once per teacher and text.
+"""The score stage: contributions, exact removals and KV formats, once per teacher and text.
 
 What other rankings go by is a stage of its own, only where the recipe asks for one. Gram matrices
 are another, only for spaces that repair what they cut.
@@ -51,7 +51,7 @@ def score_inputs(session: Session) -> dict[str, object]:
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
         "replay": recipe.replay_tokens,
         "formats": scored_formats(recipe),
-        "version": 2,
+        "version": 3,
     }
 
 
@@ -120,7 +120,10 @@ def scores_of(stack: Stack, rows: Tensor, recipe: Recipe, directory: Path) -> Sc
     with progress("score: exact costs of removals", blocks) as advance:
         known, step = directory / "replays.json", stepwise(advance, blocks)
         removals = removal_costs(stack, replayed, STOP, step, known)
-    return Scores(found, removals, kv_costs(stack, replayed), rows.shape[1])
+    with progress("score: exact costs of KV formats", blocks) as advance:
+        known, step = directory / "kv.json", stepwise(advance, blocks)
+        kv = kv_costs(stack, replayed, STOP, step, known)
+    return Scores(found, removals, kv, rows.shape[1])
 
 
 def replay_rows(architecture: Architecture, rows: Tensor, tokens: int) -> int:

@@ -9,11 +9,12 @@ from compress.core.errors import Infeasible
 from compress.core.files import fingerprint, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
-from compress.export.targets import restricted
+from compress.export.targets import restricted, served_by
 from compress.measure.kl import Reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
 from compress.memory.work import STUDENT
+from compress.model.architecture import in_kv_format
 from compress.report.rows import (
     CANDIDATES,
     Student,
@@ -69,7 +70,7 @@ def chosen_space(session: Session) -> Space | None:
     formats = loaded(session, "formats")
     # Formats make no parameter less.
     for format, kv_format in product(formats.formats, formats.kv_formats) if few else ():
-        made = replace(in_format(session.architecture, format), kv_format=kv_format)
+        made = in_kv_format(in_format(session.architecture, format), kv_format)
         size = footprint(made, session.recipe.deployment).total
         if size <= budget:
             note(
@@ -82,11 +83,14 @@ def chosen_space(session: Session) -> Space | None:
 
 
 def loaded(session: Session, name: str) -> Space:
-    """A space as the teacher's family and the target take it; a line says what the former lacks."""
+    """A space as family, target and device take it; lines say what the first and last lack."""
     space, line = of_family(load_space(name), session.architecture)
     if line is not None:
         note(line)
-    return restricted(space, session.recipe.target)
+    space, line = served_by(restricted(space, session.recipe.target), session.recipe.preset)
+    if line is not None:
+        note(line)
+    return space
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
@@ -103,7 +107,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": recipe.active,
         "deployment": asdict(session.recipe.deployment),
-        "version": 2,
+        "version": 3,
         **{key: getattr(recipe, key) for key in keys},
     }
 

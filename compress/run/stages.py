@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any
 
 from compress.core.files import read_json
@@ -102,7 +101,7 @@ def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
     candidate, _ = students.find_candidate(session, name)
     directory, architecture = students.latest(session, candidate), candidate.architecture
     text = session.reference(session.rows("select", recipe.select_tokens))
-    plain = replace(in_format(architecture, "bf16"), kv_format=architecture.kv_format)
+    plain = in_format(architecture, "bf16")
     whole = mean_kl(students.in_formats(session, plain, directory), text)
     rounded = mean_kl(students.in_formats(session, architecture, directory), text)
     formats = ", ".join(sorted(architecture.formats))

@@ -30,8 +30,9 @@ from compress.student.units import Units, array_of, axes_in, number_of, unit_key
 class Scores:
     """Contributions [rows, *units] of sequences of ``length`` tokens, and exact costs.
 
-    ``removals`` is the KL of removing a block alone by its name, ``kv`` that of storing every KV
-    cache in a format by its name, nats per token; formats that cost nothing are left out.
+    ``removals`` is the KL of removing a block alone by its name, ``kv`` that of storing a block's
+    KV cache in a format (``layers.3.attention/fp8``), nats per token; what costs nothing is left
+    out.
     ``rankings`` is what ``activation_scores`` gives, for the other rankings; no part of the file.
     """
 

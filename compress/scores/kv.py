@@ -1,40 +1,59 @@
-"""What number formats of the KV cache cost, measured."""
+"""What number formats of KV caches cost, block by block, measured."""
 
-import torch
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+
 from torch import Tensor
 
-from compress.formats.kv import set_kv_format
+from compress.formats.kv import with_kv_format
 from compress.formats.table import KV_FORMATS, KvFormat
-from compress.measure.losses import kl_of_many, require_finite
+from compress.model.architecture import block_name
+from compress.model.modules import attention_of
+from compress.scores.contributions import Progress
+from compress.scores.replay import NEVER, Stop, Variant, replayed
 from compress.sweep.stack import Stack
 
-BATCH = 4
 
+def kv_costs(
+    stack: Stack,
+    tokens: Tensor,
+    stop: Stop = NEVER,
+    progress: Progress = lambda done, total: None,
+    known: Path | None = None,
+) -> dict[str, float]:
+    """KL of storing each block's cache in a format by ``layers.3.attention/fp8``, nats per token.
 
-@torch.no_grad()
-def kv_costs(stack: Stack, tokens: Tensor) -> dict[str, float]:
-    """KL(teacher || teacher with its cache in a format) on [sequences, T] by format.
-
-    Nats per token; one sweep carries the teacher and every format. InputError where it is not
-    finite.
+    That of all caches in the format together, shared out by what each costs alone: alone they are
+    small enough for the noise of BF16 arithmetic to count in every one. Arguments are those of
+    ``replayed``, which carries all of them along at once.
     """
-    batches = [stack.embed(rows) for rows in torch.split(tokens, BATCH)]
-    states: dict[KvFormat, list[Tensor]] = {format: list(batches) for format in KV_FORMATS}
-    try:
-        for number, layer in stack.visits(range(stack.layers)):
-            for format, hidden in states.items():
-                set_kv_format(stack.model, format)
-                for batch, entering in enumerate(hidden):
-                    hidden[batch] = stack.run(number, layer, entering)
-    finally:
-        set_kv_format(stack.model, KV_FORMATS[0])
-    kls: list[list[Tensor]] = []
-    with stack.head() as head:
-        for finals in zip(*states.values(), strict=True):
-            teacher, *others = (stack.normed(hidden).flatten(0, 1) for hidden in finals)
-            kls.append(kl_of_many(others, teacher, head))
-    found = (torch.cat(parts) for parts in zip(*kls, strict=True))
-    return {
-        format: float(require_finite(kl, f"logits with a {format} KV cache").mean())
-        for format, kl in zip(KV_FORMATS[1:], found, strict=True)
-    }
+    numbers = list(stack.architecture.kv_formats)
+    if not numbers:
+        return {}
+    names = [block_name(stack.architecture.blocks[number]) for number in numbers]
+    variants: dict[str, Variant] = {}
+    for format in KV_FORMATS[1:]:
+        variants[format] = variant(stack, numbers, format)
+        variants |= {
+            f"{name}/{format}": variant(stack, [number], format)
+            for name, number in zip(names, numbers, strict=True)
+        }
+    found = replayed(stack, tokens, variants, stop, progress, known)
+    means = {name: float(kl.mean()) for name, kl in found.items()}
+    costs: dict[str, float] = {}
+    for format in KV_FORMATS[1:]:
+        alone = {f"{name}/{format}": means[f"{name}/{format}"] for name in names}
+        # Without a cache that costs anything there is nothing to share out.
+        share = means[format] / (sum(alone.values()) or 1.0)
+        costs |= {name: share * cost for name, cost in alone.items()}
+    return costs
+
+
+def variant(stack: Stack, numbers: Sequence[int], kv_format: KvFormat) -> Variant:
+    """The teacher with the caches of these blocks in a format."""
+    blocks = [stack.architecture.blocks[number] for number in numbers]
+    return Variant(
+        {block.layer: partial(with_kv_format, attention_of(stack.model, block), kv_format)
+         for block in blocks}
+    )  # fmt: skip

@@ -1,12 +1,12 @@
-"""Exact costs of single decisions: the teacher and all that differ from it in a block, in sweeps.
+"""Exact costs of single decisions: the teacher and all that differ from it, in sweeps.
 
-A variant is the teacher up to its block's layer, where it begins, and is carried through the rest.
+A variant is the teacher up to the first layer that it changes, and is carried through the rest.
 Sequences are added until a variant's mean is known well enough.
 """
 
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -54,19 +54,21 @@ NEVER = Stop(least=2**31)
 
 @dataclass(frozen=True)
 class Variant:
-    """A teacher with one ``layer`` changed, as it is while ``change()`` is open in its visit."""
+    """A teacher with layers changed, each as it is while its change is open in the layer's visit.
 
-    layer: int
-    change: Callable[[], AbstractContextManager[object]]
+    It is the teacher up to the first of ``changes``, by layer number.
+    """
+
+    changes: Mapping[int, Callable[[], AbstractContextManager[object]]]
 
 
 def variant(stack: Stack, number: int, keep: Keep) -> Variant:
     """The teacher with one block's option as a mask, or without the block."""
     block = stack.architecture.blocks[number]
     if keep is None:
-        return Variant(block.layer, partial(without, mixers_of(stack.model, block)))
+        return Variant({block.layer: partial(without, mixers_of(stack.model, block))})
     own = {f"{block_name(block)}/{axis}": index for axis, index in keep.items()}
-    return Variant(block.layer, partial(masked, stack, block.layer, own))
+    return Variant({block.layer: partial(masked, stack, block.layer, own)})
 
 
 @contextmanager
@@ -161,12 +163,10 @@ def sweep(
     teacher, students = stack.embed(ids_BT), dict[str, Tensor]()
     for number, layer in stack.visits(range(stack.layers)):
         entering, teacher = teacher, stack.run(number, layer, teacher)
-        for name, hidden in students.items():
-            students[name] = stack.run(number, layer, hidden)
         for name, each in variants.items():
-            if each.layer == number:
-                with each.change():
-                    students[name] = stack.run(number, layer, entering)
+            if number in each.changes or name in students:
+                with each.changes.get(number, nullcontext)():
+                    students[name] = stack.run(number, layer, students.get(name, entering))
         passed((number + 1) * len(variants) * len(ids_BT))
     with stack.head() as head:
         finals = (stack.normed(hidden).flatten(0, 1) for hidden in students.values())

@@ -6,16 +6,17 @@ that computes the student, for units that are gone too (``masks``).
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from compress.formats.kv import set_kv_format
+from compress.formats.kv import with_kv_format
 from compress.formats.table import Format
 from compress.measure.kl import BATCH, Reference, kl_gradient
 from compress.model.checkpoint import Checkpoint
-from compress.model.modules import Head
+from compress.model.modules import Head, attention_of
 from compress.scores.contributions import Contributions
 from compress.scores.gated import Gated
 from compress.scores.gradients import gate_gradients
@@ -62,11 +63,12 @@ def tangent(
         return [gradient]
 
     batches = torch.split(text.tokens, BATCH)
-    set_kv_format(stack.model, candidate.architecture.kv_format)
-    try:
+    survivors, blocks = candidate.keep["blocks"].tolist(), stack.architecture.blocks
+    with ExitStack() as changed:
+        for number, kv_format in candidate.architecture.kv_formats.items():
+            attention = attention_of(stack.model, blocks[survivors[number]])
+            changed.enter_context(with_kv_format(attention, kv_format))
         rows = gate_gradients(gated, Taps(gated), batches, formats, upstream)
-    finally:
-        set_kv_format(stack.model, "bf16")
     slope = {key: torch.cat([each[key][0] for each in rows]) for key in rows[0]}
     return Tangent(slope, torch.cat(kls), text.tokens.shape[1])
 

@@ -3,15 +3,17 @@
 import math
 import random
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 
 import numpy as np
 
-from compress.formats.table import FORMATS, Format, KvFormat
-from compress.model.architecture import sizes
+from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.model.architecture import kv_format_of, sizes
 from compress.model.families import count_active
 from compress.searches.knapsack import Limit, excesses
 from compress.searches.problem import Globals, Problem, taken, total_bytes
 from compress.searches.program import Floats
+from compress.searches.proposals import kv_of_all
 from compress.searches.space import (
     KINDS,
     Option,
@@ -98,30 +100,33 @@ def uniform(problem: Problem, format: Format = "bf16") -> list[tuple[Candidate, 
     kind = "uniform" if format == "bf16" else f"uniform_then_{format}"
     found: list[tuple[Candidate, float]] = []
     for kv_format in problem.space.kv_formats:
-        globals_ = Globals(kv_format=kv_format)
         for axes in (FFN_AXES, {axis for found in AXES.values() for axis in found}):
-            fitting = widest(problem, globals_, axes, format)
+            fitting = widest(problem, axes, format, kv_format)
             if fitting is not None:
-                found.append(made(problem, kind, len(found), fitting, globals_))
+                found.append(made(problem, kind, len(found), fitting, Globals()))
                 break
     return found
 
 
 def widest(
-    problem: Problem, globals_: Globals, axes: Collection[str], format: Format
+    problem: Problem, axes: Collection[str], format: Format, kv_format: KvFormat
 ) -> list[Option] | None:
     """The largest uniform share of the axes that is within the budget."""
     low, high = 0, STEPS
     while low < high:
         middle = (low + high + 1) // 2
-        options = at_share(problem, middle / STEPS, axes, format)
-        low, high = (middle, high) if fits(problem, options, globals_) else (low, middle - 1)
-    options = at_share(problem, low / STEPS, axes, format)
-    return options if fits(problem, options, globals_) else None
+        options = at_share(problem, middle / STEPS, axes, format, kv_format)
+        low, high = (middle, high) if fits(problem, options) else (low, middle - 1)
+    options = at_share(problem, low / STEPS, axes, format, kv_format)
+    return options if fits(problem, options) else None
 
 
 def at_share(
-    problem: Problem, share: float, axes: Collection[str], format: Format = "bf16"
+    problem: Problem,
+    share: float,
+    axes: Collection[str],
+    format: Format = "bf16",
+    kv_format: KvFormat = "bf16",
 ) -> list[Option]:
     """Every block with this share of its axes, at least one unit (top-k experts) of each.
 
@@ -136,9 +141,10 @@ def at_share(
             count = max(step, int(share * size) // step * step)
             if axis in axes and count < size and admissible(block, {axis: count}):
                 target[axis] = count
-        smaller = resized(block, target)
-        [offered] = offered_formats(teacher, block, smaller, teacher.hidden, space)
-        options.append(Option(tuple(sorted(target.items())), offered))
+        cut = Option(tuple(sorted(target.items())))
+        [offered] = offered_formats(teacher, block, resized(block, cut), teacher.hidden, space)
+        own = KV_FORMATS[0] if kv_format_of(block) is None else kv_format
+        options.append(replace(cut, format=offered, kv_format=own))
     return options
 
 
@@ -148,9 +154,9 @@ def step_of(axis: str, format: Format) -> int:
     return math.lcm(group, EXPERT_STEP if axis in EXPERT_AXES else 1)
 
 
-def fits(problem: Problem, options: Sequence[Option], globals_: Globals) -> bool:
+def fits(problem: Problem, options: Sequence[Option]) -> bool:
     """Whether a choice is within the budget, and the bound on active parameters if there is one."""
-    candidate = problem.candidate("x", "x", options, globals_)
+    candidate = problem.candidate("x", "x", options, Globals())
     few = problem.active is None or count_active(candidate.architecture) <= problem.active
     return few and total_bytes(candidate, problem.deployment) <= problem.budget
 
@@ -160,7 +166,7 @@ def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, f
     found: list[tuple[Candidate, float]] = []
     for number in range(count):
         draw = random.Random(seed * 7919 + number)
-        globals_ = Globals(kv_format=draw.choice(problem.space.kv_formats))
+        globals_ = Globals(kv_format=draw.choice(kv_of_all(problem)))
         groups = problem.groups(globals_)
         knapsack = problem.knapsack(groups, globals_, priced=False)
         choice = [0] * len(groups)

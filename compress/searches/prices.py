@@ -116,11 +116,15 @@ class Pricing:
         return self.rows[choice]
 
     def slope_of(self, choice: Choice) -> float:
-        """First-order change of the KL around the anchor, from whole blocks to an option."""
+        """First-order change of the KL around the anchor, from whole blocks to an option.
+
+        Of its KV format what the scores say: a tangent has no gate for it.
+        """
         if choice not in self.slopes:
             assert self.tangent is not None
             rows = [option_rows(self.problem, self.tangent, *pair) for pair in choice]
-            self.slopes[choice] = float(torch.cat(rows).sum()) / self.tangent.length
+            held = sum(self.problem.kv_cost(*pair) for pair in choice)
+            self.slopes[choice] = float(torch.cat(rows).sum()) / self.tangent.length + held
         return self.slopes[choice]
 
 

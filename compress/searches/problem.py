@@ -37,9 +37,10 @@ class Globals:
     """What one value decides for the whole model: the outer problem's variables.
 
     ``shares`` of axes whose width is one for all blocks; an axis that is not named stays whole.
+    ``kv_format`` is None where every block has a choice of its own.
     """
 
-    kv_format: KvFormat = "bf16"
+    kv_format: KvFormat | None = None
     shares: Mapping[str, float] = field(default_factory=dict)
 
 
@@ -86,7 +87,8 @@ class Problem:
             members.setdefault(key, []).append(number)
 
         def kept(number: int) -> list[tuple[int, Option]]:
-            options = block_options(self.teacher, number, self.space, globals_.shares, hidden)
+            chosen = globals_.shares, hidden, globals_.kv_format
+            options = block_options(self.teacher, number, self.space, *chosen)
             return [(number, option) for option in options]
 
         found: list[list[Choice]] = []
@@ -97,14 +99,14 @@ class Problem:
 
     def keep_of(self, number: int, option: Option) -> dict[str, Tensor]:
         """Kept indices of a block under an option."""
-        key = (number, replace(option, format="bf16"))
+        key = (number, Option(option.target))
         if key not in self.keeps:
             block = self.teacher.blocks[number]
             self.keeps[key] = choose(self.known, block, dict(option.target), self.ranking)
         return self.keeps[key]
 
     def cost(self, number: int, option: Option) -> tuple[float, float]:
-        """Predicted KL of an option's structure, and what its format adds."""
+        """Predicted KL of an option's structure and cache, and what its weights' format adds."""
         if (number, option) in self.costs:
             return self.costs[number, option]
         block, rounding = self.teacher.blocks[number], 0.0
@@ -116,8 +118,15 @@ class Problem:
             if option.format != "bf16":
                 rounding = option_cost(self.known, block, keep, option.format) - cut
             structure = cut * self.share_left_by_repair(number, option)
+            structure += self.kv_cost(number, option)
         self.costs[number, option] = structure, rounding
         return structure, rounding
+
+    def kv_cost(self, number: int, option: Option) -> float:
+        """Predicted KL of the KV format of an option."""
+        if option.removed or option.kv_format == KV_FORMATS[0]:
+            return 0.0
+        return self.known.kv[f"{block_name(self.teacher.blocks[number])}/{option.kv_format}"]
 
     def price(self, choice: Choice) -> float:
         """Predicted KL of one option of a group, as far as the choice of options sees it."""
@@ -145,8 +154,8 @@ class Problem:
         """Bytes that a block takes under an option: weights, KV cache and states."""
         if option.removed:
             return 0
-        block = resized(self.teacher.blocks[number], dict(option.target), option.format)
-        held = sum(state_bytes(block, globals_.kv_format, self.deployment))
+        block = resized(self.teacher.blocks[number], option)
+        held = sum(state_bytes(block, self.deployment))
         return block_bytes(block, self.hidden(globals_), self.teacher.family) + held
 
     def knapsack(
@@ -181,7 +190,7 @@ class Problem:
 
         def active(choice: Choice) -> int:
             return sum(
-                block_active(resized(self.teacher.blocks[n], dict(o.target)), hidden, family)
+                block_active(resized(self.teacher.blocks[n], o), hidden, family)
                 for n, o in choice
                 if not o.removed
             )
@@ -191,12 +200,11 @@ class Problem:
         return [Limit(amounts, self.active - fixed)]
 
     def global_cost(self, globals_: Globals) -> float:
-        """Predicted KL of the hidden size and the KV format."""
-        cost = self.known.kv[globals_.kv_format] if globals_.kv_format != KV_FORMATS[0] else 0.0
-        if (hidden := self.hidden(globals_)) < self.teacher.hidden:
-            gone = torch.ones(self.teacher.hidden).index_fill_(0, self.hidden_keep(hidden), 0)
-            cost += kl_of(self.known.contributions["hidden"] @ gone, self.known.length)
-        return cost
+        """Predicted KL of the hidden size."""
+        if (hidden := self.hidden(globals_)) == self.teacher.hidden:
+            return 0.0
+        gone = torch.ones(self.teacher.hidden).index_fill_(0, self.hidden_keep(hidden), 0)
+        return kl_of(self.known.contributions["hidden"] @ gone, self.known.length)
 
     def hidden_keep(self, hidden: int) -> Tensor:
         """The most important hidden channels."""
@@ -215,7 +223,8 @@ class Problem:
             own = self.keep_of(number, options[number])
             keep |= {f"{prefix}/{axis}": index for axis, index in own.items()}
         formats = {number: options[number].format for number in alive}
-        student = student_architecture(self.teacher, keep, formats, globals_.kv_format)
+        kv_formats = {number: options[number].kv_format for number in alive}
+        student = student_architecture(self.teacher, keep, formats, kv_formats)
         cut = frozenset(number for number in alive if options[number].target)
         repaired = cut if self.repair_ratios else frozenset()
         return Candidate(id=name, kind=kind, architecture=student, keep=keep, repaired=repaired)

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compress.core.errors import Infeasible
 from compress.core.quantities import format_bytes, format_count
-from compress.formats.table import KV_FORMATS
+from compress.formats.table import KV_FORMATS, KvFormat
 from compress.searches.knapsack import Knapsack, Solution, diverse, smallest, solve
 from compress.searches.problem import Choice, Globals, Problem, taken
 from compress.searches.space import Option
@@ -35,18 +35,23 @@ class Proposal:
 def distributions(problem: Problem) -> dict[str, CategoricalDistribution]:
     """The global variables of a problem, as parameters of a trial."""
     found = {}
-    if len(problem.space.kv_formats) > 1:
-        found["kv_format"] = CategoricalDistribution(problem.space.kv_formats)
+    if len(of_all := kv_of_all(problem)) > 1:
+        found["kv_format"] = CategoricalDistribution(of_all)
     for axis, choice in problem.space.axes.items():
         if choice.scope == "global":
             found[f"share_{axis}"] = CategoricalDistribution((1.0, *choice.keep))
     return found
 
 
+def kv_of_all(problem: Problem) -> tuple[KvFormat | None, ...]:
+    """The KV formats that all blocks may have together; None: each as it chooses."""
+    return problem.space.kv_formats if problem.space.kv_scope == "global" else (None,)
+
+
 def globals_of(problem: Problem, params: Mapping[str, Any]) -> Globals:
     """The global choice that a trial's parameters spell; whole widths where they say nothing."""
     return Globals(
-        kv_format=params.get("kv_format", problem.space.kv_formats[0]),
+        kv_format=params.get("kv_format", kv_of_all(problem)[0]),
         shares={k.removeprefix("share_"): v for k, v in params.items() if k.startswith("share_")},
     )
 
@@ -109,7 +114,7 @@ def variants(problem: Problem) -> list[Globals]:
         near = ((a, min((1.0, *keep), key=lambda s: abs(s - share))) for a, keep in keeps.items())
         widths.append(dict(near))
     different = [shares for i, shares in enumerate(widths) if shares not in widths[:i]]
-    return [Globals(kv, shares) for kv in problem.space.kv_formats for shares in different]
+    return [Globals(kv, shares) for kv in kv_of_all(problem) for shares in different]
 
 
 def require_feasible(problem: Problem) -> None:
@@ -123,7 +128,7 @@ def require_feasible(problem: Problem) -> None:
     if floor > problem.budget:
         hints = ["a larger --budget", "a shorter --context"]
         if set(KV_FORMATS) - set(space.kv_formats):
-            hints.append("a space with an FP8 KV cache")
+            hints.append("a space with an FP8 KV cache, where the device runs one")
         if len(space.formats) == 1 or not space.prunes:
             hints.append("--space joint")
         raise Infeasible(
@@ -212,8 +217,7 @@ def fewest_active(bound: int, knapsacks: Sequence[Knapsack]) -> int:
 
 def identity(problem: Problem, proposal: Proposal) -> tuple[object, ...]:
     """What makes two proposals the same candidate, however their global choices are spelled."""
-    globals_ = proposal.globals_
-    return globals_.kv_format, problem.hidden(globals_), proposal.options
+    return problem.hidden(proposal.globals_), proposal.options
 
 
 def candidate_of(problem: Problem, kind: str, number: int, proposal: Proposal) -> Candidate:

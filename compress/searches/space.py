@@ -10,9 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError
 from compress.core.settings import read_settings
-from compress.formats.table import Format, KvFormat
+from compress.formats.table import KV_FORMATS, Format, KvFormat
 from compress.memory.footprint import block_takes
-from compress.model.architecture import Architecture, Block, cached, sizes
+from compress.model.architecture import Architecture, Block, cached, kv_format_of, sizes
 from compress.model.families import family_of
 from compress.model.find import shipped
 from compress.student.units import AXES, axes_in, number_of
@@ -37,7 +37,7 @@ class Space(BaseModel):
     """What a search may change.
 
     ``remove`` says what may go as a whole; ``repair`` also offers every cut of a block with its
-    output projection refitted.
+    output projection refitted. ``kv_scope`` says whether every block has its own KV format.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -46,6 +46,7 @@ class Space(BaseModel):
     axes: Mapping[str, Axis]
     formats: tuple[Format, ...] = Field(min_length=1)
     kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
+    kv_scope: Literal["global", "block"] = "block"
     repair: bool = False
 
     @property
@@ -124,10 +125,11 @@ def admissible(block: Block, target: Mapping[str, int]) -> bool:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """One choice for a block: its counts by axis (whole axes left out) and format; or removal."""
+    """One choice for a block: its counts by axis (whole axes left out) and formats; or removal."""
 
     target: tuple[tuple[str, int], ...] = ()
     format: Format = "bf16"
+    kv_format: KvFormat = KV_FORMATS[0]
     removed: bool = False
 
 
@@ -140,9 +142,17 @@ def block_options(
     space: Space,
     globals_: Mapping[str, float],
     hidden: int,
+    kv_format: KvFormat | None = None,
 ) -> Iterator[Option]:
-    """Every option of one block but removal. ``globals_`` are the chosen shares of global axes."""
+    """Every option of one block but removal.
+
+    ``globals_`` are the chosen shares of global axes, ``kv_format`` is the one of all blocks where
+    they have no choice of their own.
+    """
     block = architecture.blocks[number]
+    kv_formats = space.kv_formats if kv_format is None else (kv_format,)
+    if kv_format_of(block) is None:
+        kv_formats = KV_FORMATS[:1]
     choices: list[list[tuple[str, int]]] = []
     for axis in axes_in(block):
         size = sizes(block)[axis]
@@ -158,9 +168,11 @@ def block_options(
         target = {axis: count for axis, count in picked if count < sizes(block)[axis]}
         if not admissible(block, target):
             continue
-        smaller = resized(block, target)
-        for format in offered_formats(architecture, block, smaller, hidden, space):
-            yield Option(tuple(sorted(target.items())), format)
+        cut = Option(tuple(sorted(target.items())))
+        smaller = resized(block, cut)
+        formats = offered_formats(architecture, block, smaller, hidden, space)
+        for format, own in itertools.product(formats, kv_formats):
+            yield dataclasses.replace(cut, format=format, kv_format=own)
 
 
 def offered_formats(
@@ -180,9 +192,11 @@ def offered_formats(
     return found or ["bf16"]
 
 
-def resized(block: Block, target: Mapping[str, int], format: Format = "bf16") -> Block:
-    """The block with other sizes and format."""
-    changes: dict[str, Any] = {**target, "format": format}
+def resized(block: Block, option: Option) -> Block:
+    """The block with the sizes and formats of an option that keeps it."""
+    changes: dict[str, Any] = {**dict(option.target), "format": option.format}
+    if kv_format_of(block) is not None:
+        changes["kv_format"] = option.kv_format
     return dataclasses.replace(block, **changes)
 
 

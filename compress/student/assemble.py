@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block
 from compress.memory.machine import RESIDENT_SHARE
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, kv_format_of
 from compress.model.build import generates, student_config
 from compress.model.checkpoint import Checkpoint
 from compress.model.families import family_of, parameters
@@ -83,7 +83,7 @@ class BlockStore:
         found: dict[int, list[Hashable]] = {}
         blocks = candidate.architecture.blocks
         for block, key in zip(blocks, self.keys(candidate, grams), strict=True):
-            found.setdefault(block.layer, [candidate.architecture.kv_format]).append(key)
+            found.setdefault(block.layer, []).append((key, kv_format_of(block)))
         return [tuple(keys) for keys in found.values()]
 
     def student(self, candidate: Candidate, grams: Grams | None = None) -> Stack:

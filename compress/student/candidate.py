@@ -1,12 +1,12 @@
-"""A candidate: sizes, kept indices, a format per block and the KV format; surgery adds nothing."""
+"""A candidate: sizes, kept indices and the formats of every block; surgery adds nothing."""
 
 import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.formats.table import Format, KvFormat
-from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.formats.table import KV_FORMATS, Format, KvFormat
+from compress.model.architecture import Architecture, Block, block_name, kv_format_of, sizes
 from compress.student.units import axes_in
 
 if TYPE_CHECKING:
@@ -55,9 +55,9 @@ def student_architecture(
     teacher: Architecture,
     keep: "Mapping[str, Tensor]",
     formats: Mapping[int, Format],
-    kv_format: KvFormat,
+    kv_formats: Mapping[int, KvFormat],
 ) -> Architecture:
-    """The student that ``keep`` describes; ``formats`` maps teacher block numbers to formats.
+    """The student that ``keep`` describes; teacher block numbers have ``formats``, else BF16.
 
     Layers are renumbered without gaps.
     """
@@ -68,9 +68,11 @@ def student_architecture(
         kept = {a: i.shape[-1] for a, i in block_keep(keep, block).items() if a != "hidden"}
         layer = layers.setdefault(block.layer, len(layers))
         changes: dict[str, Any] = {"layer": layer, "format": formats.get(number, "bf16"), **kept}
+        if kv_format_of(block) is not None:
+            changes["kv_format"] = kv_formats.get(number, KV_FORMATS[0])
         blocks.append(dataclasses.replace(block, **changes))
     hidden = len(keep["hidden"]) if "hidden" in keep else teacher.hidden
-    return dataclasses.replace(teacher, hidden=hidden, blocks=tuple(blocks), kv_format=kv_format)
+    return dataclasses.replace(teacher, hidden=hidden, blocks=tuple(blocks))
 
 
 def expert_keep(

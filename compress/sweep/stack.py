@@ -14,11 +14,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import embedding
 
-from compress.formats.kv import set_kv_format
 from compress.model.architecture import Architecture
-from compress.model.build import generates, skeleton
+from compress.model.build import generates, set_kv_formats, skeleton
 from compress.model.checkpoint import Checkpoint, open_checkpoint
-from compress.model.config import architecture_of, is_export, read_config
+from compress.model.config import architecture_of, beside, read_config
 from compress.model.families import family_of, parameters
 from compress.model.fill import empty, fill
 from compress.model.layout import Parameter
@@ -52,7 +51,7 @@ class Stack:
     ) -> None:
         self.architecture, self.read, self.placement = architecture, read, placement
         self.model: Any = skeleton(config, architecture)
-        set_kv_format(self.model, architecture.kv_format)
+        set_kv_formats(self.model, architecture)
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = getattr(module, name).to(placement.device)
@@ -155,7 +154,7 @@ class Stack:
 
     def called(self, hidden_BTD: Tensor) -> list[Call]:
         """What the model's forward hands to every layer besides hidden states of this shape."""
-        key = (*hidden_BTD.shape[:2], hash(self.model.config._attn_implementation))
+        key = tuple(hidden_BTD.shape[:2])
         if key not in self.calls:
             self.calls[key] = recorded(self.model, hidden_BTD)
         return self.calls[key]
@@ -223,14 +222,13 @@ def stack_of(
 
 
 def stack_at(path: Path, placement: Placement = REFERENCE) -> Stack:
-    """The stack of a directory, its KV cache in the format that a quantized export is served in."""
+    """The stack of a directory, its KV caches in the formats that are written beside its config."""
     return stack_of(open_checkpoint(path), placement, served_as(path))
 
 
 def served_as(path: Path) -> Architecture | None:
-    """The architecture of a quantized export of ours, with its formats; None of all else."""
-    config = read_config(path)
-    return architecture_of(path, config) if is_export(path, config) else None
+    """The architecture that is written beside a config, with its formats; None where none is."""
+    return architecture_of(path, read_config(path)) if beside(path).is_file() else None
 
 
 @torch.no_grad()

@@ -1,6 +1,5 @@
 """Exports: what was read back is what was meant, in bytes and in logits, or nothing is left."""
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Sequence
@@ -23,7 +22,7 @@ from compress.formats.fake import shared
 from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
 from compress.memory.footprint import Deployment, footprint
-from compress.model.architecture import Architecture, from_json
+from compress.model.architecture import Architecture, from_json, in_kv_format
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import read_architecture
@@ -198,7 +197,7 @@ def test_module_names_in_the_json_files_are_those_on_disk(
 
 
 def test_the_kv_format_is_told_to_servers(tiny_llama: Path, tmp_path: Path) -> None:
-    architecture = dataclasses.replace(architecture_of(tiny_llama, ["fp8"]), kv_format="fp8")
+    architecture = in_kv_format(architecture_of(tiny_llama, ["fp8"]), "fp8")
     out = tmp_path / "out"
     export_student(tiny_llama, out, architecture, "vllm", CARD)
     details = json.loads((out / "hf_quant_config.json").read_text())

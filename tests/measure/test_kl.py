@@ -12,6 +12,7 @@ from torch import Tensor
 from compress.measure import kl as measuring
 from compress.measure.kl import Reference, mean_kl, measure, reference
 from compress.measure.prefix import Incumbent
+from compress.model.architecture import in_kv_format
 from compress.model.checkpoint import open_checkpoint
 from compress.student.candidate import Candidate
 from compress.sweep.placement import Placement
@@ -41,7 +42,7 @@ def students(text: Reference) -> list[Candidate]:
     fewer = torch.arange(len(teacher.blocks) - 1)
     keeps = [late, early, early | late, {"blocks": fewer}, late | {"hidden": some(48, of=64)}]
     found = [candidate(teacher, keep) for keep in (late, *keeps)]
-    found[0] = replace(found[0], architecture=replace(found[0].architecture, kv_format="fp8"))
+    found[0] = replace(found[0], architecture=in_kv_format(found[0].architecture, "fp8"))
     return found
 
 

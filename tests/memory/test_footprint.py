@@ -21,7 +21,7 @@ from compress.memory.footprint import (
     tensor_bytes,
     weight_bytes,
 )
-from compress.model.architecture import Architecture, Attention
+from compress.model.architecture import Architecture, Attention, in_kv_format
 from compress.model.config import architecture_of, read_config
 from compress.model.families import parameters, read_architecture
 
@@ -120,7 +120,7 @@ def test_every_part_grows_as_its_deployment() -> None:
     assert four.workspace == 7
     half = footprint(architecture, dataclasses.replace(LONG, ssm_format="bf16"))
     assert 2 * half.ssm_state == one.ssm_state
-    eight_bit = footprint(dataclasses.replace(architecture, kv_format="fp8"), LONG)
+    eight_bit = footprint(in_kv_format(architecture, "fp8"), LONG)
     assert 2 * eight_bit.kv_cache == one.kv_cache
 
 
@@ -154,7 +154,7 @@ def test_a_budget_below_the_weights_holds_no_token_and_a_bounded_cache_any_numbe
 
 def test_a_share_is_of_the_teacher_in_bf16_with_a_16_bit_cache() -> None:
     teacher = read_architecture(HYBRID_9B)
-    small = dataclasses.replace(in_format(teacher, "nvfp4"), kv_format="fp8")
+    small = in_kv_format(in_format(teacher, "nvfp4"), "fp8")
     assert teacher_bytes(small, LONG) == footprint(teacher, LONG).total
     budget = resolve_budget(small, LONG, Fraction(7, 10), None)
     assert budget is not None

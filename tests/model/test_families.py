@@ -8,7 +8,7 @@ from published import HYBRID_9B, HYBRID_30B, LLAMA_8B, PUBLISHED
 from safetensors import safe_open
 
 from compress.core.errors import InputError
-from compress.model.architecture import Mamba, from_json, to_json
+from compress.model.architecture import Mamba, from_json, in_kv_format, to_json
 from compress.model.build import skeleton
 from compress.model.families import (
     count_active,
@@ -63,10 +63,9 @@ def test_json_gives_an_architecture_back_without_loss(name: str) -> None:
     architecture = read_architecture(PUBLISHED[name][0])
     first, *others = architecture.blocks
     changed = dataclasses.replace(
-        architecture,
-        blocks=(dataclasses.replace(first, format="nvfp4"), *others),
-        kv_format="fp8",
+        architecture, blocks=(dataclasses.replace(first, format="nvfp4"), *others)
     )
+    changed = in_kv_format(changed, "fp8")
     assert from_json(to_json(architecture)) == architecture
     assert from_json(to_json(changed)) == changed != architecture
 

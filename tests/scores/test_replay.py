@@ -81,7 +81,7 @@ def test_a_replayed_option_costs_what_the_student_of_surgery_costs(teacher: Chec
             blocks = [n for n in everything if cut is not None or n != number]
             keep = {"blocks": torch.tensor(blocks)}
             keep |= {f"{prefix}/{axis}": index for axis, index in (cut or {}).items()}
-            student = student_architecture(architecture, keep, {}, "bf16")
+            student = student_architecture(architecture, keep, {}, {})
             candidate = Candidate(id="", kind="", architecture=student, keep=keep)
             kl = torch.cat(list(measure(candidate, text)))
             torch.testing.assert_close(found[number, key], kl, rtol=2e-2, atol=1e-5)

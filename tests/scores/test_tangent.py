@@ -10,7 +10,7 @@ from tiny_models import EVERY, write_tiny
 
 from compress.measure.kl import Reference, measure, reference
 from compress.measure.losses import kl_from_hidden
-from compress.model.architecture import block_name
+from compress.model.architecture import block_name, in_kv_format
 from compress.model.build import build_model, load_model, student_config
 from compress.model.checkpoint import open_checkpoint
 from compress.model.modules import head_of
@@ -101,7 +101,7 @@ def test_a_streamed_tangent_is_the_resident_one_bit_for_bit(case: str, tmp_path:
 def rounded(student: Candidate) -> Candidate:
     """The candidate with every block in FP8, its KV cache too."""
     blocks = tuple(replace(block, format="fp8") for block in student.architecture.blocks)
-    architecture = replace(student.architecture, blocks=blocks, kv_format="fp8")
+    architecture = in_kv_format(replace(student.architecture, blocks=blocks), "fp8")
     return replace(student, architecture=architecture)
 
 

@@ -13,7 +13,14 @@ from compress.core.errors import Infeasible, InputError
 from compress.formats.table import Format
 from compress.measure.kl import sequence_kl
 from compress.memory.footprint import footprint
-from compress.model.architecture import Attention, Moe
+from compress.model.architecture import (
+    Attention,
+    Moe,
+    block_name,
+    in_kv_format,
+    kv_format_of,
+    kv_text,
+)
 from compress.model.build import is_plain
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters
@@ -24,7 +31,7 @@ from compress.searches.baselines import baselines, main_kind, randomly, uniform,
 from compress.searches.knapsack import value
 from compress.searches.problem import Globals, taken, total_bytes
 from compress.searches.proposals import candidate_of, decode, globals_of, seeds
-from compress.searches.space import KINDS, load_space, shipped_spaces
+from compress.searches.space import KINDS, Option, load_space, shipped_spaces
 from compress.searches.study import explore
 from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate
@@ -73,7 +80,7 @@ def test_a_joint_search_begins_with_every_format_alone_too(teacher: Teacher) -> 
 @pytest.mark.parametrize("space", SPACES)
 def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, space: str) -> None:
     problem, draw = teacher.problem(space, 2.0), random.Random(1)
-    for kv_format in problem.space.kv_formats:
+    for kv_format in (None, *problem.space.kv_formats):
         for share in (1.0, *(problem.space.axes["hidden"].keep if space == "joint" else ())):
             globals_ = Globals(kv_format=kv_format, shares={"hidden": share})
             groups = problem.groups(globals_)
@@ -84,6 +91,46 @@ def test_bytes_in_the_knapsack_are_those_of_the_footprint(teacher: Teacher, spac
                 fixed = problem.budget - knapsack.room
                 counted = value(knapsack.bytes, choice) + fixed
                 assert counted == footprint(candidate.architecture, DEPLOYMENT).total
+
+
+def test_every_cache_has_a_format_of_its_own_unless_the_target_has_one_for_all(
+    teacher: Teacher,
+) -> None:
+    whole = teacher.problem("formats", 1.0)
+    attentions = list(teacher.architecture.kv_formats)
+    for number, options in enumerate(whole.groups(Globals())):
+        found = {choice[0][1].kv_format for choice in options}
+        assert found == ({"bf16", "fp8"} if number in attentions else {"bf16"})
+    # What it costs is what its scores say.
+    plain, cheap = Option(), Option(kv_format="fp8")
+    name = block_name(teacher.architecture.blocks[attentions[0]])
+    costs = [whole.price(((attentions[0], option),)) for option in (plain, cheap)]
+    assert costs == [0, teacher.scores.kv[f"{name}/fp8"]]
+    served = teacher.problem("formats", 1.0, "vllm")
+    assert served.space.kv_scope == "global"
+    for kv_format in served.space.kv_formats:
+        for options in served.groups(Globals(kv_format=kv_format)):
+            found = {choice[0][1].kv_format for choice in options}
+            assert found in ({kv_format}, {"bf16"})
+    for candidate in first_candidates(teacher.problem("joint", SHARE["joint"], "vllm")):
+        assert kv_text(candidate.architecture) in ("bf16", "fp8")
+
+
+def test_caches_that_cost_least_go_to_fp8_first(tmp_path: Path) -> None:
+    teacher = Teacher(write_tiny(tmp_path / "llama", LLAMA))
+    only_kv = load_space("formats").model_copy(update={"formats": ("bf16",)})
+    small = in_kv_format(teacher.architecture, "fp8")
+    per_block = (teacher.bytes - footprint(small, DEPLOYMENT).total) // 3
+    order = sorted(teacher.scores.kv, key=teacher.scores.kv.__getitem__)
+    for count in range(4):
+        budget = teacher.bytes - count * per_block
+        problem = replace(teacher.within("formats", budget), space=only_kv)
+        proposal = decode(problem, Globals())
+        assert proposal is not None
+        architecture = candidate_of(problem, "x", 0, proposal).architecture
+        blocks = [architecture.blocks[number] for number in architecture.kv_formats]
+        rounded = {f"{block_name(b)}/fp8" for b in blocks if kv_format_of(b) == "fp8"}
+        assert rounded == set(order[:count])
 
 
 def test_a_layer_costs_what_its_blocks_cost_alone(teacher: Teacher) -> None:
@@ -109,7 +156,7 @@ def test_an_impossible_budget_names_a_floor_that_is_reached(teacher: Teacher, sp
 @pytest.mark.parametrize("space", SPACES)
 def test_every_space_offers_every_block_something(teacher: Teacher, space: str) -> None:
     problem = teacher.problem(space, 1.0)
-    groups = problem.groups(Globals(kv_format=problem.space.kv_formats[0]))
+    groups = problem.groups(Globals())
     blocks = {number for options in groups for choice in options for number, _ in choice}
     assert blocks == set(range(len(teacher.architecture.blocks)))
     prunes = problem.space.remove != "none" or len(problem.space.formats) > 1
@@ -123,7 +170,7 @@ def test_a_stock_target_gives_plain_students(teacher: Teacher, space: str, targe
         assert is_plain(candidate.architecture)
         if target == "transformers":
             assert candidate.architecture.formats == {"bf16"}
-            assert candidate.architecture.kv_format == "bf16"
+            assert kv_text(candidate.architecture) == "bf16"
 
 
 # Measuring
@@ -172,7 +219,7 @@ def test_a_uniform_cut_in_a_format_is_wider_and_fits_to_the_byte(
 ) -> None:
     problem = teacher.problem("joint", 0.7)
     plain, wider = uniform(problem), uniform(problem, format)
-    assert [c.architecture.kv_format for c, _ in wider] == list(problem.space.kv_formats)
+    assert [kv_text(c.architecture) for c, _ in wider] == list(problem.space.kv_formats)
     for (narrow, _), (candidate, predicted) in zip(plain, wider, strict=True):
         architecture = candidate.architecture
         assert architecture.formats == {format}

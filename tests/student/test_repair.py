@@ -32,6 +32,7 @@ from compress.run.recipe import Recipe
 from compress.run.session import Session
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
+from compress.scores.kv import kv_costs
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Globals, Problem
 from compress.searches.proposals import candidate_of, decode, globals_of
@@ -208,9 +209,8 @@ def problem(teachers: Teachers) -> Problem:
     teacher = teachers["hybrid"]
     architecture = teacher.checkpoint.architecture
     found = contributions(stack_of(teacher.checkpoint), TOKENS[:4], 2, ["fp8", "nvfp4"])
-    scores = Scores(
-        found, removal_costs(stack_of(teacher.checkpoint), TOKENS[:4]), {"fp8": 1e-3}, 48
-    )
+    stack = stack_of(teacher.checkpoint)
+    scores = Scores(found, removal_costs(stack, TOKENS[:4]), kv_costs(stack, TOKENS[:4]), 48)
     return Problem(
         architecture, scores, load_space("joint"), DEPLOYMENT,
         teacher_bytes(architecture, DEPLOYMENT) * 3 // 5,
@@ -228,7 +228,8 @@ def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem
             assert option == same
             (cut, bits), (whole, same_bits) = problem.cost(number, option), plain.cost(number, same)
             left = problem.share_left_by_repair(number, option)
-            assert (cut, bits) == (pytest.approx(left * whole), same_bits)
+            held = plain.kv_cost(number, same)
+            assert (cut, bits) == (pytest.approx(left * (whole - held) + held), same_bits)
             assert option.target or left == 1
     proposal = decode(problem, globals_of(problem, {}))
     assert proposal is not None
