@@ -100,7 +100,8 @@ def begin(
     if model is not None:
         require_model(fresh.model, run)
     if file.is_file():
-        recipe = read_recipe(file).changed(**given)
+        pinned = {} if fresh.revision is None else {"revision": fresh.revision}
+        recipe = read_recipe(file).changed(**given | pinned)
     if print_config:
         stop_with(recipe)
     recipe = checked_files(recipe)

@@ -28,7 +28,8 @@ GENERATION = "generation_config.json"
 # What makes a checkpoint usable besides its weights, as patterns; copied, never interpreted.
 COMPANIONS = (
     *("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json"),
-    *("added_tokens.json", "vocab.*", "merges.txt", "*.jinja", "additional_chat_templates/*.jinja"),
+    *("added_tokens.json", "vocab.*", "merges.txt"),
+    *("chat_template.json", "*.jinja", "additional_chat_templates/*.jinja"),
     *(GENERATION, "LICENSE*", "NOTICE*"),
 )
 

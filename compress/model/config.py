@@ -17,7 +17,10 @@ def read_config(path: Path) -> dict[str, Any]:
     """The config of a checkpoint directory, or of a config.json itself."""
     file = path if path.suffix == ".json" else path / CONFIG
     if not file.is_file():
-        raise InputError(f"{file} does not exist; a model is a directory with config.json")
+        cached = sorted(each.parent for each in path.glob(f"snapshots/*/{CONFIG}"))
+        hint = f"; of this folder of the hub's cache take {cached[-1]}" if cached else ""
+        known = f"a model is a directory with {CONFIG}{hint}"
+        raise InputError(f"{file} does not exist; {known}")
     config = read_json(file)
     if not isinstance(config, dict):
         raise InputError(f"{file} holds no settings")

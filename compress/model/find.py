@@ -11,8 +11,13 @@ from compress.core.errors import InputError
 from compress.core.files import read_json
 
 SOURCE = "source.json"
+HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
+# What is asked of the hub: all that a search reads, and what a plan does.
 HUB_PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 HUB_PATTERNS += ["tokenizer.model", "merges.txt", "vocab.txt", "LICENSE*"]
+PLANNED = ["config.json", "model.safetensors.index.json", "hf_quant_config.json"]
+# The same weights once more, under names of other libraries.
+TWINS = ["*/*.safetensors", "consolidated*.safetensors"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,8 +67,9 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     """The directory of a model: "embedded", a short name, a directory, or a hub id.
 
     A path of a config.json is given back as it is. ``revision`` of a hub id is a commit, a branch
-    or a tag, None the newest; with ``config_only`` the hub gives no more than config.json.
-    InputError where nothing has this name, or the hub does not answer.
+    or a tag, None what its name has behind an @, or else the newest. With ``config_only`` the hub
+    gives no more than a plan reads: config.json and the index of the weights. InputError where
+    nothing has this name, or the hub does not answer.
     """
     if name == "embedded":
         return shipped("teachers", "embedded")
@@ -76,10 +82,18 @@ def resolve_model(name: str, revision: str | None = None, *, config_only: bool =
     path = Path(os.path.expanduser(name))
     if path.exists():
         return path
-    known = f"a directory, one of {', '.join(OURS)}, or a hub id (owner/name)"
-    if not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", name):
+    known = f"a directory, one of {', '.join(OURS)}, or a hub id (owner/name, owner/name@revision)"
+    model, pinned = pinned_revision(name)
+    if not HUB_ID.fullmatch(model):
         raise InputError(f"model {name!r} does not exist; a model is {known}")
-    return from_hub(name, revision, config_only)
+    return from_hub(model, revision or pinned, config_only)
+
+
+def pinned_revision(name: str) -> tuple[str, str | None]:
+    """A hub id and the revision behind its @, if it has one; all other names as they are."""
+    model, _, revision = name.partition("@")
+    hub = revision and HUB_ID.fullmatch(model) and is_named(name)
+    return (model, revision) if hub else (name, None)
 
 
 def is_model(name: str) -> bool:
@@ -90,13 +104,24 @@ def is_model(name: str) -> bool:
 def from_hub(name: str, revision: str | None, config_only: bool) -> Path:
     """The snapshot of a hub id, downloaded where it is not cached; InputError if unreachable."""
     # Not at the top: it takes longer to import than plan takes to answer.
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub import errors, snapshot_download
 
+    patterns = PLANNED if config_only else HUB_PATTERNS
     try:
-        patterns = ["config.json"] if config_only else HUB_PATTERNS
-        return Path(snapshot_download(name, revision=revision, allow_patterns=patterns))
-    except (OSError, HFValidationError) as error:
+        return Path(
+            snapshot_download(
+                name, revision=revision, allow_patterns=patterns, ignore_patterns=TWINS
+            )
+        )
+    except errors.GatedRepoError as error:
+        page = f"accept its terms at https://huggingface.co/{name} and log in with: hf auth login"
+        raise InputError(f"model {name!r} is gated: {page}") from error
+    except errors.RevisionNotFoundError as error:
+        raise InputError(f"model {name!r} has no revision {revision!r} on the hub") from error
+    except errors.RepositoryNotFoundError as error:
+        private = "log in with: hf auth login, if it is a private one"
+        raise InputError(f"model {name!r} is no directory and not on the hub; {private}") from error
+    except (OSError, errors.HFValidationError) as error:
         reason = str(error).strip().splitlines()[0]
         raise InputError(f"model {name!r} is no directory and not to be had: {reason}") from error
 

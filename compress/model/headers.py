@@ -64,7 +64,11 @@ def other_weights(path: Path) -> str:
             f": {pickled[0]} is pickled code, which is never run here; save_pretrained of the "
             "model that transformers loads from it writes safetensors"
         )
-    return "" if not any(path.glob("*.gguf")) else ": take the model that the GGUF file was made of"
+    if any(path.glob("*.gguf")):
+        return ": take the model that its GGUF file was made of"
+    if path.parent.name == "snapshots":
+        return ": pickled ones (.bin) of the hub are never read; take a model with safetensors"
+    return ""
 
 
 def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
@@ -72,7 +76,7 @@ def stored_tensors(path: Path, config: Mapping[str, Any]) -> dict[str, Stored]:
     found: dict[str, Stored] = {}
     for file in weight_files(path, config):
         if not file.is_file():
-            raise InputError(f"{file} does not exist, which {INDEX} names; get it too")
+            raise InputError(f"{file} does not exist; get it, or the whole model anew")
         try:
             found |= {tensor.name: tensor for tensor in read_header(file)}
         except (AttributeError, KeyError, TypeError, ValueError, struct.error) as error:

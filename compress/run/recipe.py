@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from compress.core.errors import InputError
 from compress.core.files import write_text
@@ -17,7 +17,8 @@ from compress.export.targets import Target
 from compress.memory.devices import Compute, Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
 from compress.model.config import read_config
-from compress.model.find import commit_of, is_named, resolve_model
+from compress.model.find import commit_of, is_named, pinned_revision, resolve_model
+from compress.model.headers import weight_files
 from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
@@ -58,7 +59,10 @@ class Recipe(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, coerce_numbers_to_str=True)
 
-    model: Model = Field("embedded", description="Teacher: a directory, a short name or a hub id.")
+    model: Model = Field(
+        "embedded",
+        description="Teacher: a directory, a short name or a hub id (owner/name@revision).",
+    )
     revision: str | None = Field(
         None, description="Commit, branch or tag of a hub model; a run keeps its commit."
     )
@@ -149,6 +153,19 @@ class Recipe(BaseModel):
         description="What trains students: AdamW in fp32, with moments in 8 bits (needs torchao), "
         "or with fp32 weights and moments on the CPU beside a GPU (offload).",
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def pinned(cls, settings: Any) -> Any:
+        """Settings with the revision that a model's name has behind its @ as the revision."""
+        if not isinstance(settings, dict) or not isinstance(settings.get("model"), str):
+            return settings
+        model, revision = pinned_revision(settings["model"])
+        if revision is None:
+            return settings
+        if settings.get("revision") not in (None, revision):
+            raise ValueError(f"{settings['model']} and revision {settings['revision']} differ")
+        return {**settings, "model": model, "revision": revision}
 
     @property
     def budgets(self) -> tuple[str, ...]:
@@ -245,7 +262,10 @@ def checked_files(recipe: Recipe) -> Recipe:
         InputError: the model is none that a search can run, or a text is not there.
     """
     path = resolve_model(recipe.model, recipe.revision, config_only=True)
-    planned_architecture(path, read_config(path))
+    config = read_config(path)
+    planned_architecture(path, config)
+    if commit_of(path) is None:
+        weight_files(path, config)  # a snapshot may not have come yet
     for text in (recipe.data, recipe.eval_data):
         if text is not None and not Path(text).is_file():
             raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")

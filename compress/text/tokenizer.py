@@ -10,6 +10,9 @@ from compress.core.errors import InputError
 from compress.core.files import read_json
 from compress.model.families.wrapper import text_config
 
+# What tokenizers were kept in before there was a tokenizer.json.
+OLDER = ("tokenizer.model", "vocab.json", "vocab.txt")
+
 
 def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """The tokenizer of a model directory; InputError if it has none or no end-of-text token.
@@ -20,7 +23,7 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     """
     file = path / "tokenizer.json"
     if not file.is_file():
-        raise InputError(f"{path} has no tokenizer.json; copy the tokenizer of the model into it")
+        raise InputError(f"{path} has no tokenizer.json; {what_to_do(path)}")
     try:
         Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises nothing narrower
@@ -35,6 +38,17 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = end_of_text(path, tokenizer)
     return tokenizer
+
+
+def what_to_do(path: Path) -> str:
+    """Where a tokenizer.json may come from."""
+    others = [name for name in OLDER if (path / name).is_file()]
+    if not others:
+        return "copy the tokenizer of the model into it"
+    return (
+        f"AutoTokenizer.from_pretrained reads its {others[0]} (with the package sentencepiece) and "
+        "save_pretrained writes one"
+    )
 
 
 def end_of_text(path: Path, tokenizer: PreTrainedTokenizerFast) -> str:
