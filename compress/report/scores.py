@@ -56,13 +56,12 @@ def print_scores(architecture: Architecture, scores: Scores) -> None:
 
 def unit_rows(scores: Scores, architecture: Architecture) -> Iterator[tuple[str, ...]]:
     """A row per kind and axis: how many units, the least and the most important one."""
-    blocks = architecture.blocks
     for kind, axes in AXES.items():
-        alike = [block for block in blocks if block.kind == kind]
-        for axis in axes if alike else ():
-            yield unit_row(
-                kind, axis, [(block_name(b), importance(scores, b, axis)) for b in alike]
-            )
+        for axis in axes:
+            found = [b for b in architecture.blocks if b.kind == kind and axis in units_in(b)]
+            if found:
+                values = [(block_name(b), importance(scores, b, axis)) for b in found]
+                yield unit_row(kind, axis, values)
     if not family_of(architecture.family).whole_hidden:
         yield unit_row("all", "hidden", [("", importance(scores, None, "hidden"))])
 
