@@ -52,6 +52,7 @@ def restricted(space: Space, target: Target) -> Space:
     if not loader.uneven:
         whole = {"scope": "global"}
         update["axes"] = {k: axis.model_copy(update=whole) for k, axis in space.axes.items()}
+        update["stock"] = True
         update["remove"] = "layer" if space.remove == "block" else space.remove
     if loader.formats == ("bf16",):
         update |= {"formats": loader.formats, "kv_formats": loader.kv_formats}

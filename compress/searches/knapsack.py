@@ -59,6 +59,11 @@ class Knapsack:
     limits: Sequence[Limit] = field(default=())
 
     @property
+    def possible(self) -> bool:
+        """Whether there is an option for every group."""
+        return all(map(len, self.costs))
+
+    @property
     def resources(self) -> list[Limit]:
         """Everything that is bounded, bytes first."""
         return [Limit(self.bytes, self.room), *self.limits]
@@ -100,6 +105,8 @@ def solve(
     option each, resources within their bounds to the unit; ``overlaps`` keep it near or away from
     other choices.
     """
+    if not problem.possible:
+        return None
     if (first := optimum(as_program(problem, overlaps), relative_gap)) is None:
         return None
     if (choice := within_bounds(problem, first.choice, overlaps, relative_gap)) is None:

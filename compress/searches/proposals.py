@@ -123,7 +123,8 @@ def require_feasible(problem: Problem) -> None:
     Raises:
         Infeasible: the message names the smallest reachable size, or number of active parameters.
     """
-    space, knapsacks = problem.space, [unpriced(problem, choice) for choice in variants(problem)]
+    space, choices = problem.space, variants(problem)
+    knapsacks = [one for one in (unpriced(problem, choice) for choice in choices) if one.possible]
     floor = min(smallest(one) + problem.budget - one.room for one in knapsacks)
     if floor > problem.budget:
         hints = ["a larger --budget", "a shorter --context"]

@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 from collections.abc import Iterator, Mapping
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -38,6 +39,7 @@ class Space(BaseModel):
 
     ``remove`` says what may go as a whole; ``repair`` also offers every cut of a block with its
     output projection refitted. ``kv_scope`` says whether every block has its own KV format.
+    ``stock`` leaves out what a family's config class refuses.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +50,7 @@ class Space(BaseModel):
     kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
     kv_scope: Literal["global", "block"] = "block"
     repair: bool = False
+    stock: bool = False
 
     @property
     def prunes(self) -> bool:
@@ -170,9 +173,19 @@ def block_options(
             continue
         cut = Option(tuple(sorted(target.items())))
         smaller = resized(block, cut)
+        if space.stock and not is_stock(architecture.family, smaller, hidden):
+            continue
         formats = offered_formats(architecture, block, smaller, hidden, space)
         for format, own in itertools.product(formats, kv_formats):
             yield dataclasses.replace(cut, format=format, kv_format=own)
+
+
+# A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def is_stock(family: str, block: Block, hidden: int) -> bool:
+    """Whether the config class of a family takes one of its blocks on a stream of this size."""
+    alone = Architecture(family=family, vocab=1, hidden=hidden, tied=False, blocks=(block,))
+    return family_of(family).stock(alone)
 
 
 def offered_formats(

@@ -7,9 +7,14 @@ import pytest
 from tiny_models import EVERY
 
 from compress.core.errors import InputError
+from compress.export.targets import restricted
+from compress.memory.footprint import Deployment
 from compress.model.architecture import Moe
+from compress.model.build import is_plain
 from compress.model.families import read_architecture
-from compress.searches.space import admissible, load_space, of_family
+from compress.searches.problem import Problem
+from compress.searches.proposals import variants
+from compress.searches.space import admissible, load_space, of_family, resized
 
 
 @pytest.mark.parametrize(
@@ -61,3 +66,21 @@ def test_a_router_is_left_enough_experts_of_every_group() -> None:
     assert counts(replace(moe, routing_group=3)) == [6, 9, 12]
     assert counts(replace(moe, routing_group=2, top_group=1, top_k=4)) == [8, 10, 12]
     assert counts(replace(moe, routing_group=2, top_group=2, top_k=8)) == [8, 10, 12]
+
+
+@pytest.mark.parametrize("family", ["llama", "phi3", "glm4_moe", "granitemoehybrid"])
+def test_a_space_for_stock_loaders_has_students_of_one_config_only(family: str) -> None:
+    teacher = read_architecture(EVERY[family])
+    space = restricted(load_space("joint"), "vllm")
+    problem = Problem(teacher, None, space, Deployment(context=64), 10**9)
+    found = set()
+    for globals_ in variants(problem):
+        groups = problem.groups(globals_)
+        if not all(any(not option.removed for _, option in choice[:1]) for choice, *_ in groups):
+            continue
+        kept = [pair for choice, *_ in groups for pair in choice]
+        blocks = tuple(resized(teacher.blocks[n], replace(o, format="bf16")) for n, o in kept)
+        student = replace(teacher, hidden=problem.hidden(globals_), blocks=blocks)
+        assert is_plain(student)
+        found.add(student)
+    assert len(found) > 2
