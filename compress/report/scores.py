@@ -9,7 +9,7 @@ from compress.formats.table import FORMATS, KV_FORMATS
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import family_of
 from compress.scores.costs import Scores, change, importance, kl_of, removed
-from compress.student.units import AXES, unit_key, units_in
+from compress.student.units import AXES, axes_in, unit_key, units_in
 
 
 def print_scores(architecture: Architecture, scores: Scores) -> None:
@@ -58,7 +58,7 @@ def unit_rows(scores: Scores, architecture: Architecture) -> Iterator[tuple[str,
     """A row per kind and axis: how many units, the least and the most important one."""
     for kind, axes in AXES.items():
         for axis in axes:
-            found = [b for b in architecture.blocks if b.kind == kind and axis in units_in(b)]
+            found = [b for b in architecture.blocks if b.kind == kind and axis in axes_in(b)]
             if found:
                 values = [(block_name(b), importance(scores, b, axis)) for b in found]
                 yield unit_row(kind, axis, values)
