@@ -130,7 +130,8 @@ def masked(stack: Stack, layer: int, keep: Mapping[str, Tensor]) -> Iterator[Unm
                 # A block that is gone leaves no units that a norm could average over.
                 norm = projection.averaged if whole else None
                 if norm is not None:
-                    seen = before_norm(mask, projection).flatten()
+                    averaged, mask = around_norm(mask, projection)
+                    seen = averaged.flatten()
                     values = seen.repeat_interleave(projection.features)
                     hooks.callback(unmasked.mask_norm(inside.get_submodule(norm), values).remove)
                 if norm is None or projection.alike:
@@ -170,10 +171,16 @@ def without_bias(module: Any, args: object, output: Tensor) -> Tensor:
     return found
 
 
-def before_norm(mask: Tensor, projection: Projection) -> Tensor:
-    """Of a mask over units that over those which a projection's norm has a weight for each."""
-    alike = [projection.units.axes.index(axis) for axis in projection.alike]
-    return mask.amax(alike) if alike else mask
+def around_norm(mask: Tensor, projection: Projection) -> tuple[Tensor, Tensor]:
+    """Masks over units before a projection's norm and behind it, which make one together.
+
+    Before it are those that it has a weight for each of, behind it those that share one.
+    """
+    axes, alike = projection.units.axes, projection.alike
+    shared = [at for at, axis in enumerate(axes) if axis in alike]
+    own = [at for at, axis in enumerate(axes) if axis not in alike]
+    before = mask.amax(shared) if shared else mask
+    return before, mask.amax(own, keepdim=True).expand_as(mask)
 
 
 def narrow(experts: Experts, mask: Tensor, *, bias: bool) -> Callable[..., Tensor]:

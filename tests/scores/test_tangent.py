@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -84,7 +85,38 @@ def test_the_slope_is_the_derivative_for_units_that_are_there_and_that_are_gone(
     assert slope == pytest.approx((kl(0.25) - kl(-0.25)) / 0.5, rel=0.1)
 
 
-@pytest.mark.parametrize("case", ["llama ffn", "hybrid hidden", "hybrid experts", "latent width"])
+def test_the_slope_is_the_derivative_for_value_dimensions_that_are_gone(tmp_path: Path) -> None:
+    _, keep, _ = CASES["delta net value dimensions"]
+    # Without experts, of which others are chosen all of a sudden.
+    path = write_tiny(tmp_path / "m", EVERY["qwen3_5_text"], dtype=torch.float32)
+    model: Any
+    model, text = text_of(path)
+    [(key, kept)] = keep.items()
+    found = tangent(stack_of(text.teacher), candidate(text.teacher.architecture, keep), text, [])
+    slope = found.slope[key.replace("/", "/key_head.value.")].mean(0).sum((0, 1)) / LENGTH
+    gone = next(unit for unit in range(32) if unit not in kept.tolist())
+    model.double()
+
+    def kl(step: float) -> float:
+        mask = torch.zeros(32, dtype=torch.float64).index_fill_(0, kept, 1)
+        mask[gone] += step
+        # Half of them are averaged.
+        module = model.model.layers[0].linear_attn.norm
+        handle = module.register_forward_pre_hook(lambda m, a: (a[0] * 2**0.5 * mask, *a[1:]))
+        hidden = model.model(input_ids=TOKENS, use_cache=False).last_hidden_state.flatten(0, 1)
+        handle.remove()
+        head = head_of(model)
+        kl = kl_from_hidden(hidden, head, text.hidden.flatten(0, 1), head)
+        return float(kl.double().mean())
+
+    assert float(found.kl.mean()) == pytest.approx(kl(0), rel=1e-4)
+    assert float(slope[gone]) == pytest.approx((kl(0.01) - kl(-0.01)) / 0.02, rel=0.05)
+
+
+@pytest.mark.parametrize(
+    "case",
+    ["llama ffn", "hybrid hidden", "hybrid experts", "latent width", "delta net in all ways"],
+)
 def test_a_streamed_tangent_is_the_resident_one_bit_for_bit(case: str, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
     _, text = text_of(write_tiny(tmp_path / name, EVERY[name]))
@@ -127,8 +159,10 @@ def test_the_kv_format_is_the_teachers_again_when_a_tangent_fails(
 
 
 @pytest.mark.parametrize(
-    "case", ["llama ffn", "hybrid query heads", "hybrid expert width", "latent width"]
-)
+    "case",
+    ["llama ffn", "hybrid query heads", "hybrid expert width", "latent width",
+     "delta net value heads", "delta net in all ways"],
+)  # fmt: skip
 def test_the_gated_teacher_computes_the_repaired_student(case: str, tmp_path: Path) -> None:
     name, keep, _ = CASES[case]
     _, text = text_of(write_tiny(tmp_path / name, EVERY[name], dtype=torch.float32))
