@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
-from compress.text.documents import read_rows
+from compress.text.sources import read_rows
 
 # Files of a task's directory by what they are for: the first there is asked.
 ASKED = ("validation", "test", "train")

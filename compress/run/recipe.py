@@ -23,6 +23,7 @@ from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
+from compress.text.sources import is_hub_text, require_text
 from compress.train.recipes import OptimizerName
 
 
@@ -43,10 +44,15 @@ def drawn(space: str | None) -> str | None:
     return absolute(space)
 
 
+def kept(text: str | None) -> str | None:
+    """A source of text as recipes hold it: one of the hub as it is, a path absolute."""
+    return text if text is None or is_hub_text(text) else absolute(text)
+
+
 # Fields as they are kept: paths mean the same in every directory.
 Model = Annotated[str, AfterValidator(located)]
 Space = Annotated[str | None, AfterValidator(drawn)]
-File = Annotated[str | None, AfterValidator(lambda file: file if file is None else absolute(file))]
+Text = Annotated[str | None, AfterValidator(kept)]
 
 
 class Recipe(BaseModel):
@@ -90,10 +96,13 @@ class Recipe(BaseModel):
         "commas; default: all, of a space that is named those that are a part of it.",
     )
     target: Target = Field("compress", description="Loader the student has to work with.")
-    data: File = Field(
-        None, description="JSONL file of texts to score, select and train on; default: embedded."
+    data: Text = Field(
+        None,
+        description="Texts to score, select and train on: JSONL with a text or messages in each "
+        "row, Parquet, plain text, gzip of these, a directory of them, or hf:owner/name[:split]; "
+        "default: embedded.",
     )
-    eval_data: File = Field(None, description="JSONL file for the final table instead.")
+    eval_data: Text = Field(None, description="Texts for the final table instead.")
     seed: int = Field(0, ge=0, description="Seed of every random draw.")
     compute: Compute = Field("auto", description="Where the work is done; auto is a GPU if any.")
     memory: str | None = Field(
@@ -267,8 +276,8 @@ def checked_files(recipe: Recipe) -> Recipe:
     if commit_of(path) is None:
         weight_files(path, config)  # a snapshot may not have come yet
     for text in (recipe.data, recipe.eval_data):
-        if text is not None and not Path(text).is_file():
-            raise InputError(f"{text} does not exist; data is a JSONL file with a text in each row")
+        if text is not None:
+            require_text(text)
     return recipe.changed(revision=commit_of(path)) if is_named(recipe.model) else recipe
 
 

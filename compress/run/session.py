@@ -1,5 +1,6 @@
 """What the stages of one run share: the teacher, its text and where things are."""
 
+import re
 import sys
 from dataclasses import dataclass
 from functools import cached_property
@@ -27,8 +28,9 @@ from compress.sweep.placement import Placement, placement
 from compress.sweep.stack import Stack, served_as, stack_of
 from compress.text.documents import read_documents
 from compress.text.packing import pack
+from compress.text.sources import fetch_text, is_hub_text, text_files
 from compress.text.splits import Split, split_documents
-from compress.text.tokenizer import load_tokenizer
+from compress.text.tokenizer import load_tokenizer, render_chat
 
 # What sessions of one teacher and text, whatever their budget and deployment, load once.
 SHARED = (
@@ -36,7 +38,7 @@ SHARED = (
     *("tokenizer", "splits"),
 )
 # Of a teacher's files besides its weights, those that decide what it computes of a text.
-TEACHER = ("config.json", "tokenizer.json")
+TEACHER = ("config.json", "tokenizer.json", "chat_template.jinja")
 # Digests of the files that a run was made from.
 DIGESTS = "digests.json"
 
@@ -150,11 +152,24 @@ class Session:
     @cached_property
     def splits(self) -> dict[Split, list[str]]:
         """Documents by split; ``eval_data`` replaces the final one."""
-        recipe = self.recipe
-        splits = split_documents(read_documents(Path(recipe.data) if recipe.data else None))
+        recipe, render = self.recipe, self.render
+        splits = split_documents(read_documents(self.source(recipe.data), render))
         if recipe.eval_data:
-            splits["final"] = read_documents(Path(recipe.eval_data))
+            splits["final"] = read_documents(self.source(recipe.eval_data), render)
         return splits
+
+    def source(self, data: str | None) -> Path | None:
+        """The file or directory of a text; of a hub data set the copy that the run keeps."""
+        if data is None:
+            return None
+        if not is_hub_text(data):
+            return Path(data)
+        slug = re.sub(r"[^\w.-]+", "-", data)
+        return fetch_text(data, self.run.path / "text" / f"{slug}.jsonl")
+
+    def render(self, messages: list[Any]) -> str:
+        """Messages by the teacher's chat template."""
+        return render_chat(self.tokenizer, messages)
 
     def rows(self, split: Split, tokens: int, length: int | None = None) -> Tensor:
         """Packed rows of a split, [rows, sequence length]."""
@@ -182,10 +197,10 @@ class Session:
 
         ``eval_data`` is not in it: no stage but the evaluation reads it.
         """
-        data = self.recipe.data
+        data = self.source(self.recipe.data)
         return {
             "teacher": self.files,
-            "text": list(digests([Path(data)], self.run.path / DIGESTS).values())
+            "text": list(digests(text_files(data), self.run.path / DIGESTS).values())
             if data else f"embedded {sys.version_info[:2]}",
             "seed": self.recipe.seed,
             "sequence_length": self.recipe.sequence_length,

@@ -1,71 +1,68 @@
-"""Documents of a JSONL file, or the text that every Python carries."""
+"""Documents: the texts of a source, and what of it cannot be used."""
 
-import ast
-import codecs
-import importlib
-import json
 import re
-import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from compress.core.errors import InputError
+from compress.core.terminal import note
+from compress.text.embedded import embedded_documents
+from compress.text.sources import Fault, read_file, text_files
 
-SKIPPED = {
-    "test", "tests", "idlelib", "lib2to3", "site-packages", "dist-packages", "turtledemo",
-    "ensurepip", "__pycache__",
-}  # fmt: skip
-
-SHORTEST = 200
 # JSON may hold halves of a UTF-16 pair ("\ud800"), which no encoding and no tokenizer takes.
 LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+# Rows that are named where some cannot be used, and characters of what is said of each.
+NAMED, SAID = 3, 160
+# Messages of a chat as one text; ValueError where they make none.
+Render = Callable[[list[Any]], str]
 
 
-def read_documents(path: Path | None) -> list[str]:
-    """Texts of a JSONL file, one in the ``text`` of every row; None is the embedded text.
+def no_template(_: list[Any]) -> str:
+    """Refuses messages where there is no tokenizer to render them."""
+    raise InputError("messages need a chat template; here every row needs a text")
 
-    Texts of white space alone are left out, and a lone surrogate becomes the replacement character.
+
+def read_documents(data: Path | None, render: Render = no_template) -> list[str]:
+    """Texts of a file or directory, one of every row; None is the embedded text.
+
+    A row has a ``text``, or ``messages`` that ``render`` makes one of. Rows that cannot be used are
+    left out, counted and the first of them named. Texts of white space alone are left out, and a
+    lone surrogate becomes the replacement character.
 
     Raises:
-        InputError: the file is missing or empty, or a row (named by its line) has no text.
+        InputError: there is no such file, or nothing in it can be used.
     """
-    if path is None:
+    if data is None:
         return embedded_documents()
-    if not path.is_file():
-        raise InputError(f"{path} does not exist; data is a JSONL file with a text in every row")
-    documents = []
-    for where, row in read_rows(path):
-        if not isinstance(text := row.get("text"), str):
-            raise InputError(f'{where} has no text; a row looks like {{"text": "..."}}')
-        if text.strip():
-            documents.append(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", text))
+    documents, faults, rows = list[str](), list[str](), 0
+    for file in text_files(data):
+        for where, row in read_file(file):
+            rows += 1
+            found = row if isinstance(row, Fault) else text_of(row, render)
+            if isinstance(found, Fault):
+                faults.append(f"{where} {found.reason}"[:SAID])
+            elif found.strip():
+                documents.append(LONE_SURROGATE.sub("\N{REPLACEMENT CHARACTER}", found))
+    named = "; ".join(faults[:NAMED])
     if not documents:
-        raise InputError(f"{path} holds no documents; data is a JSONL file with a text in each row")
+        said = f": {named}" if faults else '; a row looks like {"text": "..."}'
+        raise InputError(f"{data} holds no documents{said}")
+    if faults:
+        note(f"{data}: {len(faults)} of {rows} rows cannot be used and are left out: {named}")
     return documents
 
 
-def read_rows(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Objects of a JSONL file, each with its file and line; blank lines are left out.
-
-    Raises:
-        InputError: a line is not UTF-8 or no JSON object.
-    """
-    with path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.removeprefix(codecs.BOM_UTF8).strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                row = json.loads(line.decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                raise InputError(f"{where} is not UTF-8 text: {error}") from error
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{where} is not JSON: {error}") from error
-            if not isinstance(row, dict):
-                raise InputError(f'{where} is no row; one looks like {{"text": "..."}}')
-            yield where, row
+def text_of(row: Mapping[str, Any], render: Render) -> str | Fault:
+    """The text of a row."""
+    if isinstance(text := row.get("text"), str):
+        return text
+    if not isinstance(messages := row.get("messages"), list):
+        return Fault('has no text; a row looks like {"text": "..."}')
+    try:
+        return render(messages)
+    except ValueError as error:
+        return Fault(f"has messages that the chat template does not take: {error}")
 
 
 def pieces(text: str, characters: int) -> Iterator[str]:
@@ -78,34 +75,3 @@ def pieces(text: str, characters: int) -> Iterator[str]:
             end = space + 1 if space > start else end
         yield text[start:end]
         start = end
-
-
-def embedded_documents() -> list[str]:
-    """Python's help topics and the docstrings of its standard library, a document per module.
-
-    The same Python version gives the same documents in the same order; another one gives slightly
-    other text. Modules are parsed, not imported.
-    """
-    topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    root = Path(sysconfig.get_path("stdlib"))
-    modules = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.py"))
-    documents = [topics[name] for name in sorted(topics)]
-    documents += [
-        "\n\n".join(docstrings((root / module).read_bytes()))
-        for module in modules
-        if SKIPPED.isdisjoint(module.split("/"))
-    ]
-    return [text for text in documents if len(text) >= SHORTEST]
-
-
-def docstrings(source: bytes) -> Iterator[str]:
-    """Docstrings of a module and of everything in it, from the top; none if it does not parse."""
-    try:
-        tree = ast.parse(source)
-    except (SyntaxError, ValueError):
-        # Templates and deliberately broken files live among the modules; they have no docstrings.
-        return
-    nodes = [node for node in ast.walk(tree) if isinstance(node, DOCUMENTED)]
-    for node in sorted(nodes, key=lambda node: getattr(node, "lineno", 0)):
-        if text := ast.get_docstring(node):
-            yield text

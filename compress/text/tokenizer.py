@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from jinja2 import TemplateError
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
@@ -38,6 +39,25 @@ def load_tokenizer(path: Path) -> PreTrainedTokenizerFast:
     if tokenizer.eos_token_id is None:
         tokenizer.eos_token = end_of_text(path, tokenizer)
     return tokenizer
+
+
+def render_chat(tokenizer: PreTrainedTokenizerFast, messages: list[Any]) -> str:
+    """Messages as the chat template writes them.
+
+    ValueError on messages that it does not take, InputError where the tokenizer has none.
+    """
+    if not tokenizer.chat_template:
+        raise InputError(
+            f"the tokenizer in {tokenizer.name_or_path} has no chat template, which rows of "
+            "messages need; give rows of text, or a chat_template.jinja beside the tokenizer"
+        )
+    for message in messages:
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise ValueError("a message has a role and a content")
+    try:
+        return str(tokenizer.apply_chat_template(messages, tokenize=False))
+    except (TemplateError, TypeError, KeyError, AttributeError) as error:
+        raise ValueError(" ".join(str(error).split())) from error
 
 
 def what_to_do(path: Path) -> str:
