@@ -36,6 +36,10 @@ app = typer.Typer(
 Model = Annotated[
     str | None, typer.Argument(help="A directory, a short name or a hub id. [default: embedded]")
 ]
+Planned = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Directories, config.json files, or as for search."),
+]
 Target = Annotated[
     str, typer.Argument(metavar="RUN[:CANDIDATE]", help="A run, by default its best candidate.")
 ]
@@ -52,12 +56,16 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 @app.command()
 @flags.settings(*flags.SERVED, "memory", "optimizer", "local_tokens")
 def plan(
-    model: Annotated[
-        str, typer.Argument(help="A directory, a config.json, a short name or a hub id.")
-    ],
+    models: Planned,
     *,
     format: Annotated[Format | None, typer.Option(help="Format of every block.")] = None,
     kv_format: Annotated[KvFormat | None, typer.Option(help="Format of the KV cache.")] = None,
+    max_batch: Annotated[
+        bool, typer.Option("--max-batch", help="How many sequences of the context fit, too.")
+    ] = False,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Several models side by side in one table.")
+    ] = False,
     work: Annotated[
         bool, typer.Option("--work", help="Memory and time of score, search, distill and export.")
     ] = False,
@@ -72,18 +80,24 @@ def plan(
     Reads config.json only: bytes by block and format, and the largest context.
     """
     from compress.api import planned
+    from compress.report.comparison import print_comparison
     from compress.report.plan import print_plan, print_work
     from compress.run.work import machine_of, works_json, works_of
 
-    recipe = check({"model": model} | given, "command line")
-    made = planned(model, recipe, format, kv_format)
+    flags.require_comparable(models, compare, work or on is not None)
+    recipes = {model: check({"model": model} | given, "command line") for model in models}
+    plans = {name: planned(name, each, format, kv_format) for name, each in recipes.items()}
+    if compare:
+        print_comparison(plans, json)
+        return
+    [(model, recipe)], [made] = recipes.items(), plans.values()
     machine = machine_of(recipe, on) if work or on else None
     works = works_of(made.architecture, recipe, machine) if machine else []
     if json:
         added = {"work": works_json(works, machine)} if machine else {}
         print(jsonlib.dumps(made.to_json() | added))
         return
-    print_plan(model, made)
+    print_plan(model, made, max_batch)
     if machine:
         print_work(works, machine)
     if made.quantized:

@@ -3,7 +3,7 @@
 import functools
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -159,3 +159,11 @@ def slug(name: str) -> str:
     """A model's or a space's name as part of a directory name."""
     last = Path(name).resolve().name if name in (".", "..") else Path(name).name
     return re.sub(r"[^a-z0-9.]+", "-", last.removesuffix(".yaml").lower()).strip("-.") or "model"
+
+
+def require_comparable(models: Sequence[str], compare: bool, work: bool) -> None:
+    """InputError on several models that are not to be compared, and on the work of several."""
+    if len(models) > 1 and not compare:
+        raise InputError(f"{models[1]} is one model more; --compare puts several side by side")
+    if compare and work:
+        raise InputError("--compare says what models take; --work and --on are of one model")

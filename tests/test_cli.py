@@ -119,6 +119,7 @@ def test_plan_answers_in_json_without_torch(config: str) -> None:
         "budget": 23622320128,
         "fits": True,
         "largest_context": 348041,
+        "largest_batch": 2,
     }
 
 
@@ -153,8 +154,41 @@ def test_plan_prints_a_row_for_all_blocks_that_are_alike(
     assert run(monkeypatch, "plan", config, "--device", "a10g", "--budget", "40GiB") == 0
     output = capsys.readouterr().out
     assert output.count("kv_head 8, query 5, head_dim 128") == 1
-    assert output.count("nvfp4") == 2
+    assert output.count("nvfp4, bf16") == 1
+    assert "fp8 KV caches are left out: a10g is not sure to run them" in output
     assert "a10g offers 22.060 GiB (binds; budget 40.000 GiB)" in output
+
+
+def test_models_side_by_side_fit_into_80_columns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    names = ["Nemotron-Nano-12B-v2", "Nemotron-Nano-9B-v2", "Qwen3-8B", "Qwen3-30B-A3B"]
+    for name in names:
+        (tmp_path / name.removeprefix("Nemotron-")).mkdir()
+        file = tmp_path / name.removeprefix("Nemotron-") / "config.json"
+        file.write_text(json.dumps(PUBLISHED[name][0]))
+    paths = [str(file.parent) for file in sorted(tmp_path.glob("*/config.json"))]
+    served = ("--context", "128k", "--device", "a10g")
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(monkeypatch, "plan", "--compare", *paths, *served) == 0
+    printed = capsys.readouterr().out
+    table = [line for line in printed.splitlines() if "│" in line]
+    assert all(len(line.rstrip()) <= 80 for line in table)
+    rows = {cells[0]: cells[1:] for line in table if (cells := line.strip("│ ").split("│"))}
+    rows = {key.strip(): [cell.strip() for cell in cells] for key, cells in rows.items()}
+    # In the order of their names: Nano-12B, Nano-9B, Qwen3-30B, Qwen3-8B.
+    assert rows["active"] == ["12.310B", "8.888B", "3.353B", "8.191B"]
+    assert rows["weights"] == ["22.929 GiB", "16.556 GiB", "56.871 GiB", "15.256 GiB"]
+    assert rows["KV cache"] == ["3.000 GiB", "2.000 GiB", "12.000 GiB", "18.000 GiB"]
+    assert rows["fits"] == ["no", "yes", "no", "no"]
+    assert rows["largest batch"] == ["0", "2", "0", "0"]
+    assert run(monkeypatch, "plan", *paths, *served, "--compare", "--json") == 0
+    planned = json.loads(capsys.readouterr().out)
+    assert [planned[path]["largest_batch"] for path in paths] == [0, 2, 0, 0]
+    assert run(monkeypatch, "plan", *paths) == 2
+    assert "--compare puts several side by side" in capsys.readouterr().err
+    assert run(monkeypatch, "plan", paths[1], *served, "--max-batch") == 0
+    assert "largest batch that fits: 2" in capsys.readouterr().out
 
 
 def test_plan_asks_what_if_by_format(

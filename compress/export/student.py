@@ -194,7 +194,8 @@ def verify(
     if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
         raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
     room = placement.memory
-    stock = architecture.formats == {"bf16"} and is_plain(architecture)
+    # Stock transformers reads no cache in another format.
+    stock = architecture == without_formats(architecture) and is_plain(architecture)
     if stock and (room is None or 4 * count_parameters(architecture) < room):
         reader, read = "transformers AutoModelForCausalLM", stock_logits(directory, rows, placement)
     else:

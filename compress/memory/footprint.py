@@ -164,3 +164,18 @@ def largest_context(
         middle = (low + high) // 2
         low, high = (middle, high) if total(middle) <= budget_bytes else (low, middle)
     return low
+
+
+def largest_batch(
+    architecture: Architecture, deployment: Deployment, budget_bytes: int
+) -> int | None:
+    """The most sequences of the deployment's context whose footprint is within the budget.
+
+    0 if not even one fits; None if a sequence takes no memory, so that no batch is too large.
+    """
+    one, none = (
+        footprint(architecture, replace(deployment, batch_size=count)).total for count in (1, 0)
+    )
+    if one == none and one <= budget_bytes:
+        return None
+    return max(0, (budget_bytes - none) // max(1, one - none))

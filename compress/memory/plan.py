@@ -6,10 +6,18 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
+from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.budget import Budget, in_format, resolve_budget
 from compress.memory.devices import Device
-from compress.memory.footprint import Deployment, Footprint, block_takes, footprint, largest_context
+from compress.memory.footprint import (
+    Deployment,
+    Footprint,
+    block_takes,
+    footprint,
+    largest_batch,
+    largest_context,
+)
 from compress.memory.stored import AsStored, as_stored
 from compress.model.architecture import Architecture, cached, in_kv_format
 from compress.model.config import is_export, read_config
@@ -20,18 +28,21 @@ from compress.model.weights import planned_architecture
 
 @dataclass(frozen=True, kw_only=True)
 class Option:
-    """The model with all blocks in one format; ``largest_context`` as in memory.py."""
+    """The model with all blocks in one format; limits as a plan has them."""
 
     format: Format
     kv_format: KvFormat
     footprint: Footprint
     largest_context: int | None
+    largest_batch: int | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """The answer to ``compress plan``; ``largest_context`` is None without a budget or a limit.
+    """The answer to ``compress plan``.
 
+    ``largest_context`` at the batch size and ``largest_batch`` at the context are None without a
+    budget, or where nothing limits them.
     ``quantized``: it is one of our quantized exports, whatever it is planned in. ``stored`` is what
     any quantized model is on disk, and ``served`` its bytes as it is.
     """
@@ -43,6 +54,7 @@ class Plan:
     deployment: Deployment
     footprint: Footprint
     largest_context: int | None
+    largest_batch: int | None
     options: tuple[Option, ...]
     budget: Budget | None
     notes: tuple[str, ...]
@@ -63,6 +75,7 @@ class Plan:
             "budget": None if self.budget is None else self.budget.bytes,
             "fits": self.fits,
             "largest_context": self.largest_context,
+            "largest_batch": self.largest_batch,
         } | ({"stored": self.stored_json()} if self.stored else {})
 
     def stored_json(self) -> dict[str, Any]:
@@ -75,17 +88,19 @@ class Plan:
 def options_of(
     architecture: Architecture, deployment: Deployment, budget: Budget | None
 ) -> Iterator[Option]:
-    """Every weight format with every KV format; without attention only the first KV format."""
+    """Every weight format with every KV format that the device runs; one without attention."""
     has_cache = any(cached(block) for block in architecture.blocks)
+    kv_formats = budget.device.kv_formats if budget and budget.device else KV_FORMATS
     for format in FORMATS:
-        for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
+        for kv_format in kv_formats if has_cache else KV_FORMATS[:1]:
             changed = in_kv_format(in_format(architecture, format), kv_format)
-            longest = largest_context(changed, deployment, budget.bytes) if budget else None
+            limits = changed, deployment, budget.bytes if budget else 0
             yield Option(
                 format=format,
                 kv_format=kv_format,
                 footprint=footprint(changed, deployment),
-                largest_context=longest,
+                largest_context=largest_context(*limits) if budget else None,
+                largest_batch=largest_batch(*limits) if budget else None,
             )
 
 
@@ -108,7 +123,9 @@ def notes_of(
             inputs = f"inputs no multiple of {FORMATS[format].group}"
             yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
     if device and (foreign := {*architecture.kv_formats.values()} - {*device.kv_formats}):
-        yield f"no backend is sure to run a {min(foreign)} KV cache on {device.name}"
+        yield f"no backend is sure to run {min(foreign)} KV caches on {device.name}"
+    elif device and (unrun := {*KV_FORMATS} - {*device.kv_formats}) and architecture.kv_formats:
+        yield f"{min(unrun)} KV caches are left out: {device.name} is not sure to run them"
     if device and device.count > 1:
         yield f"{device.name}: assumes that weights and caches split evenly"
 
@@ -124,8 +141,14 @@ def make_plan(
 ) -> Plan:
     """Plan the model of a directory or a config.json.
 
-    ``format`` and ``kv_format`` ask what it would take in another precision than its files say.
+    ``format`` and ``kv_format`` ask what it would take in another precision than its files say;
+    InputError where the device does not run it.
     """
+    if device and kv_format and kv_format not in device.kv_formats:
+        raise InputError(
+            f"no backend is sure to run {kv_format} KV caches on {device.name}; leave --kv-format "
+            "out, or give the memory as --budget instead of --device"
+        )
     config = read_config(model)
     architecture = planned_architecture(model, config)
     stored = as_stored(model, config)
@@ -143,6 +166,7 @@ def make_plan(
         deployment=deployment,
         footprint=footprint(planned, deployment),
         largest_context=longest if limit else None,
+        largest_batch=largest_batch(planned, deployment, limit.bytes) if limit else None,
         options=tuple(options_of(architecture, deployment, limit)),
         budget=limit,
         notes=tuple(notes_of(config, planned, spoken_of, limit)),

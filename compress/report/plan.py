@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
-from compress.formats.table import KV_FORMATS
+from compress.formats.table import KV_FORMATS, KvFormat
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import block_bytes, outside_bytes, state_bytes
 from compress.memory.machine import PROCESS, Machine
@@ -15,8 +15,8 @@ from compress.model.architecture import Architecture, kv_format_of, sizes
 from compress.model.families import count_active, count_parameters, parameters
 
 
-def print_plan(name: str, plan: Plan) -> None:
-    """Print a plan on stdout."""
+def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
+    """Print a plan on stdout; ``batches`` says how many sequences fit, too."""
     architecture, deployment = plan.architecture, plan.deployment
     total, active = count_parameters(architecture), count_active(architecture)
     served = f"context {format_tokens(deployment.context)}, batch {deployment.batch_size}"
@@ -29,14 +29,21 @@ def print_plan(name: str, plan: Plan) -> None:
     )
     headings = ["weights, KV in", "weights", "KV cache", "states", "total"]
     headings += ["fits", "largest context"] if plan.budget else ["smallest card"]
-    table("bytes by format", headings, [option_row(option, plan) for option in plan.options])
+    rows = [option_row(option, plan) for option in plan.options]
+    if plan.budget and batches:
+        headings.append("largest batch")
+        found = (limit_text(option.largest_batch) for option in plan.options)
+        rows = [(*row, batch) for row, batch in zip(rows, found, strict=True)]
+    table("bytes by format", headings, rows)
     dequantized = plan.stored is not None and not plan.quantized
     what = "in BF16, as a search reads it" if dequantized else "as it is"
     lines = [f"{what}: {format_bytes(plan.footprint.total)}"]
     if plan.budget:
         verdict = "fits" if plan.fits else "does not fit"
         lines[0] += f", {verdict}: {plan.budget.description}"
-        lines.append(f"largest context that fits: {context_text(plan.largest_context)}")
+        lines.append(f"largest context that fits: {limit_text(plan.largest_context)}")
+        if batches:
+            lines.append(f"largest batch that fits: {limit_text(plan.largest_batch)}")
     if dequantized:
         lines.insert(0, stored_line(plan))
     for line in (*lines, *plan.notes):
@@ -136,16 +143,21 @@ def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
     parts = (taken.weights, taken.kv_cache, taken.ssm_state + taken.conv_state, taken.total)
     row = (f"{option.format}, {option.kv_format}", *map(format_bytes, parts))
     if plan.budget is None:
-        cards = sorted(DEVICES.values(), key=lambda device: device.visible_bytes)
-        fitting = [device.name for device in cards if taken.total <= device.visible_bytes]
-        return (*row, fitting[0] if fitting else "none alone")
+        return (*row, smallest_card(taken.total, option.kv_format))
     fits = "yes" if taken.total <= plan.budget.bytes else "no"
-    return (*row, fits, context_text(option.largest_context))
+    return (*row, fits, limit_text(option.largest_context))
 
 
-def context_text(tokens: int | None) -> str:
-    """A largest context in words."""
-    return "no limit" if tokens is None else f"{tokens:,}"
+def smallest_card(taken: int, *kv_formats: KvFormat) -> str:
+    """The smallest card that has so many bytes and runs these KV formats."""
+    cards = sorted(DEVICES.values(), key=lambda device: device.visible_bytes)
+    running = (card for card in cards if set(kv_formats) <= set(card.kv_formats))
+    return next((card.name for card in running if taken <= card.visible_bytes), "none alone")
+
+
+def limit_text(most: int | None) -> str:
+    """A largest context or batch in words."""
+    return "no limit" if most is None else f"{most:,}"
 
 
 def ranges(numbers: Sequence[int], most: int = 8) -> str:

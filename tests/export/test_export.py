@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from compress import load
 from compress.core.errors import InputError, VerificationFailed
 from compress.export.inputs import token_rows
 from compress.export.student import export_student
-from compress.export.targets import Target, restricted
+from compress.export.targets import Target, restricted, served_by
 from compress.formats.fake import shared
 from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
+from compress.memory.devices import find_device
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture, from_json, in_kv_format
 from compress.model.build import load_model
@@ -203,6 +205,39 @@ def test_the_kv_format_is_told_to_servers(tiny_llama: Path, tmp_path: Path) -> N
     details = json.loads((out / "hf_quant_config.json").read_text())
     assert details["quantization"]["kv_cache_quant_algo"] == "FP8"
     assert "fp8" in (out / "README.md").read_text()
+
+
+@pytest.mark.parametrize("format", ["bf16", "fp8"])
+def test_kv_formats_that_differ_are_exported_for_us_alone(
+    tiny_llama: Path, tmp_path: Path, format: Format
+) -> None:
+    architecture = architecture_of(tiny_llama, [format])
+    first = in_kv_format(architecture, "fp8").blocks[0]
+    architecture = replace(architecture, blocks=(first, *architecture.blocks[1:]))
+    with pytest.raises(InputError, match=r"fp8 in 1 of 3 blocks KV; use --target compress$"):
+        export_student(tiny_llama, tmp_path / "out", architecture, "vllm", CARD)
+    export_student(tiny_llama, tmp_path / "out", architecture, "compress", CARD)
+    read = from_json((tmp_path / "out" / "architecture.json").read_text())
+    assert read.kv_formats == architecture.kv_formats
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "fp8 in 1 of 3 blocks" in card
+    assert f"layers.0.attention | {format}; fp8 KV; kv_head 2" in card
+
+
+def test_spaces_offer_the_kv_formats_that_target_and_device_take() -> None:
+    joint = load_space("joint")
+    assert restricted(joint, "compress").kv_scope == "block"
+    assert restricted(joint, "vllm").kv_scope == "global"
+    assert served_by(joint, None) == (joint, None)
+    assert served_by(joint, find_device("l4")) == (joint, None)
+    space, line = served_by(joint, find_device("8xa100-80"))
+    assert (space.kv_formats, line) == (
+        ("bf16",),
+        "fp8 KV caches are left out: no backend is sure to run them on 8xa100-80",
+    )
+    asked = joint.model_copy(update={"kv_formats": ("fp8",)})
+    with pytest.raises(InputError, match=r"asks for fp8 KV caches.*on a10g; list bf16"):
+        served_by(asked, find_device("a10g"))
 
 
 def test_the_model_card_tells_command_budget_and_measurements(tiny: Path, tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
 import dataclasses
+import json
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
 from published import HYBRID_8B, HYBRID_9B, HYBRID_12B, HYBRID_30B, LLAMA_8B, PUBLISHED
@@ -16,11 +18,13 @@ from compress.memory.footprint import (
     block_bytes,
     block_takes,
     footprint,
+    largest_batch,
     largest_context,
     outside_bytes,
     tensor_bytes,
     weight_bytes,
 )
+from compress.memory.plan import make_plan
 from compress.model.architecture import Architecture, Attention, in_kv_format
 from compress.model.config import architecture_of, read_config
 from compress.model.families import parameters, read_architecture
@@ -150,6 +154,32 @@ def test_a_budget_below_the_weights_holds_no_token_and_a_bounded_cache_any_numbe
     assert largest_context(architecture, LONG, weight_bytes(architecture) - 1) == 0
     bounded = dataclasses.replace(architecture, blocks=architecture.blocks[:-2])
     assert largest_context(bounded, LONG, 2 * weight_bytes(architecture)) is None
+
+
+@pytest.mark.parametrize("config", [LLAMA_8B, HYBRID_9B])
+def test_the_largest_batch_fits_and_one_sequence_more_does_not(config: dict[str, Any]) -> None:
+    architecture = read_architecture(config)
+    for batch in (1, 3, 1000):
+        taken = footprint(architecture, dataclasses.replace(LONG, batch_size=batch)).total
+        assert largest_batch(architecture, LONG, taken) == batch
+        assert largest_batch(architecture, LONG, taken - 1) == batch - 1
+    assert largest_batch(architecture, LONG, weight_bytes(architecture) - 1) == 0
+    bare = dataclasses.replace(architecture, blocks=architecture.blocks[1:2])
+    assert largest_batch(bare, LONG, weight_bytes(bare)) is None
+    assert largest_batch(bare, LONG, weight_bytes(bare) - 1) == 0
+
+
+@pytest.mark.parametrize("device", ["a10g", "l4"])
+def test_a_plan_offers_the_kv_formats_that_the_device_runs(device: str, tmp_path: Path) -> None:
+    file, card = tmp_path / "config.json", find_device(device)
+    file.write_text(json.dumps(LLAMA_8B))
+    found = make_plan(file, LONG, device=card)
+    assert {option.kv_format for option in found.options} == set(card.kv_formats)
+    if "fp8" in card.kv_formats:
+        assert make_plan(file, LONG, device=card, kv_format="fp8").footprint.kv_cache == 2**33
+    else:
+        with pytest.raises(InputError, match="run fp8 KV caches on a10g"):
+            make_plan(file, LONG, device=card, kv_format="fp8")
 
 
 def test_a_share_is_of_the_teacher_in_bf16_with_a_16_bit_cache() -> None:
