@@ -3,13 +3,21 @@
 import random
 from typing import Any
 
+import pytest
 from published import PUBLISHED
 from tiny_models import EVERY
 
 from compress.core.errors import InputError
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import Architecture
-from compress.model.families import count_active, count_parameters, family_of, read_architecture
+from compress.model.families import (
+    count_active,
+    count_parameters,
+    family_of,
+    read_architecture,
+    settings_of,
+)
+from compress.model.families.settings import EXPERTS
 from compress.model.families.wrapper import text_config
 
 VALUES: list[Any] = [
@@ -57,3 +65,11 @@ def holds(found: Architecture | str) -> None:
     figures = (taken.weights, taken.kv_cache, taken.ssm_state, taken.conv_state)
     assert min(*figures, count_active(found)) >= 0
     assert count_parameters(found) > 0
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_more_experts_than_any_model_has_are_one_line(family: str) -> None:
+    for key in settings_of(EVERY[family]).keys() & EXPERTS.keys():
+        for count in (10_000, 10**12, 2**63):
+            said = answer(EVERY[family] | {key: count})
+            assert said == f"{key} is {count}, not a whole number below 10000"

@@ -26,7 +26,7 @@ from compress.model.families.qwen3 import QWEN3
 from compress.model.families.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from compress.model.families.qwen3_moe import QWEN3_MOE
 from compress.model.families.qwen3_next import QWEN3_NEXT
-from compress.model.families.settings import require
+from compress.model.families.settings import EXPERTS, require
 from compress.model.families.smollm3 import SMOLLM3
 from compress.model.families.wrapper import WRAPPERS, text_config
 from compress.model.layout import Parameter, Slot, shape
@@ -62,7 +62,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     family = family_of(config["model_type"])
     own = family.normal(config)
     require(own, family.reads)
-    return {key: own[key] for key in family.reads if key in own}
+    found = {key: own[key] for key in family.reads if key in own}
+    require(found, EXPERTS)
+    return found
 
 
 def read_architecture(config: Mapping[str, Any]) -> Architecture:

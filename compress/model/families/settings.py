@@ -42,6 +42,9 @@ ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACT
 SIZE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
 # Beyond any model, and few enough to make a list of.
 LAYERS = Kind("a whole number from 1 to 9999", lambda v: type(v) is int and 0 < v < 10_000)
+# Of experts, whatever a family calls their number.
+FEW = Kind("a whole number below 10000", lambda v: type(v) is int and v < 10_000)
+EXPERTS = dict.fromkeys(("n_routed_experts", "num_experts", "num_local_experts"), FEW)
 COUNT = Kind("a whole number of at least 0", lambda value: type(value) is int and value >= 0)
 NUMBER = Kind("a number", is_number)
 # transformers takes no whole number here, nor a number as text.
