@@ -147,9 +147,11 @@ CASES: dict[str, tuple[dict[str, Any], Packer]] = {
 }
 
 
-def write_quantized(directory: Path, settings: dict[str, Any], pack: Packer) -> dict[str, Tensor]:
-    """A tiny llama whose layers are packed, and the values of their weights."""
-    write_tiny(directory, LLAMA)
+def write_quantized(
+    directory: Path, settings: dict[str, Any], pack: Packer, model: dict[str, Any] = LLAMA
+) -> dict[str, Tensor]:
+    """A tiny model whose layers are packed, and the values of their weights."""
+    write_tiny(directory, model)
     stored, values = load_file(directory / FILE), {}
     for name in [name for name in stored if "proj" in name]:
         parts, values[name] = pack(stored.pop(name).float())
