@@ -12,7 +12,7 @@ from compress.memory.machine import PROCESS, Machine
 from compress.memory.plan import Option, Plan
 from compress.memory.work import Work
 from compress.model.architecture import Architecture, kv_format_of, sizes
-from compress.model.families import count_active, count_parameters, parameters
+from compress.model.families import block_count, count_active, count_parameters, outside_count
 
 
 def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
@@ -100,10 +100,7 @@ def duration(seconds: float) -> str:
 def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
     """One row for all blocks that are alike, in the order of their first layer."""
     architecture, deployment = plan.architecture, plan.deployment
-    counts = [0] * len(architecture.blocks)
-    for parameter in parameters(architecture):
-        if parameter.block is not None:
-            counts[parameter.block] += parameter.count
+    hidden, family = architecture.hidden, architecture.family
     alike: dict[tuple[str, str, str], list[int]] = {}
     for number, block in enumerate(architecture.blocks):
         text = ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
@@ -113,8 +110,8 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
     for (kind, text, format), numbers in alike.items():
         blocks = [architecture.blocks[number] for number in numbers]
         held = sum(sum(state_bytes(block, deployment)) for block in blocks)
-        weights = sum(block_bytes(b, architecture.hidden, architecture.family) for b in blocks)
-        count = format_count(sum(counts[number] for number in numbers))
+        weights = sum(block_bytes(block, hidden, family) for block in blocks)
+        count = format_count(sum(block_count(block, hidden, family) for block in blocks))
         layers = ranges([block.layer for block in blocks])
         cache = format_bytes(held) if held else "-"
         yield kind, text, format, str(len(blocks)), layers, count, format_bytes(weights), cache
@@ -122,7 +119,7 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
 
 def outside_row(architecture: Architecture) -> tuple[str, ...]:
     """What is outside the blocks."""
-    count = sum(each.count for each in parameters(architecture) if each.block is None)
+    count = outside_count(architecture)
     what = "tied" if architecture.tied else "untied"
     text = f"vocab {architecture.vocab}, hidden {architecture.hidden}, {what}"
     weights = format_bytes(outside_bytes(architecture))

@@ -11,7 +11,7 @@ from torch import Tensor
 from compress.formats.table import KV_FORMATS, KvFormat
 from compress.memory.footprint import Deployment, block_bytes, footprint, outside_bytes, state_bytes
 from compress.model.architecture import Architecture, block_name
-from compress.model.families import block_active, outside_active
+from compress.model.families import block_active, outside_count
 from compress.scores.costs import Scores, choose, kl_of, option_cost, priority, removed, top
 from compress.searches.knapsack import Knapsack, Limit
 from compress.searches.space import (
@@ -195,7 +195,7 @@ class Problem:
                 if not o.removed
             )
 
-        fixed = outside_active(replace(self.teacher, hidden=hidden))
+        fixed = outside_count(replace(self.teacher, hidden=hidden))
         amounts = [np.array([float(active(choice)) for choice in options]) for options in groups]
         return [Limit(amounts, self.active - fixed)]
 

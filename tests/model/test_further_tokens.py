@@ -21,7 +21,12 @@ def logits(path: Path) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    ("family", "name"), [("glm4_moe", "model.layers.4.eh_proj.weight"), ("hybrid", "mtp.fc.weight")]
+    ("family", "name"),
+    [
+        ("deepseek_v3", "model.layers.4.eh_proj.weight"),
+        ("glm4_moe", "model.layers.4.eh_proj.weight"),
+        ("hybrid", "mtp.fc.weight"),
+    ],
 )
 def test_layers_that_predict_further_tokens_are_left_out(
     family: str, name: str, tmp_path: Path

@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 
 from compress.core.errors import Infeasible, InputError
-from compress.model.families import block_active, count_active, outside_active, parameters
+from compress.model.families import block_active, count_active, outside_count, parameters
 from compress.run.recipe import check
 from compress.searches.baselines import randomly, uniform
 from compress.searches.knapsack import value
@@ -49,7 +49,7 @@ def test_only_idle_experts_do_not_count(teacher: Teacher) -> None:
         idle = sum(p.count for p in own if p.expert is not None and p.expert >= block.top_k)
         counted = sum(p.count for p in own) - idle
         assert block_active(block, whole.hidden, whole.family) == counted
-    assert outside_active(whole) == sum(p.count for p in parameters(whole) if p.block is None)
+    assert outside_count(whole) == sum(p.count for p in parameters(whole) if p.block is None)
 
 
 @pytest.mark.parametrize("shares", [(0.6, 0.9), (0.9, 0.6), (0.5, 0.55)])

@@ -127,10 +127,22 @@ def experts_of(name: str, block: Block) -> Sequence[int | None]:
 
 def count_parameters(architecture: Architecture) -> int:
     """Number of parameters, the router's correction bias included, tied embeddings once."""
-    return sum(parameter.count for parameter in parameters(architecture))
+    hidden, family = architecture.hidden, architecture.family
+    inside = sum(block_count(block, hidden, family) for block in architecture.blocks)
+    return outside_count(architecture) + inside
 
 
 # A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def block_count(block: Block, hidden: int, family: str) -> int:
+    """Parameters of one block."""
+    axis_sizes = {"hidden": hidden} | sizes(block)
+    return sum(
+        len(experts_of(name, block)) * prod(shape(slot.shape, axis_sizes))
+        for name, slot in family_of(family).tensors(block).items()
+    )
+
+
 @lru_cache(maxsize=2**16)
 def block_active(block: Block, hidden: int, family: str) -> int:
     """Parameters of one block that one token uses: of the routed experts only ``top_k``."""
@@ -141,13 +153,14 @@ def block_active(block: Block, hidden: int, family: str) -> int:
     )
 
 
-def outside_active(architecture: Architecture) -> int:
+def outside_count(architecture: Architecture) -> int:
     """Parameters outside the blocks: embedding, head unless tied, final norm."""
-    return count_parameters(replace(architecture, blocks=()))
+    axis_sizes = {"hidden": architecture.hidden, "vocab": architecture.vocab}
+    return sum(prod(shape(slot.shape, axis_sizes)) for _, slot in outside(architecture))
 
 
 def count_active(architecture: Architecture) -> int:
     """Parameters that one token uses, tied embeddings once."""
     hidden, family = architecture.hidden, architecture.family
     inside = sum(block_active(block, hidden, family) for block in architecture.blocks)
-    return outside_active(architecture) + inside
+    return outside_count(architecture) + inside
