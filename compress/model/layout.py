@@ -24,10 +24,10 @@ Product = tuple[str, ...]
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """What of a larger tensor a weight is: some of its rows, all of them where it is whole.
+    """Which rows of a larger matrix, of one expert in a stack, a weight is; all by default.
 
-    Of so many runs of equal length it is the one of this number; where they are ``interleaved``,
-    every so-manieth row from this number on. ``transposed``: the larger one has them as columns.
+    They are the ``number``-th of ``of`` runs of equal length, or, ``interleaved``, every ``of``-th
+    row from that number on. Where it is ``transposed`` the larger matrix has them as columns.
     """
 
     number: int = 0
@@ -61,7 +61,10 @@ class Slot:
     are the axes a norm averages over, so that surgery can fold the changed width into the weight,
     which acts as ``offset`` + weight; one ``over_heads`` of queries or keys is read by no
     projection. ``times_root`` are axes by the root of whose sizes the model multiplies it.
-    ``part``: it is rows of a larger matrix in the torch model.
+
+    ``place`` is the tensor of the layer's torch module that holds it, None where that is called
+    what it is; experts are stacked there, each a larger matrix of which this is a ``part``.
+    ``stack`` is the tensor of the layer on disk that holds it the same way, if one does.
     """
 
     shape: str
@@ -80,9 +83,9 @@ class Slot:
 class Parameter:
     """A slot made concrete: its name on disk, the sizes of its axes and the block it belongs to.
 
-    ``stack`` is the tensor on disk that all experts' are stacked in, ``stacked`` its shape; where
-    they are not, both are None, and where they are, the name is one that disks do not know: what it
-    is called once it is quantized, which it is alone.
+    ``stack`` is the tensor on disk that the weights of all experts are stacked in, ``stacked`` its
+    shape; None where they are not. Where they are, ``name`` is what this one is called when it is
+    quantized: then it is a tensor of its own.
     """
 
     name: str
