@@ -13,7 +13,7 @@ from compress.model.dequantize import Shape
 from compress.model.families import family_of, parameters
 from compress.model.families.wrapper import text_config, text_tensors
 from compress.model.headers import FLOATS, INDEX, Stored, same_bytes, stored_tensors, weight_files
-from compress.model.layout import Part
+from compress.model.layout import Parameter, Part
 from compress.model.quantized import (
     OF_ACTIVATIONS,
     Method,
@@ -124,15 +124,16 @@ def check_tensors(
     claimed: dict[str, Stored | Quantized] = {}
     found: dict[str, Stored | Quantized | Slice] = {}
     for parameter in parameters(architecture):
-        name, stack = parameter.name, parameter.stack
+        name = parameter.name
         if weight := claim(path, name, parameter.shape, left, method):
             found[name] = claimed[name] = weight
             continue
-        if stack is None or parameter.expert is None or parameter.stacked is None:
+        stack, shape = stack_of(parameter, architecture)
+        if stack is None or parameter.expert is None or shape is None:
             raise InputError(f"{path} has no tensor {name}")
         if stack not in claimed:
-            if (whole := claim(path, stack, parameter.stacked, left, method)) is None:
-                raise InputError(f"{path} has no tensor {stack}")
+            if (whole := claim(path, stack, shape, left, method)) is None:
+                raise InputError(f"{path} has no tensor {parameter.stack or name}")
             claimed[stack] = whole
         found[name] = Slice(claimed[stack], parameter.expert, parameter.slot.part)
     if architecture.tied:
@@ -144,6 +145,20 @@ def check_tensors(
         raise InputError(f"{path} holds tensor {unknown[0]}, {knows}")
     total = sum(each.bytes for each in (*claimed.values(), *beside))
     return Weights(architecture, found, total, method.name if method else None)
+
+
+def stack_of(parameter: Parameter, architecture: Architecture) -> tuple[str | None, Shape | None]:
+    """Name and shape of the tensor that all experts' may be stacked in; None where there is none.
+
+    Where a family's own files have none it is that of the torch model, which transformers reads and
+    some publish (Qwen3.5).
+    """
+    own = parameter.stack is not None or parameter.expert is None
+    if not own and parameter.block is not None and parameter.slot.place:
+        layer = architecture.blocks[parameter.block].layer
+        prefix = family_of(architecture.family).layer.format(layer=layer)
+        parameter = replace(parameter, stack=prefix + parameter.slot.place)
+    return parameter.stack, parameter.stacked
 
 
 def claim(

@@ -82,6 +82,50 @@ def test_released_experts_in_mxfp4_are_read_as_transformers_reads_them(tmp_path:
     torch.testing.assert_close(load_model(path)(TOKENS).logits, stock(TOKENS).logits)
 
 
+def restacked(stored: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A checkpoint's tensors with the experts of every layer in two, as in the torch model."""
+    found, experts = dict[str, Tensor](), dict[str, dict[str, list[Tensor]]]()
+    for name in sorted(stored):  # ten experts and fewer come in their order
+        at, is_one, matrix = name.partition(".experts.")
+        if is_one:
+            of_layer = experts.setdefault(at, {})
+            of_layer.setdefault(matrix.split(".")[1], []).append(stored[name])
+        else:
+            found[name] = stored[name]
+    for at, own in experts.items():
+        both = [torch.stack(own[name]) for name in ("gate_proj", "up_proj")]
+        found[f"{at}.experts.gate_up_proj"] = torch.cat(both, 1)
+        found[f"{at}.experts.down_proj"] = torch.stack(own["down_proj"])
+    return found
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "qwen3_5_moe_text"])
+def test_experts_may_be_stacked_as_in_the_torch_model(family: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY[family])
+    model = load_model(path)
+    file = path / "model.safetensors"
+    save_file(restacked(load_file(file)), file, {"format": "pt"})
+    theirs = AUTO.from_pretrained(path, dtype=torch.float32).eval()
+    found = load_model(path)(TOKENS).logits
+    assert torch.equal(found, model(TOKENS).logits)
+    assert torch.equal(found, theirs(TOKENS).logits)
+
+
+def test_qwen3_5_is_read_as_it_is_released(tmp_path: Path) -> None:
+    text = EVERY["qwen3_5_moe_text"]
+    path = write_tiny(tmp_path / "m", text)
+    model, file = load_model(path), path / "model.safetensors"
+    tensors = {
+        name.replace("model.", "model.language_model.", 1): tensor
+        for name, tensor in restacked(load_file(file)).items()
+    }
+    beside = ("model.visual.blocks.0.attn.qkv.weight", "mtp.layers.0.input_layernorm.weight")
+    save_file(tensors | {name: torch.zeros(4) for name in beside}, file, {"format": "pt"})
+    whole = {"model_type": "qwen3_5_moe", "text_config": text, "vision_config": {}}
+    (path / "config.json").write_text(json.dumps(whole))
+    assert torch.equal(load_model(path)(TOKENS).logits, model(TOKENS).logits)
+
+
 def test_a_stack_that_lacks_an_expert_is_refused(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m", EVERY["granitemoehybrid_moe"])
     tensors = load_file(path / "model.safetensors")
