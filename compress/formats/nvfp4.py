@@ -19,7 +19,6 @@ from compress.formats.blocks import (
     e2m1_codes,
     e2m1_values,
     fake_blocks,
-    from_pairs,
     in_pairs,
     largest,
     round_e2m1_,
@@ -64,5 +63,5 @@ def pack(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 def unpack(pairs: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
     """The FP32 values of a packed tensor."""
-    values = e2m1_values(from_pairs(pairs, GROUP)) * (scales.float() * scale).view(-1, 1)
+    values = e2m1_values(pairs, GROUP).mul_((scales.float() * scale).view(-1, 1))
     return values.view(*pairs.shape[:-1], -1)

@@ -19,11 +19,11 @@ Shape = tuple[int, ...]
 Parts = Mapping[str, "Tensor"]
 
 # The parts of a weight; ``{name}`` is its name, ``{stem}`` that without its ending "weight".
-CODES, PACKED = "{stem}weight", "{stem}weight_packed"
-SCALE, INVERSE = "{stem}weight_scale", "{stem}weight_scale_inv"
-SECOND, GLOBAL = "{stem}weight_scale_2", "{stem}weight_global_scale"
+CODES, PACKED = "{name}", "{name}_packed"
+SCALE, INVERSE = "{name}_scale", "{name}_scale_inv"
+SECOND, GLOBAL = "{name}_scale_2", "{name}_global_scale"
 BLOCKS, SCALES = "{name}_blocks", "{name}_scales"
-ZERO, ORDER, SHAPE = "{stem}weight_zero_point", "{stem}weight_g_idx", "{stem}weight_shape"
+ZERO, ORDER, SHAPE = "{name}_zero_point", "{name}_g_idx", "{name}_shape"
 INPUTS = "{stem}pre_quant_scale"
 
 

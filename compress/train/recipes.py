@@ -20,7 +20,8 @@ class PretrainRecipe(BaseModel):
     """What a teacher is made from; ``steps``, ``warmup`` and ``decay`` count steps, ``batch`` rows.
 
     ``tokenizer`` may be the path of a directory that has one; ``model`` is a Hugging Face config;
-    ``data`` is a JSONL file, null the embedded text. Paths are relative to the working directory.
+    ``data`` is a file or directory of texts, null the embedded one. Paths are relative to the
+    working directory.
     """
 
     model_config = ConfigDict(extra="forbid")
