@@ -24,6 +24,7 @@ from compress.model.quantized import (
 )
 from compress.model.schemes import METHODS
 
+KNOWN = f"known here are {', '.join(METHODS)}"
 # Old llama checkpoints carry this buffer; it is recomputed and means nothing.
 IGNORED_SUFFIX = "rotary_emb.inv_freq"
 
@@ -74,9 +75,34 @@ def checked_weights(path: Path, config: Mapping[str, Any], architecture: Archite
         if (said := method.said if method else odd) is None:
             raise
         known = method is not None and method.name in METHODS
-        reason = str(error) if known else f"known here are {', '.join(METHODS)}"
-        said = f"this checkpoint is quantized ({said}); take the one in BF16: {reason}"
-        raise InputError(f"{path}: {said}") from error
+        raise refused(path, said, str(error) if known else KNOWN) from error
+
+
+def refused(path: Path, said: str, reason: str) -> InputError:
+    """The error for a quantized checkpoint that cannot be read."""
+    take = "take the one in BF16"
+    return InputError(f"{path}: this checkpoint is quantized ({said}); {take}: {reason}")
+
+
+def require_known(path: Path, config: Mapping[str, Any], architecture: Architecture) -> None:
+    """InputError where the index, before any weights are there, shows an unknown quantization.
+
+    Then weights lack their plain names, or something more is stored under the name of one.
+    """
+    method = method_of(path, text_config(config))
+    if method is None or method.name in METHODS or not (names := index_names(path)):
+        return
+    own = text_tensors(dict.fromkeys(names), config)
+    plain = all(own.keys() & {each.name, each.stack} for each in parameters(architecture))
+    if not plain or any(name.rpartition(".")[0] in own for name in own):
+        raise refused(path, method.said, KNOWN)
+
+
+def index_names(path: Path) -> list[str]:
+    """Names of all tensors that the index has; none where there is no index."""
+    index = read_json(path / INDEX) if (path / INDEX).is_file() else {}
+    names = index.get("weight_map") if isinstance(index, dict) else None
+    return list(names) if isinstance(names, dict) else []
 
 
 def index_bytes(path: Path) -> int | None:
@@ -105,8 +131,11 @@ def planned_architecture(path: Path, config: Mapping[str, Any]) -> Architecture:
 
     InputError on what a search would refuse of a config, or of weights that are all here.
     """
-    weights = planned_weights(path, config)
-    return weights.architecture if weights else architecture_of(path, config)
+    if weights := planned_weights(path, config):
+        return weights.architecture
+    architecture = architecture_of(path, config)
+    require_known(path, config, architecture)
+    return architecture
 
 
 def check_tensors(

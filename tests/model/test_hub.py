@@ -123,6 +123,32 @@ def test_a_quantized_model_has_the_bytes_of_its_index(hub: Hub, tmp_path: Path) 
     assert "model-00001-of-00002.safetensors" not in hub.asked
 
 
+@pytest.mark.parametrize(
+    ("own", "refused"),
+    [
+        (lambda name: name, False),
+        (lambda name: name.replace("proj.weight", "proj.qweight"), True),
+        (lambda name: name.replace("proj.weight", "proj.weight.absmax"), True),
+    ],
+)
+def test_what_a_search_would_not_read_is_refused_by_its_index(
+    own: Callable[[str], str], refused: bool, hub: Hub, tiny_llama: Path, tmp_path: Path
+) -> None:
+    repository = hub.repositories["owner/name"] = sharded(tiny_llama, tmp_path / "repo")
+    config = read_config(repository) | {"quantization_config": {"quant_method": "gptq"}}
+    (repository / "config.json").write_text(json.dumps(config))
+    file = repository / "model.safetensors.index.json"
+    index = json.loads(file.read_text())
+    both = {**index["weight_map"]} if "absmax" in own("proj.weight") else {}
+    index["weight_map"] = both | {own(name): f for name, f in index["weight_map"].items()}
+    file.write_text(json.dumps(index))
+    if not refused:
+        plan("owner/name", context="64")
+        return
+    with pytest.raises(InputError, match=r"quantized \(gptq\); take the one in BF16: known here"):
+        plan("owner/name", context="64")
+
+
 def test_shards_without_an_index_are_all_read(tiny_llama: Path, tmp_path: Path) -> None:
     path = sharded(tiny_llama, tmp_path / "m")
     (path / "model.safetensors.index.json").unlink()
