@@ -320,7 +320,7 @@ GRANITE_MICRO: dict[str, Any] = {
     "shared_intermediate_size": 8192,
     "num_local_experts": 0,
     "num_hidden_layers": 40,
-    "layers_block_type": ["attention" if n % 10 == 5 else "mamba" for n in range(40)],
+    "layer_types": ["attention" if n % 10 == 5 else "mamba" for n in range(40)],
     "num_attention_heads": 32,
     "num_key_value_heads": 8,
     "mamba_n_heads": 64,

@@ -64,6 +64,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("granitemoehybrid", {"mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}),
     ("granitemoehybrid", {"layers_block_type": GONE, "layer_types": ["full_attention"] * 4}),
     ("granitemoehybrid", {"mamba_d_head": "auto", "position_embedding_type": "rope"}),
+    ("granitemoehybrid", {"position_embedding_type": "nope", "rope_theta": 10000}),
     ("granitemoehybrid_moe", {"num_experts_per_tok": 1, "rope_theta": 1e6, "mamba_expand": 2}),
 ]
 

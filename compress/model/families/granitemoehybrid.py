@@ -60,13 +60,14 @@ SITES = {
 # Types of layers as released files say them, and as transformers 5 does.
 KINDS = {"mamba": "mamba", "attention": "attention"}
 KINDS |= {"linear_attention": "mamba", "full_attention": "attention"}
+# What else may be there, and null, are no positions.
 ROPE = "rope"
 SIZES = (
     *("mamba_n_heads", "mamba_n_groups", "mamba_d_state", "mamba_d_head", "mamba_d_conv"),
     *("mamba_expand", "mamba_chunk_size", "num_experts_per_tok", "shared_intermediate_size"),
 )
 READS = (
-    {key: kind for key, kind in shared.READS.items() if key != "layer_types"}
+    shared.READS
     | dict.fromkeys(SIZES, settings.SIZE)
     | dict.fromkeys(("mamba_conv_bias", "mamba_proj_bias"), settings.SWITCH)
     | dict.fromkeys(
@@ -75,8 +76,8 @@ READS = (
     | {
         "logits_scaling": settings.POSITIVE,
         "num_local_experts": settings.COUNT,
-        "position_embedding_type": settings.Kind("'rope' or null", lambda v: v in (None, ROPE)),
-        "layers_block_type": settings.NAMES,
+        "position_embedding_type": settings.TEXT.or_null,
+        "layer_types": settings.NAMES,
     }
 )
 DEFAULTS = {
@@ -94,13 +95,13 @@ DEFAULTS = {
 
 
 def normal(config: Config) -> dict[str, Any]:
-    """A config under the released names, with what transformers takes where it is silent."""
+    """A config with what transformers takes where it is silent."""
     own: dict[str, Any] = DEFAULTS | dict(config)
-    listed = own.pop("layer_types", None)
-    if own.get("layers_block_type") is None:
+    if "layers_block_type" in own:
+        own["layer_types"] = own.pop("layers_block_type")
+    if own.get("layer_types") is None:
         depth = own.get("num_hidden_layers", 0)
-        layers = depth if settings.LAYERS.takes(depth) else 0
-        own["layers_block_type"] = listed or ["mamba"] * layers
+        own["layer_types"] = ["mamba"] * (depth if settings.LAYERS.takes(depth) else 0)
     limits = own.pop("time_step_limit", None) or []
     # JSON has no infinity, and several ways to write it.
     if not isinstance(limits, list) or any(settings.is_number(each) and each for each in limits):
@@ -114,12 +115,9 @@ def normal(config: Config) -> dict[str, Any]:
 
 def read(config: Config) -> Architecture:
     """Architecture of a Granite 4 config."""
-    listed, layers = config["layers_block_type"], config["num_hidden_layers"]
+    listed = config["layer_types"]
     if unknown := [name for name in listed if name not in KINDS]:
         raise InputError(f"unknown layer type {unknown[0]!r}; known: {', '.join(KINDS)}")
-    if len(listed) != layers:
-        lists = f"layers_block_type lists {len(listed)} layers"
-        raise InputError(f"{lists}, num_hidden_layers is {layers}")
     width = config["mamba_n_heads"] * config["mamba_d_head"]
     if width != config["mamba_expand"] * config["hidden_size"]:
         raise InputError(
@@ -189,7 +187,7 @@ def lists(architecture: Architecture) -> dict[str, Any]:
     def kind(blocks: list[Block]) -> str:
         return "mamba" if any(isinstance(block, Mamba) for block in blocks) else "attention"
 
-    return {"layers_block_type": by_layer(architecture, kind)}
+    return {"layer_types": by_layer(architecture, kind)}
 
 
 def stock(architecture: Architecture) -> bool:

@@ -49,6 +49,7 @@ COUNT = Kind("a whole number of at least 0", lambda value: type(value) is int an
 NUMBER = Kind("a number", is_number)
 # transformers takes no whole number here, nor a number as text.
 REAL = Kind("a number with a decimal point", lambda v: type(v) is float and math.isfinite(v))
+TEXT = Kind("a text", lambda value: type(value) is str)
 SWITCH = Kind("true or false", lambda value: type(value) is bool)
 TOKEN = Kind("a token id", lambda value: type(value) is int).or_null
 TOKENS = Kind("a token id, a list of them or null", lambda v: TOKEN.takes(v) or is_list(v, of=int))
