@@ -25,11 +25,9 @@ def scale_of(*shape: int) -> Tensor:
 
 
 def over(scale: Tensor, weight: Tensor, rows: int, columns: int) -> Tensor:
-    """The scale of every number, one at a time."""
-    return torch.stack([
-        torch.stack([scale[i // rows, j // columns] for j in range(weight.shape[1])])
-        for i in range(weight.shape[0])
-    ])  # fmt: skip
+    """The scale of every number."""
+    row, column = (torch.arange(size) for size in weight.shape)
+    return scale[row[:, None] // rows, column // columns]
 
 
 def fp8(*shape: int) -> Callable[[Tensor], tuple[Stored, Tensor]]:

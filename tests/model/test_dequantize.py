@@ -1,12 +1,13 @@
 """A quantized teacher is what its layout says: codes times scales, to the bit."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from packers import BLOCKS, CASES, FILE, MODELOPT, Stored, drawn, write_quantized
+from packers import BLOCKS, CASES, FILE, MODELOPT, Stored, drawn, fp8_blocks, write_quantized
 from safetensors.torch import load_file, save_file
 from tiny_models import EVERY, LLAMA, write_tiny
 from torch import Tensor
@@ -16,6 +17,8 @@ from compress.memory.footprint import Deployment
 from compress.memory.plan import make_plan
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
+from compress.model.config import read_config
+from compress.model.families import parameters
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -211,3 +214,23 @@ def test_compressed_tensors_says_the_same(name: str) -> None:
     stored, values = CASES[name][1](weight)
     theirs = BaseCompressor.get_value_from_registry(format).decompress(stored, scheme)["weight"]
     assert torch.equal(values.to(theirs.dtype), theirs)
+
+
+@pytest.mark.parametrize("family", EVERY)
+def test_every_family_is_read_dequantized(family: str, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY[family])
+    plain = open_checkpoint(path)
+    expected = {name: plain[name].float() for name in plain.tensors}
+    stored = load_file(path / FILE)
+    for each in parameters(plain.architecture):
+        if each.slot.fused and each.name in stored:
+            weight = stored.pop(each.name).float()
+            parts, expected[each.name] = fp8_blocks("weight_scale_inv", 32, 48)(weight)
+            stored |= {each.name.replace("weight", part): t for part, t in parts.items()}
+    save_file(stored, path / FILE)
+    config = read_config(path) | {"quantization_config": BLOCKS}
+    (path / "config.json").write_text(json.dumps(config))
+    found = open_checkpoint(path)
+    assert found.architecture == plain.architecture
+    for name, values in expected.items():
+        assert torch.equal(found[name].float(), values), name
