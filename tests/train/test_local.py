@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import Keep, candidate, some
+from tiny_models import EVERY, write_tiny
 from torch import Tensor
 
 from compress.core.errors import InputError
@@ -31,6 +32,14 @@ HYBRID_CUTS: dict[str, Keep] = {
     "mamba": {"layers.0.mamba/channel": some(8, of=16)},
     "expert": {"layers.1.moe/expert": some(4, of=6)},
 }
+
+# Norms behind mixers, mixers that read the residual stream, latent attention.
+FAMILY_CUTS: list[tuple[str, Keep]] = [
+    ("gemma3", {"layers.1.ffn/ffn": some(48, of=96)}),
+    ("olmo2", {"layers.1.attention/kv_head": some(1, of=2)}),
+    ("olmo2", {"hidden": some(48, of=64)}),
+    ("deepseek_v3", {"layers.1.mla/query": some(2, of=4)}),
+]
 
 
 def rows(count: int = 24) -> Tensor:
@@ -71,6 +80,13 @@ def test_cut_blocks_come_closer_on_rows_held_out(
     tmp_path: Path, tiny_llama: Path, cut: str
 ) -> None:
     check_closer(tiny_llama, LLAMA_CUTS[cut], tmp_path)
+
+
+@pytest.mark.parametrize(("family", "keep"), FAMILY_CUTS, ids=str)
+def test_cut_blocks_of_a_family_come_closer_on_rows_held_out(
+    tmp_path: Path, family: str, keep: Keep
+) -> None:
+    check_closer(write_tiny(tmp_path / family, EVERY[family]), keep, tmp_path / "local")
 
 
 @pytest.mark.parametrize("cut", HYBRID_CUTS)
