@@ -17,6 +17,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
 
 from compress.export.student import export_student
 from compress.formats.table import Format
+from compress.measure.kl import measure, reference
 from compress.memory.footprint import Deployment, footprint, weight_bytes
 from compress.memory.plan import make_plan
 from compress.model.architecture import Architecture, block_name, cached, from_json, sizes, to_json
@@ -151,6 +152,17 @@ def test_cutting_equals_masking_on_every_axis(family: str, tmp_path: Path) -> No
         expected, found = masked_logits(stack, keep), logits(student_model(teacher, keep))
         assert (expected - whole).abs().max() > 1e-2, list(keep)
         torch.testing.assert_close(found, expected, atol=2e-4, rtol=2e-4, msg=str(list(keep)))
+
+
+@torch.no_grad()
+def test_a_trial_measures_the_student_that_is_written(teacher: Checkpoint) -> None:
+    text = reference(teacher, stack_of(teacher), TOKENS)
+    whole = logits(load_model(teacher.path)).log_softmax(-1)
+    for keep in (next(cuts_of(teacher.architecture)), uneven(teacher.architecture)):
+        cut = logits(student_model(teacher, keep)).log_softmax(-1)
+        expected = (whole.exp() * (whole - cut)).sum(-1).mean(1)
+        found = torch.cat(list(measure(candidate(teacher.architecture, keep), text)))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-3)
 
 
 @torch.no_grad()

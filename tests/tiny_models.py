@@ -155,10 +155,9 @@ GEMMA = {
     "rope_scaling": {"rope_type": "linear", "factor": 8.0},
     "rope_theta": 1e6,
     "rope_local_base_freq": 1e4,
-    "final_logit_softcapping": 30.0,
 }
 MORE["gemma3"] = tiny_config("gemma3_text", "Gemma3", "tie_word_embeddings", **GEMMA)
-MORE["gemma3_untied"] = tiny_config("gemma3_text", "Gemma3", **GEMMA)
+MORE["gemma3_untied"] = tiny_config("gemma3_text", "Gemma3", final_logit_softcapping=30.0, **GEMMA)
 DELTA = {
     "layer_types": ["linear_attention", "full_attention"] * 2,
     "linear_num_key_heads": 2,

@@ -10,6 +10,7 @@ from compress.measure.losses import check_finite, kl_from_hidden
 from compress.measure.predictions import Predictions, kl_gradient_to, kl_to, predictions
 from compress.measure.prefix import SHARE, Incumbent
 from compress.model.checkpoint import Checkpoint
+from compress.model.families import folds_head
 from compress.model.modules import Head
 from compress.student.assemble import BlockStore
 from compress.student.candidate import Candidate
@@ -131,8 +132,9 @@ def sweeps(stack: Stack, batches: int) -> list[range]:
 def kl_of_student(
     hidden_ND: Tensor, head: Head, part: Reference, kept: Tensor | None = None
 ) -> Tensor:
-    """KL(teacher || student) of every token; ``head`` has the teacher's channels, or those kept."""
-    if part.predicted is None:
+    """KL(teacher || student) of every token; ``head`` is the teacher's, or of ``kept`` channels."""
+    scaled = kept is not None and folds_head(part.teacher.architecture)
+    if part.predicted is None or scaled:
         return kl_from_hidden(hidden_ND, head, part.hidden.flatten(0, 1), part.head)
     return kl_to(part.predicted.channels(kept), hidden_ND, head)
 

@@ -50,7 +50,7 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
             "rope_parameters": {"full_attention": YARN, "sliding_attention": {"rope_theta": 500.0}},
             "hidden_activation": "gelu",
             "query_pre_attn_scalar": GONE,
-            "final_logit_softcapping": None,
+            "final_logit_softcapping": 30.0,
         },
     ),
     ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 0}),

@@ -111,13 +111,18 @@ def parameters(architecture: Architecture) -> Iterator[Parameter]:
 def outside(architecture: Architecture) -> Iterator[tuple[str, Slot]]:
     """The tensors outside the blocks, by their names on disk; a tied head is none of its own.
 
-    One that is folded with its embedding leaves nothing for the final norm to fold.
+    One that is folded leaves nothing for the final norm to fold.
     """
-    family = family_of(architecture.family)
-    folded = architecture.tied and family.model[family.embedding].times_root
+    family, folded = family_of(architecture.family), folds_head(architecture)
     for name, slot in family.model.items():
         if name != family.head or not architecture.tied:
             yield name, replace(slot, normalizes=()) if folded else slot
+
+
+def folds_head(architecture: Architecture) -> bool:
+    """Whether a hidden cut scales the head: it is tied to an embedding that is folded."""
+    family = family_of(architecture.family)
+    return architecture.tied and bool(family.model[family.embedding].times_root)
 
 
 def experts_of(name: str, block: Block) -> Sequence[int | None]:
