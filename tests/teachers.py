@@ -51,7 +51,7 @@ class Teacher:
 
     def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
         offered, _ = of_family(load_space(space), self.architecture)
-        loaded = restricted(offered, target)
+        loaded = restricted(offered, target, self.architecture.family)
         return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:

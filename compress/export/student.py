@@ -28,7 +28,7 @@ from compress.core.files import atomic_directory, write_text
 from compress.export.card import model_card
 from compress.export.inputs import Group, input_ranges, token_rows
 from compress.export.modelopt import quantization_json
-from compress.export.targets import LOADERS, Loader, Target
+from compress.export.targets import LOADERS, Loader, Target, loader_of
 from compress.formats.packed import pack_block, stored_specs
 from compress.formats.table import Format
 from compress.memory.footprint import Deployment, footprint
@@ -104,7 +104,8 @@ def check_target(architecture: Architecture, target: Target) -> None:
     """InputError when no reader of ``target`` could load this student."""
     if target not in LOADERS:
         raise InputError(f"target {target!r} is not among {', '.join(LOADERS)}")
-    loader = LOADERS[target]
+    family = architecture.family
+    loader = loader_of(target, family)
     if not loader.uneven and not is_plain(architecture):
         raise InputError(
             f"target {target!r} takes students whose blocks all have the same sizes; "
@@ -121,7 +122,7 @@ def check_target(architecture: Architecture, target: Target) -> None:
     if not takes(loader):
         formats = ", ".join(sorted(architecture.formats))
         one = "a KV format for all blocks" if loader.kv_scope == "global" else "KV formats"
-        others = " or ".join(name for name, other in LOADERS.items() if takes(other))
+        others = " or ".join(name for name in LOADERS if takes(loader_of(name, family)))
         raise InputError(
             f"target {target!r} takes {', '.join(loader.formats)} only, with {one} of "
             f"{', '.join(loader.kv_formats)}; this student has {formats} weights and "

@@ -1,12 +1,13 @@
 """Who a student is for, and what each of them loads."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.devices import Device
+from compress.model.families import family_of
 from compress.searches.space import Space
 
 Target = Literal["compress", "transformers", "vllm"]
@@ -39,13 +40,21 @@ LOADERS: Mapping[Target, Loader] = {
 }
 
 
-def restricted(space: Space, target: Target) -> Space:
-    """The space with only what the target's loader builds from a config.
+def loader_of(target: Target, family: str) -> Loader:
+    """What a target loads of a family."""
+    loader = LOADERS[target]
+    if target == "compress" or family_of(family).served_quantized:
+        return loader
+    return replace(loader, formats=("bf16",))
+
+
+def restricted(space: Space, target: Target, family: str) -> Space:
+    """The space with only what the target's loader builds from a config of a family.
 
     Stock loaders want one value per width, whole layers and one KV format. A loader of BF16 only
     leaves the other formats of a space out; InputError where a loader of several does not know one.
     """
-    loader = LOADERS[target]
+    loader = loader_of(target, family)
     update: dict[str, object] = {}
     if loader.kv_scope == "global":
         update["kv_scope"] = "global"
@@ -55,7 +64,8 @@ def restricted(space: Space, target: Target) -> Space:
         update["stock"] = True
         update["remove"] = "layer" if space.remove == "block" else space.remove
     if loader.formats == ("bf16",):
-        update |= {"formats": loader.formats, "kv_formats": loader.kv_formats}
+        kv_formats = tuple(f for f in space.kv_formats if f in loader.kv_formats)
+        update |= {"formats": loader.formats, "kv_formats": kv_formats or loader.kv_formats[:1]}
     elif foreign := [format for format in space.formats if format not in loader.formats]:
         raise InputError(
             f"target {target!r} loads {', '.join(loader.formats)}, the space lists {foreign[0]}; "

@@ -49,7 +49,11 @@ def comparisons(session: Session, space: Space) -> tuple[dict[str, Space], list[
     recipe, offered = session.recipe, space
     if len(space.formats) == 1:
         formats = ("bf16", *scoring.scored_formats(recipe))
-        offered = restricted(space.model_copy(update={"formats": formats}), recipe.target)
+        offered = restricted(
+            space.model_copy(update={"formats": formats}),
+            recipe.target,
+            session.architecture.family,
+        )
     named = baselines.variants(space, offered.formats, space.kv_formats)
     asked = recipe.baselines or (None if recipe.space else "all")
     return named, baselines.baselines(space, named, asked)
@@ -87,7 +91,9 @@ def loaded(session: Session, name: str) -> Space:
     space, line = of_family(load_space(name), session.architecture)
     if line is not None:
         note(line)
-    space, line = served_by(restricted(space, session.recipe.target), session.recipe.preset)
+    space, line = served_by(
+        restricted(space, session.recipe.target, session.architecture.family), session.recipe.preset
+    )
     if line is not None:
         note(line)
     return space

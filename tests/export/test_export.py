@@ -134,9 +134,17 @@ def test_vllm_takes_the_formats_that_its_loader_knows(
     space = load_space("joint")
     listed = space.model_copy(update={"formats": (*space.formats, format)})
     with pytest.raises(InputError, match=rf"the space lists {format}; use --target compress"):
-        restricted(listed, "vllm")
-    assert restricted(listed, "compress") == listed
-    assert restricted(listed, "transformers").formats == ("bf16",)
+        restricted(listed, "vllm", "llama")
+    assert restricted(listed, "compress", "llama") == listed
+    assert restricted(listed, "transformers", "llama").formats == ("bf16",)
+
+
+def test_servers_take_no_quantized_experts_that_they_know_stacked_only(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY["gpt_oss"])
+    space = restricted(load_space("joint"), "vllm", "gpt_oss")
+    assert space.formats == ("bf16",)
+    with pytest.raises(InputError, match=r"'vllm' takes bf16 only.*use --target compress$"):
+        export_student(path, tmp_path / "out", architecture_of(path, ["fp8"]), "vllm", CARD)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
@@ -226,8 +234,8 @@ def test_kv_formats_that_differ_are_exported_for_us_alone(
 
 def test_spaces_offer_the_kv_formats_that_target_and_device_take() -> None:
     joint = load_space("joint")
-    assert restricted(joint, "compress").kv_scope == "block"
-    assert restricted(joint, "vllm").kv_scope == "global"
+    assert restricted(joint, "compress", "llama").kv_scope == "block"
+    assert restricted(joint, "vllm", "llama").kv_scope == "global"
     assert served_by(joint, None) == (joint, None)
     assert served_by(joint, find_device("l4")) == (joint, None)
     space, line = served_by(joint, find_device("8xa100-80"))

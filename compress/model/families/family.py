@@ -165,7 +165,8 @@ class Family:
     whose layers agree. ``whole_hidden`` says why the hidden size of a student stays its teacher's.
     ``attention`` is transformers' name of what computes it. ``taken`` gives settings that differ in
     what its config class checks, and pass there, and ``settled`` puts right on a config what
-    follows from the true ones.
+    follows from the true ones. Without ``served_quantized`` stock servers do not know quantized
+    weights by the table's names.
     ``kernels`` are the functions there that packages for a GPU replace, where they can be imported.
     """
 
@@ -192,6 +193,7 @@ class Family:
     whole_hidden: str | None = None
     taken: Callable[[dict[str, Any]], dict[str, Any]] = heads_wide
     settled: Callable[[Any], None] = lambda _: None
+    served_quantized: bool = True
     # Tensors on disk that transformers leaves out, by the beginning of their names; ``{layers}`` is
     # the number of layers. A student has none of them.
     unread: tuple[str, ...] = ()
