@@ -56,7 +56,8 @@ class Removed(nn.Module):
 
 # Keys of a teacher's config that a student's would not be true of, or that say how somebody ran it.
 ELSEWHERE = (
-    *("auto_map", "quantization_config", "quantization", "torch_dtype", "per_layer_config"),
+    *("auto_map", "quantization_config", "compression_config", "quantization", "torch_dtype"),
+    "per_layer_config",
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
     *("_attn_implementation_internal", "output_attentions", "output_hidden_states", "return_dict"),
     *("use_return_dict", "transformers_weights", "_name_or_path", "time_step_limit"),

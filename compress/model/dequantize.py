@@ -107,10 +107,7 @@ def experts(parts: Parts, shape: Shape, block: Shape) -> "Tensor":
 
 def words(bits: int, parts: Parts, shape: Shape, block: Shape) -> "Tensor":
     """INT4 and INT8 in words of 32 bits, lowest bits first, zero in the middle of the range."""
-    import torch
-
-    zero = parts.get(ZERO)
-    if zero is not None and zero.dtype == torch.int32:  # packed down the columns
+    if (zero := parts.get(ZERO)) is not None:  # packed down the columns
         columns = unpacked(zero.transpose(-1, -2), bits)[..., : shape[-2]]
         parts = {**parts, ZERO: columns.transpose(-1, -2)}
     codes = unpacked(parts[PACKED], bits)[..., : shape[-1]]

@@ -73,7 +73,9 @@ class Scheme:
 
 def grouped(scale: Shape, shape: Shape) -> bool:
     """Whether scales are those of equal groups of every row."""
-    return len(scale) > 1 and scale[:-1] == shape[:-1] and shape[-1] % max(scale[-1], 1) == 0
+    if len(scale) < 2 or not scale[-1]:
+        return False
+    return scale[:-1] == shape[:-1] and shape[-1] % scale[-1] == 0
 
 
 def blocked(shape: Shape, block: Shape) -> Shape:
@@ -118,7 +120,7 @@ def words_fit(bits: int, parts: Shapes, shape: Shape, block: Shape) -> bool:
     *rows, inputs = shape
     scale = parts[SCALE]
     down = (*rows[:-1], -(-rows[-1] * bits // 32), *scale[-1:])
-    zero = parts.get(ZERO, scale) in (scale, down)
+    zero = parts.get(ZERO, down) == down
     held = parts[PACKED] == (*rows, -(-inputs * bits // 32))
     return held and zero and scaled(parts, SCALE, shape, block)
 
@@ -201,7 +203,7 @@ SCHEMES = (
             format=f"INT{bits}",
             methods=VLLM,
             parts={PACKED: ("I32",), SCALE: FLOATS},
-            optional={ZERO: WHOLE, ORDER: WHOLE, SHAPE: WHOLE},
+            optional={ZERO: ("I32",), ORDER: WHOLE, SHAPE: WHOLE},
             fits=partial(words_fit, bits),
             values=partial(words, bits),
         )

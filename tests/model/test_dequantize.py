@@ -93,6 +93,16 @@ UP = "model.layers.1.mlp.up_proj."
             "up_proj.weight_zero_point [96, 9]",
         ),
         (
+            "INT4 with zero points",
+            lambda s: s.update({f"{UP}weight_zero_point": torch.zeros(12, 4, dtype=torch.int64)}),
+            "tensor model.layers.1.mlp.up_proj.weight",
+        ),
+        (
+            "FP8 by fp8",
+            lambda s: s.update({f"{UP}weight_scale_inv": torch.ones(96, 0)}),
+            "up_proj.weight_scale_inv [96, 0]",
+        ),
+        (
             "INT4 by modelopt",
             lambda s: s.update({f"{UP}pre_quant_scale": torch.ones(63)}),
             "up_proj.pre_quant_scale [63]",
