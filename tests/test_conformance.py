@@ -1,6 +1,5 @@
 """The laws that every family keeps: a row of ``tiny_models.EVERY`` is all that a new one adds."""
 
-import dataclasses
 from collections.abc import Iterator
 from copy import deepcopy
 from pathlib import Path
@@ -13,14 +12,23 @@ from quantized import with_formats
 from safetensors import safe_open
 from tiny_models import EVERY, write_tiny
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, StaticCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
+from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from compress.export.student import export_student
 from compress.formats.table import Format
 from compress.measure.kl import measure, reference
 from compress.memory.footprint import Deployment, footprint, weight_bytes
 from compress.memory.plan import make_plan
-from compress.model.architecture import Architecture, block_name, cached, from_json, sizes, to_json
+from compress.model.architecture import (
+    Architecture,
+    block_name,
+    cached,
+    from_json,
+    in_kv_format,
+    sizes,
+    to_json,
+)
 from compress.model.build import build_model, is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import (
@@ -289,25 +297,46 @@ def test_stock_loaders_read_a_student_with_fewer_layers(
     assert torch.equal(ours(TOKENS).logits, stock(tmp_path / "student")(TOKENS).logits)
 
 
-def test_the_plan_counts_the_bytes_that_are_there(family: str, tmp_path: Path) -> None:
+def test_the_plan_counts_the_bytes_of_the_weights(family: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m", EVERY[family])
-    tokens = TOKENS.shape[1]
-    plan = make_plan(path, Deployment(context=tokens, batch_size=2, ssm_format="fp32"))
-    architecture = plan.architecture
     with safe_open(path / "model.safetensors", framework="pt") as reader:
         written = sum(reader.get_tensor(name).nbytes for name in reader.offset_keys())
-    assert weight_bytes(architecture) == written == plan.footprint.weights
-    model = load_model(path, torch.bfloat16)
-    cache: Any = StaticCache(config=model.config, max_cache_len=tokens)
-    model(TOKENS, past_key_values=cache, use_cache=True)
-    kept = [layer for layer in cache.layers if getattr(layer, "keys", None) is not None]
-    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in kept)
-    assert held == plan.footprint.kv_cache
-    recurrent, columns = cached_states(cache)
-    assert recurrent == plan.footprint.ssm_state
-    assert columns == plan.footprint.conv_state
-    longer = dataclasses.replace(plan.deployment, context=2 * tokens)
-    assert footprint(architecture, longer).kv_cache <= 2 * held
+    plan = make_plan(path, Deployment(context=1))
+    assert weight_bytes(plan.architecture) == written == plan.footprint.weights
+
+
+@pytest.mark.parametrize("tokens", [4, 30])
+def test_the_plan_counts_the_bytes_of_caches(family: str, tokens: int, tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY[family])
+    deployment = Deployment(context=tokens, batch_size=2, ssm_format="fp32")
+    taken = make_plan(path, deployment).footprint
+    model: Any = load_model(path, torch.bfloat16)
+    for cache in (
+        StaticCache(config=model.config, max_cache_len=tokens),
+        DynamicCache(config=model.config),
+    ):
+        model(TOKENS[:, :tokens], past_key_values=cache, use_cache=True)
+        assert cached_tokens(cache, tokens) == taken.kv_cache
+        assert cached_states(cache) == (taken.ssm_state, taken.conv_state)
+    architecture = make_plan(path, deployment).architecture
+    half = footprint(in_kv_format(architecture, "fp8"), deployment)
+    assert 2 * half.kv_cache == taken.kv_cache
+
+
+def cached_tokens(cache: Any, tokens: int) -> int:
+    """Bytes of a cache's keys and values, of as many tokens as servers hold.
+
+    Once a text has outgrown a window, a dynamic cache lets the token go that the next one will not
+    see: one less than the window.
+    """
+    held = 0
+    for layer in cache.layers:
+        if getattr(layer, "keys", None) is None:
+            continue
+        one = (layer.keys.nbytes + layer.values.nbytes) // layer.keys.shape[-2]
+        outgrown = isinstance(layer, DynamicSlidingWindowLayer) and tokens >= layer.sliding_window
+        held += one * (layer.keys.shape[-2] + outgrown)
+    return held
 
 
 def cached_states(cache: Any) -> tuple[int, int]:
