@@ -16,6 +16,13 @@ AUTO: Any = AutoModelForCausalLM
 TOKENS = torch.randint(1, 128, (2, 30), generator=torch.Generator().manual_seed(1))
 GONE = "no such key"
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+MROPE = {
+    "rope_type": "default",
+    "rope_theta": 1e7,
+    "partial_rotary_factor": 0.25,
+    "mrope_interleaved": True,
+    "mrope_section": [11, 11, 10],
+}
 VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("qwen3", {"rope_theta": 1e6, "rope_scaling": YARN}),
     ("qwen3", {"layer_types": GONE, "max_window_layers": 2}),
@@ -56,6 +63,17 @@ VARIANTS: list[tuple[str, dict[str, Any]]] = [
     ("deepseek_v3", {"q_lora_rank": None, "rope_interleave": False, "first_k_dense_replace": 0}),
     ("deepseek_v3", {"rope_scaling": None, "n_group": 1, "num_experts_per_tok": 3}),
     ("deepseek_v3", {"n_routed_experts": 9, "n_group": 3, "topk_group": 2, "head_dim": 8}),
+    ("qwen3_next", {"layer_types": GONE, "full_attention_interval": 2, "decoder_sparse_step": 2}),
+    (
+        "qwen3_next",
+        {"mlp_only_layers": None, "norm_topk_prob": False, "partial_rotary_factor": GONE},
+    ),
+    ("qwen3_next", {"rope_parameters": YARN | {"rope_theta": 1e6, "partial_rotary_factor": 0.25}}),
+    ("qwen3_next", {"linear_num_value_heads": 2, "linear_conv_kernel_dim": 3}),
+    ("qwen3_5_text", {"layer_types": None, "rope_parameters": MROPE}),
+    ("qwen3_5_text", {"linear_num_key_heads": 1, "linear_value_head_dim": 8, "head_dim": 24}),
+    ("qwen3_5_moe_text", {"layer_types": ["linear_attention"] * 3 + ["full_attention"]}),
+    ("qwen3_5_moe_text", {"tie_word_embeddings": True, "num_key_value_heads": GONE}),
     ("glm4_moe", {"attention_bias": False, "use_qk_norm": False, "first_k_dense_replace": 0}),
     ("glm4_moe", {"n_group": 3, "topk_group": 2, "partial_rotary_factor": 0.25}),
     ("gpt_oss", {"attention_bias": False, "swiglu_limit": GONE, "layer_types": GONE}),
@@ -104,6 +122,16 @@ def test_what_transformers_loads_computes_the_same(
             "rope type 'linear' needs factor|factor is",
         ),
         ("nemotron", {"mlp_bias": True}, "mlp_bias=true is not supported"),
+        ("qwen3_next", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_experts 6"),
+        (
+            "qwen3_next",
+            {"layer_types": ["mamba"] * 4},
+            "'mamba' is not supported; known: linear_at",
+        ),
+        ("qwen3_5_text", {"linear_num_value_heads": 3}, "3 is not a multiple of linear_num_key"),
+        ("qwen3_5_text", {"layer_types": GONE, "full_attention_interval": 0}, "above 0"),
+        ("qwen3_5_text", {"num_hidden_layers": 5}, "lists 4 layers, num_hidden_layers is 5"),
+        ("qwen3_5_moe_text", {"attention_bias": True}, "attention_bias=true is not supported"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_experts 6"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "2 is not num_attention_heads 4"),
         ("deepseek_v3", {"head_dim": 16}, "head_dim 16 is not qk_rope_head_dim 8"),
