@@ -131,6 +131,7 @@ def test_what_transformers_loads_computes_the_same(
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "3 is not a multiple of linear_num_key"),
         ("qwen3_5_text", {"layer_types": GONE, "full_attention_interval": 0}, "above 0"),
         ("qwen3_5_text", {"num_hidden_layers": 5}, "lists 4 layers, num_hidden_layers is 5"),
+        ("qwen3_5_text", {"partial_rotary_factor": -0.5}, "-0.5 is not between 0 and 1"),
         ("qwen3_5_moe_text", {"attention_bias": True}, "attention_bias=true is not supported"),
         ("qwen3_moe", {"num_experts_per_tok": 7}, "num_experts_per_tok 7 is above num_experts 6"),
         ("deepseek_v3", {"num_key_value_heads": 2}, "2 is not num_attention_heads 4"),

@@ -130,6 +130,8 @@ def require_rope(config: Mapping[str, Any], head_dim: int, partial: Sequence[str
     if missing := [key for key in ROPES[kind] if key not in rope]:
         raise InputError(f"rope type {kind!r} needs {missing[0]}")
     share = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if not 0 <= (1 if share is None else share) <= 1:
+        raise InputError(f"partial_rotary_factor {share} is not between 0 and 1")
     if share not in (None, 1) and kind not in partial:
         raise InputError(f"rope type {kind!r} with partial_rotary_factor {share} is not supported")
     for key in ("short_factor", "long_factor") if kind == "longrope" else ():
