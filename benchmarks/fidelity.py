@@ -37,7 +37,7 @@ from compress.run.score import scores_of
 from compress.scores.costs import Scores, choose, importance, option_cost, removed
 from compress.scores.costs import load_scores as load
 from compress.scores.replay import Keep, Variant, replayed, variant
-from compress.student.units import AXES
+from compress.student.units import axes_in
 from compress.sweep.stack import Stack
 
 WIDTHS = 16  # FFN widths in sixteenths of the whole
@@ -167,7 +167,7 @@ def decided(scores: Scores, architecture: Architecture) -> int:
     costs: list[float] = []
     for block in architecture.blocks:
         costs.append(removed(scores, block))
-        for axis in AXES[block.kind]:
+        for axis in axes_in(block):
             size = sizes(block)[axis]
             if size < 2 * WIDTHS:
                 costs += importance(scores, block, axis).flatten().tolist()

@@ -20,7 +20,7 @@ from compress.scores.contributions import contributions
 from compress.scores.costs import Scores, choose, priority, top
 from compress.scores.ranking import activation_scores
 from compress.student.candidate import Candidate, Ranking, student_architecture
-from compress.student.units import AXES
+from compress.student.units import axes_in
 
 # What is kept of an axis.
 CUTS = {
@@ -37,7 +37,7 @@ def cut(architecture: Architecture, scores: Scores, axis: str, ranking: Ranking)
         count = round(CUTS[axis] * architecture.hidden)
         keep["hidden"] = top(priority(scores, None, axis, ranking), count)
     for block in architecture.blocks:
-        if axis in AXES[block.kind]:
+        if axis in axes_in(block):
             target = {axis: max(1, round(CUTS[axis] * sizes(block)[axis]))}
             found = choose(scores, block, target, ranking)
             keep |= {f"{block_name(block)}/{name}": index for name, index in found.items()}
@@ -94,7 +94,7 @@ def main() -> None:
     scores = scored(what)
     scoring = clock.seconds
     text = what.reference(what.rows(settings.split, settings.tokens))
-    own = {"hidden"} | {axis for block in architecture.blocks for axis in AXES[block.kind]}
+    own = {"hidden"} | {axis for block in architecture.blocks for axis in axes_in(block)}
     axes = [axis for axis in settings.axes or CUTS if axis in own]
     rows = [found for axis in axes for found in compared(architecture, scores, axis, text)]
     columns = ["axis", "kept", "ranking", "kl", "stderr", "ours_minus_it", "its_stderr"]

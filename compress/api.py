@@ -31,7 +31,7 @@ def planned(
     """The plan of a model under a recipe, or of it in other formats."""
     return make_plan(
         resolve_model(model, config_only=True), recipe.deployment, budget=recipe.limit,
-        device=recipe.preset, format=format, kv_format=kv_format,
+        device=recipe.preset, format=format, kv_format=kv_format, mtp=recipe.mtp != "drop",
     )  # fmt: skip
 
 

@@ -54,7 +54,7 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 
 @app.command()
-@flags.settings(*flags.SERVED, "memory", "optimizer", "local_tokens")
+@flags.settings(*flags.SERVED, "mtp", "memory", "optimizer", "local_tokens")
 def plan(
     models: Planned,
     *,

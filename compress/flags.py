@@ -42,9 +42,9 @@ EVALUATED = (
     *PLACED,
 )
 SEARCHED = (
-    *SERVED, "active_parameters", "baselines", "target", "ranking", "trials", "reselect_rounds",
-    "finalists", "short_distill_tokens", "select_tokens", "repair_tokens", "eval_data",
-    "final_tokens", "workers", *SCORED, *TRAINED,
+    *SERVED, "active_parameters", "baselines", "target", "mtp", "ranking", "trials",
+    "reselect_rounds", "finalists", "short_distill_tokens", "select_tokens", "repair_tokens",
+    "eval_data", "final_tokens", "workers", *SCORED, *TRAINED,
 )  # fmt: skip
 
 

@@ -21,7 +21,7 @@ from compress.scores.kv import kv_costs
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.proposals import candidate_of, seeds
-from compress.searches.space import load_space, of_family
+from compress.searches.space import load_space, of_teacher
 from compress.searches.study import StudySettings, Trial
 from compress.student.candidate import Candidate
 from compress.sweep.stack import Stack, stack_of
@@ -50,7 +50,7 @@ class Teacher:
         return self.within(space, int(self.bytes * share), target)
 
     def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
-        offered, _ = of_family(load_space(space), self.architecture)
+        offered, _ = of_teacher(load_space(space), self.architecture)
         loaded = restricted(offered, target, self.architecture.family)
         return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
 

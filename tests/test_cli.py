@@ -113,6 +113,7 @@ def test_plan_answers_in_json_without_torch(config: str) -> None:
             "kv_cache": 2147483648,
             "ssm_state": 141557760,
             "conv_state": 1990656,
+            "mtp": 0,
             "workspace": 0,
             "total": 20067486720,
         },

@@ -18,7 +18,7 @@ from transformers.cache_utils import DynamicSlidingWindowLayer
 from compress.export.student import export_student
 from compress.formats.table import Format
 from compress.measure.kl import measure, reference
-from compress.memory.footprint import Deployment, footprint, weight_bytes
+from compress.memory.footprint import Deployment, footprint, mtp_weight_bytes, weight_bytes
 from compress.memory.plan import make_plan
 from compress.model.architecture import (
     Architecture,
@@ -34,6 +34,7 @@ from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import (
     count_parameters,
     family_of,
+    mtp_parameters,
     read_architecture,
 )
 from compress.model.layout import Parameter, parse
@@ -80,7 +81,8 @@ def stock(path: Path) -> Any:
 
 
 def test_every_tensor_that_transformers_saves_is_in_the_table(family: str, tmp_path: Path) -> None:
-    architecture = read_architecture(EVERY[family])
+    # It saves no layers that predict further tokens.
+    architecture = dataclasses.replace(read_architecture(EVERY[family]), mtp=())
     config = AutoConfig.for_model(**deepcopy(EVERY[family]))  # transformers writes into it
     AUTO.from_config(config).save_pretrained(tmp_path / "m")
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as reader:
@@ -94,7 +96,9 @@ def test_a_loaded_model_is_that_of_transformers(family: str, teacher: Checkpoint
     assert torch.equal(ours(TOKENS).logits, theirs(TOKENS).logits)
     held = sum(parameter.numel() for parameter in theirs.parameters())
     biases = sum(b.numel() for name, b in theirs.named_buffers() if "correction_bias" in name)
-    assert count_parameters(teacher.architecture) == held + biases
+    # Layers that predict further tokens are in files only.
+    further = sum(parameter.count for parameter in mtp_parameters(teacher.architecture))
+    assert count_parameters(teacher.architecture) == held + biases + further
 
 
 def test_a_config_that_is_written_says_the_same(teacher: Checkpoint, family: str) -> None:
@@ -302,7 +306,8 @@ def test_the_plan_counts_the_bytes_of_the_weights(family: str, tmp_path: Path) -
     with safe_open(path / "model.safetensors", framework="pt") as reader:
         written = sum(reader.get_tensor(name).nbytes for name in reader.offset_keys())
     plan = make_plan(path, Deployment(context=1))
-    assert weight_bytes(plan.architecture) == written == plan.footprint.weights
+    assert weight_bytes(plan.architecture) == plan.footprint.weights
+    assert written == plan.footprint.weights + mtp_weight_bytes(plan.architecture)
 
 
 @pytest.mark.parametrize("tokens", [4, 30])

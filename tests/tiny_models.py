@@ -15,7 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 
 from compress.model.checkpoint import write_checkpoint
-from compress.model.families import parameters, read_architecture
+from compress.model.families import read_architecture, stored_parameters
 from compress.model.layout import Parameter
 
 VOCAB = 128
@@ -146,7 +146,7 @@ MORE["glm4_moe"] = tiny_config(
     num_nextn_predict_layers=0,
     **ROUTED,
 )
-MORE["nemotron_h_latent"] = HYBRID | {"moe_latent_size": 32}
+MORE["nemotron_h_latent"] = HYBRID | {"moe_latent_size": 32, "num_nextn_predict_layers": 1}
 GEMMA = {
     "head_dim": 24,
     "sliding_window_pattern": 2,
@@ -254,7 +254,7 @@ def write_tiny(
     generator = torch.Generator().manual_seed(seed)
     tensors = (
         (p.name, drawn(p, generator).to(torch.float32 if p.slot.float32 else dtype))
-        for p in parameters(read_architecture(config))
+        for p in stored_parameters(read_architecture(config))
     )
     write_checkpoint(directory, tensors, config, None, dtype=dtype)
     characters = {chr(code): code - 30 for code in range(32, 127)}

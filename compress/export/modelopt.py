@@ -9,7 +9,7 @@ from typing import Any
 
 from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, Format
 from compress.model.architecture import Architecture
-from compress.model.families import family_of, parameters
+from compress.model.families import family_of, stored_parameters
 
 # Servers know the layout by this.
 PRODUCER = {"name": "modelopt", "version": "0.47.0"}
@@ -18,7 +18,7 @@ PRODUCER = {"name": "modelopt", "version": "0.47.0"}
 def layer_formats(architecture: Architecture) -> dict[str, Format]:
     """The format of every module on disk with a matrix; a layer's experts are one module."""
     found: dict[str, Format] = {family_of(architecture.family).head.removesuffix(".weight"): "bf16"}
-    for each in parameters(architecture):
+    for each in stored_parameters(architecture):
         if len(each.shape) > 1:
             module = each.name.removesuffix(".weight")
             if each.expert is not None:

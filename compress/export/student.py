@@ -31,11 +31,11 @@ from compress.export.modelopt import quantization_json
 from compress.export.targets import LOADERS, Loader, Target, loader_of
 from compress.formats.packed import pack_block, stored_specs
 from compress.formats.table import Format
-from compress.memory.footprint import Deployment, footprint
+from compress.memory.footprint import mtp_weight_bytes, weight_bytes
 from compress.model.architecture import Architecture, kv_text, to_json, without_formats
 from compress.model.build import is_plain, student_config, weight_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
-from compress.model.families import count_parameters, parameters
+from compress.model.families import count_parameters, parameters, stored_parameters
 from compress.model.headers import INDEX, SINGLE
 from compress.model.layout import Parameter
 from compress.model.stacks import stacked
@@ -175,7 +175,8 @@ def packed(
     stored: Read, architecture: Architecture, inputs: Mapping[Group, Tensor]
 ) -> Iterator[tuple[str, Tensor]]:
     """A student's tensors in their formats; ``inputs`` is what ``input_ranges`` gives."""
-    for number, group in itertools.groupby(parameters(architecture), lambda each: each.block):
+    stored_there = stored_parameters(architecture)
+    for number, group in itertools.groupby(stored_there, lambda each: each.block):
         known = {each.name: each for each in group}
 
         def read(name: str, known: Mapping[str, Parameter] = known) -> Tensor:
@@ -191,7 +192,7 @@ def verify(
     directory: Path, architecture: Architecture, meant: Tensor, rows: Tensor, placement: Placement
 ) -> dict[str, Any]:
     """Read an export back and compare its bytes with the plan and its logits with ``meant``."""
-    planned = footprint(architecture, Deployment(context=0)).weights
+    planned = weight_bytes(architecture) + mtp_weight_bytes(architecture)
     if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
         raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
     room = placement.memory

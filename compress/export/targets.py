@@ -18,12 +18,14 @@ class Loader:
     """What a loader builds: weight and KV formats, and blocks that differ (``uneven``).
 
     ``kv_scope`` says whether its layout has a KV format for every block or one for all.
+    ``mtp`` says whether it drafts with layers that predict further tokens.
     """
 
     formats: tuple[Format, ...]
     kv_formats: tuple[KvFormat, ...]
     uneven: bool
     kv_scope: Literal["global", "block"] = "global"
+    mtp: bool = False
 
 
 # vLLM reads formats by its ModelOpt loader.
@@ -36,6 +38,7 @@ LOADERS: Mapping[Target, Loader] = {
         formats=("bf16", *(name for name, row in FORMATS.items() if row.modelopt)),
         kv_formats=KV_FORMATS,
         uneven=False,
+        mtp=True,
     ),
 }
 

@@ -10,6 +10,7 @@
     conv state = sum over both of channels * (kernel - 1) * 2 * batch,
                 channels = group * head * channel + 2 * group * state
                         or key_head * value * value_dim + 2 * key_head * key_dim
+    MTP        = the same of layers that predict further tokens, in BF16
 """
 
 from dataclasses import dataclass, replace
@@ -50,18 +51,23 @@ class Deployment:
 
 @dataclass(frozen=True, kw_only=True)
 class Footprint:
-    """Bytes of a deployed model, by what they hold."""
+    """Bytes of a deployed model, by what they hold.
+
+    ``mtp`` are weights and caches of layers that predict further tokens; the others are without.
+    """
 
     weights: int
     kv_cache: int
     ssm_state: int
     conv_state: int
     workspace: int
+    mtp: int = 0
 
     @property
     def total(self) -> int:
         """All of them."""
-        return self.weights + self.kv_cache + self.ssm_state + self.conv_state + self.workspace
+        held = self.kv_cache + self.ssm_state + self.conv_state
+        return self.weights + held + self.workspace + self.mtp
 
 
 def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format) -> int:
@@ -104,10 +110,27 @@ def outside_bytes(architecture: Architecture) -> int:
 
 
 def weight_bytes(architecture: Architecture) -> int:
-    """Bytes of all tensors of an exported checkpoint, file headers not counted."""
+    """Bytes of all tensors of a model, file headers not counted."""
     hidden, family = architecture.hidden, architecture.family
     inside = sum(block_bytes(block, hidden, family) for block in architecture.blocks)
     return outside_bytes(architecture) + inside
+
+
+def mtp_weight_bytes(architecture: Architecture) -> int:
+    """Bytes of the tensors of layers that predict further tokens, which stay in BF16."""
+    outside = {"hidden": architecture.hidden, "vocab": architecture.vocab}
+    return sum(
+        len(experts_of(name, block))
+        * tensor_bytes(slot, shape(slot.shape, outside | (sizes(block) if block else {})), "bf16")
+        for _, table, block in family_of(architecture.family).mtp(architecture)
+        for name, slot in table.items()
+    )
+
+
+def mtp_bytes(architecture: Architecture, served: Deployment) -> int:
+    """Bytes of layers that predict further tokens, with what each holds of the tokens."""
+    held = (state_bytes(block, served) for block in architecture.mtp)
+    return mtp_weight_bytes(architecture) + sum(map(sum, held))
 
 
 def state_bytes(block: Block, served: Deployment) -> tuple[int, int, int]:
@@ -139,6 +162,7 @@ def footprint(architecture: Architecture, deployment: Deployment) -> Footprint:
         ssm_state=sum(recurrent for _, recurrent, _ in held),
         conv_state=sum(conv for _, _, conv in held),
         workspace=deployment.workspace_bytes,
+        mtp=mtp_bytes(architecture, deployment),
     )
 
 
@@ -154,7 +178,8 @@ def largest_context(
     def total(context: int) -> int:
         return footprint(architecture, replace(deployment, context=context)).total
 
-    windows = [window(block) for block in architecture.blocks if cached(block)]
+    every = (*architecture.blocks, *architecture.mtp)
+    windows = [window(block) for block in every if cached(block)]
     longest_window = max((each or 0 for each in windows), default=0)
     if all(windows) and total(longest_window) <= budget_bytes:
         return None

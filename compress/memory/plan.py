@@ -1,7 +1,7 @@
 """What a model takes, what fits, and which budget binds: pure arithmetic on config.json."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -138,11 +138,13 @@ def make_plan(
     device: Device | None = None,
     format: Format | None = None,
     kv_format: KvFormat | None = None,
+    mtp: bool = True,
 ) -> Plan:
     """Plan the model of a directory or a config.json.
 
-    ``format`` and ``kv_format`` ask what it would take in another precision than its files say;
-    InputError where the device does not run it.
+    ``format`` and ``kv_format`` ask what it would take in another precision than its files say,
+    without ``mtp`` what it takes where nobody predicts further tokens; InputError where the device
+    does not run it.
     """
     if device and kv_format and kv_format not in device.kv_formats:
         raise InputError(
@@ -151,6 +153,8 @@ def make_plan(
         )
     config = read_config(model)
     architecture = planned_architecture(model, config)
+    if not mtp:
+        architecture = replace(architecture, mtp=())
     stored = as_stored(model, config)
     limit = resolve_budget(architecture, deployment, budget, device)
     planned = architecture if format is None else in_format(architecture, format)

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from compress.memory.footprint import Deployment, Footprint, footprint
+from compress.memory.footprint import Deployment, Footprint, footprint, mtp_weight_bytes
 from compress.model.architecture import Architecture
 from compress.model.config import architecture_of, is_export
 from compress.model.quantized import method_of
@@ -16,7 +16,8 @@ from compress.model.weights import index_bytes, planned_weights
 class AsStored:
     """A quantized model on disk: its formats and who wrote them, and bytes of weights if known.
 
-    ``served`` of one of our exports has its KV format too.
+    Bytes are without those of layers that predict further tokens, which count as BF16. ``served``
+    of one of our exports has its KV format too.
     """
 
     formats: str
@@ -45,4 +46,6 @@ def as_stored(path: Path, config: Mapping[str, Any]) -> AsStored | None:
         if not found.quantized:
             return None  # undone, but for what config.json says
         return AsStored(formats=found.quantized, weights=found.bytes)
-    return AsStored(formats=method.said, weights=index_bytes(path))
+    if (total := index_bytes(path)) is not None:
+        total -= mtp_weight_bytes(architecture_of(path, config))
+    return AsStored(formats=method.said, weights=total)

@@ -147,7 +147,8 @@ class Architecture:
     """Everything that search, memory, surgery, model building and export have to agree on.
 
     ``blocks`` are in the order of execution; ``layer`` of a block is the number its tensors carry
-    on disk, so that a llama layer is two blocks of one number.
+    on disk, so that a llama layer is two blocks of one number. ``mtp`` are those of layers that
+    predict further tokens (MTP), if it has them: servers draft with them, nothing of ours does.
     """
 
     family: str
@@ -155,6 +156,7 @@ class Architecture:
     hidden: int
     tied: bool
     blocks: tuple[Annotated[Block, Field(discriminator="kind")], ...]
+    mtp: tuple[Annotated[Block, Field(discriminator="kind")], ...] = ()
 
     @property
     def layers(self) -> int:
@@ -179,11 +181,15 @@ JSON = TypeAdapter(Architecture)
 def in_kv_format(architecture: Architecture, kv_format: KvFormat) -> Architecture:
     """The architecture with every KV cache in one format."""
     change: dict[str, Any] = {"kv_format": kv_format}
-    blocks = (
-        block if kv_format_of(block) is None else dataclasses.replace(block, **change)
-        for block in architecture.blocks
-    )
-    return dataclasses.replace(architecture, blocks=tuple(blocks))
+
+    def changed(blocks: tuple[Block, ...]) -> tuple[Block, ...]:
+        return tuple(
+            block if kv_format_of(block) is None else dataclasses.replace(block, **change)
+            for block in blocks
+        )
+
+    own, mtp = changed(architecture.blocks), changed(architecture.mtp)
+    return dataclasses.replace(architecture, blocks=own, mtp=mtp)
 
 
 def without_formats(architecture: Architecture) -> Architecture:

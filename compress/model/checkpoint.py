@@ -16,7 +16,12 @@ from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
 from compress.model.architecture import Architecture, from_json, without_formats
 from compress.model.config import ARCHITECTURE, CONFIG, architecture_of, read_config
-from compress.model.families import parameters, read_architecture
+from compress.model.families import (
+    mtp_parameters,
+    parameters,
+    read_architecture,
+    stored_parameters,
+)
 from compress.model.headers import INDEX, SINGLE, Stored
 from compress.model.quantized import Quantized
 from compress.model.stacks import stacked, stored_shapes
@@ -87,15 +92,19 @@ class Checkpoint:
         return found
 
     def items(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor of the family's table, by name."""
+        """Every tensor of the model, by name."""
         return ((each.name, self[each.name]) for each in parameters(self.architecture))
+
+    def mtp(self) -> Iterator[tuple[str, Tensor]]:
+        """Those of layers that predict further tokens."""
+        return ((each.name, self[each.name]) for each in mtp_parameters(self.architecture))
 
 
 def in_bf16(
     tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
 ) -> Iterator[tuple[str, Tensor]]:
     """A checkpoint's tensors as they are stored: BF16, but what the tables keep in fp32."""
-    wide = {parameter.name for parameter in parameters(architecture) if parameter.slot.float32}
+    wide = {each.name for each in stored_parameters(architecture) if each.slot.float32}
     for name, tensor in tensors:
         yield name, tensor.to(torch.float32 if name in wide else torch.bfloat16)
 

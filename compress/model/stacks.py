@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from compress.model.architecture import Architecture
-from compress.model.families import parameters
+from compress.model.families import stored_parameters
 from compress.model.fill import part_of
 from compress.model.layout import Parameter
 
@@ -22,7 +22,7 @@ def stored_shapes(
     Parameters that are ``alone`` are left out.
     """
     found = set()
-    for each in parameters(architecture):
+    for each in stored_parameters(architecture):
         name = each.stack or each.name
         if each.name not in alone and name not in found:
             found.add(name)
@@ -37,7 +37,7 @@ def stacked(
     One stack is held while its parts come in a row. Those of parameters that are ``alone``, and
     what no table knows, pass as they are.
     """
-    known = {p.name: p for p in parameters(architecture) if p.stack and p.name not in alone}
+    known = {p.name: p for p in stored_parameters(architecture) if p.stack and p.name not in alone}
     left: dict[str, int] = {}
     for each in known.values():
         left[str(each.stack)] = left.get(str(each.stack), 0) + 1

@@ -10,7 +10,7 @@ from compress.core.files import read_json
 from compress.model.architecture import Architecture
 from compress.model.config import ARCHITECTURE, architecture_of
 from compress.model.dequantize import Shape
-from compress.model.families import family_of, parameters
+from compress.model.families import family_of, mtp_parameters, parameters
 from compress.model.families.wrapper import text_config, text_tensors
 from compress.model.headers import FLOATS, INDEX, Stored, same_bytes, stored_tensors, weight_files
 from compress.model.layout import Parameter, Part
@@ -42,7 +42,7 @@ class Slice:
 class Weights:
     """Every parameter's tensor, or tensors where it is quantized, and the architecture they tell.
 
-    ``bytes`` is what they take on disk, with scales of activations.
+    ``bytes`` is what the model's take on disk, with scales of activations.
     """
 
     architecture: Architecture
@@ -148,11 +148,16 @@ def check_tensors(
         architecture = replace(architecture, tied=False)
     if architecture.tied and head and not embedding:
         stored[family.embedding] = head
-    unread = tuple(start.format(layers=architecture.layers) for start in family.unread)
+    mtp = list(mtp_parameters(architecture))
+    if not any(parameter.name in stored for parameter in mtp):
+        # transformers does not write them.
+        architecture, mtp = replace(architecture, mtp=()), []
+    starts = () if mtp else family.unread
+    unread = tuple(start.format(layers=architecture.layers) for start in starts)
     left = {name: tensor for name, tensor in stored.items() if not name.startswith(unread)}
     claimed: dict[str, Stored | Quantized] = {}
     found: dict[str, Stored | Quantized | Slice] = {}
-    for parameter in parameters(architecture):
+    for parameter in (*parameters(architecture), *mtp):
         name = parameter.name
         if weight := claim(path, name, parameter.shape, left, method):
             found[name] = claimed[name] = weight
@@ -172,7 +177,9 @@ def check_tensors(
     if unknown := [name for name in sorted(left) if not name.endswith(IGNORED_SUFFIX)]:
         knows = f"which no table of {architecture.family} knows"
         raise InputError(f"{path} holds tensor {unknown[0]}, {knows}")
-    total = sum(each.bytes for each in (*claimed.values(), *beside))
+    further = {parameter.name for parameter in mtp}
+    own = (each for name, each in claimed.items() if name not in further)
+    total = sum(each.bytes for each in (*own, *beside))
     return Weights(architecture, found, total, method.name if method else None)
 
 

@@ -7,12 +7,25 @@ from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
 from compress.formats.table import KV_FORMATS, KvFormat
 from compress.memory.devices import DEVICES
-from compress.memory.footprint import block_bytes, outside_bytes, state_bytes
+from compress.memory.footprint import (
+    Deployment,
+    block_bytes,
+    mtp_bytes,
+    mtp_weight_bytes,
+    outside_bytes,
+    state_bytes,
+)
 from compress.memory.machine import PROCESS, Machine
 from compress.memory.plan import Option, Plan
 from compress.memory.work import Work
 from compress.model.architecture import Architecture, kv_format_of, sizes
-from compress.model.families import block_count, count_active, count_parameters, outside_count
+from compress.model.families import (
+    block_count,
+    count_active,
+    count_parameters,
+    mtp_parameters,
+    outside_count,
+)
 
 
 def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
@@ -24,7 +37,12 @@ def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
         f"{name}: {architecture.family}, {architecture.layers} layers, {format_count(total)} "
         f"parameters{f' ({format_count(active)} active)' if active < total else ''}, {served}",
         ("block", "sizes", "format", "count", "layers", "parameters", "weights", "cache, state"),
-        [*block_rows(plan), outside_row(architecture), total_row(plan, total)],
+        [
+            *block_rows(plan),
+            outside_row(architecture),
+            *mtp_rows(architecture, deployment),
+            total_row(plan, total),
+        ],
         left=3,
     )
     headings = ["weights, KV in", "weights", "KV cache", "states", "total"]
@@ -126,10 +144,22 @@ def outside_row(architecture: Architecture) -> tuple[str, ...]:
     return ("embedding, head", text, "bf16", "", "", format_count(count), weights, "-")
 
 
+def mtp_rows(architecture: Architecture, served: Deployment) -> Iterable[tuple[str, ...]]:
+    """The layers that predict further tokens, if there are such."""
+    if mtp := architecture.mtp:
+        kinds = ", ".join(dict.fromkeys(block.kind for block in mtp))
+        count = sum(each.count for each in mtp_parameters(architecture))
+        weights = mtp_weight_bytes(architecture)
+        held = mtp_bytes(architecture, served) - weights
+        name, numbers = "MTP", (format_count(count), format_bytes(weights), format_bytes(held))
+        yield name, f"{kinds}; vllm drafts with it", "bf16", str(len(mtp)), "", *numbers
+
+
 def total_row(plan: Plan, parameters_total: int) -> tuple[str, ...]:
     """The sum of the rows above it."""
-    held = plan.footprint.total - plan.footprint.weights - plan.footprint.workspace
-    weights = format_bytes(plan.footprint.weights)
+    stored = plan.footprint.weights + mtp_weight_bytes(plan.architecture)
+    held = plan.footprint.total - stored - plan.footprint.workspace
+    weights = format_bytes(stored)
     count = format_count(parameters_total)
     return ("total", "", "", "", "", count, weights, format_bytes(held))
 
@@ -137,7 +167,12 @@ def total_row(plan: Plan, parameters_total: int) -> tuple[str, ...]:
 def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
     """One line of the table of formats."""
     taken = option.footprint
-    parts = (taken.weights, taken.kv_cache, taken.ssm_state + taken.conv_state, taken.total)
+    parts = (
+        taken.weights + taken.mtp,
+        taken.kv_cache,
+        taken.ssm_state + taken.conv_state,
+        taken.total,
+    )
     row = (f"{option.format}, {option.kv_format}", *map(format_bytes, parts))
     if plan.budget is None:
         return (*row, smallest_card(taken.total, option.kv_format))

@@ -164,7 +164,12 @@ def print_servings(teacher: Teacher, selected: Student | None) -> None:
     deployment, rows = teacher.deployment, []
     for serving in servings(teacher, selected):
         taken = serving.bytes
-        parts = (taken.weights, taken.kv_cache, taken.ssm_state + taken.conv_state, taken.total)
+        parts = (
+            taken.weights + taken.mtp,
+            taken.kv_cache,
+            taken.ssm_state + taken.conv_state,
+            taken.total,
+        )
         verdict = "yes" if serving.fits_budget else "no"
         rows.append([serving.name, *map(format_bytes, parts), verdict])
     served = f"context {format_tokens(deployment.context)}, batch {deployment.batch_size}"

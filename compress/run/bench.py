@@ -95,7 +95,7 @@ class Bench:
         session, recipe = self.session, self.session.recipe
         ratio = partial(repair_ratios, session.checkpoint, self.grams) if space.repair else None
         return Problem(
-            session.architecture, self.scores, space, recipe.deployment, session.budget.bytes,
+            session.whole, self.scores, space, recipe.deployment, session.budget.bytes,
             blind_to_rounding, recipe.active, recipe.ranking, ratio,
         )  # fmt: skip
 
@@ -116,6 +116,7 @@ class Bench:
                 "ranking": problem.ranking,
                 "budget": problem.budget,
                 "active": problem.active,
+                "mtp": bool(problem.teacher.mtp),
                 "deployment": asdict(problem.deployment),
                 "select_tokens": recipe.select_tokens,
             }

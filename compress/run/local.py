@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Mapping
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -52,7 +53,7 @@ def localized(
     tensors = ((name, better.get(name, tensor)) for name, tensor in checkpoint.items())
     write_checkpoint(
         directory,
-        in_bf16(tensors, candidate.architecture),
+        in_bf16(chain(tensors, checkpoint.mtp()), candidate.architecture),
         checkpoint.config,
         session.path,
         to_json(candidate.architecture),

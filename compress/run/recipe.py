@@ -4,7 +4,7 @@ import os
 from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -96,6 +96,13 @@ class Recipe(BaseModel):
         "commas; default: all, of a space that is named those that are a part of it.",
     )
     target: Target = Field("compress", description="Loader the student has to work with.")
+    mtp: Literal["keep", "drop"] | None = Field(
+        None,
+        description="What becomes of layers that predict further tokens (MTP): kept in BF16, their "
+        "bytes and caches counted, cut along the hidden size, other widths that they have left "
+        "whole, and not trained; or dropped. vllm drafts with them, transformers and compress "
+        "ignore them. Default: kept for a target that uses them.",
+    )
     data: Text = Field(
         None,
         description="Texts to score, select and train on: JSONL with a text or messages in each "

@@ -36,7 +36,7 @@ from compress.scores.reselect import FEWEST
 from compress.searches import baselines
 from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
-from compress.searches.space import Space, load_space, of_family
+from compress.searches.space import Space, load_space, of_teacher
 from compress.train.optimizers import require as require_optimizer
 
 STAGE = "search"
@@ -74,7 +74,7 @@ def chosen_space(session: Session) -> Space | None:
     formats = loaded(session, "formats")
     # Formats make no parameter less.
     for format, kv_format in product(formats.formats, formats.kv_formats) if few else ():
-        made = in_kv_format(in_format(session.architecture, format), kv_format)
+        made = in_kv_format(in_format(session.whole, format), kv_format)
         size = footprint(made, session.recipe.deployment).total
         if size <= budget:
             note(
@@ -87,24 +87,24 @@ def chosen_space(session: Session) -> Space | None:
 
 
 def loaded(session: Session, name: str) -> Space:
-    """A space as family, target and device take it; lines say what the first and last lack."""
-    space, line = of_family(load_space(name), session.architecture)
-    if line is not None:
+    """A space as teacher, target and device take it; lines say what the first and last lack."""
+    space, lines = of_teacher(load_space(name), session.whole)
+    for line in lines:
         note(line)
-    space, line = served_by(
+    space, missing = served_by(
         restricted(space, session.recipe.target, session.architecture.family), session.recipe.preset
     )
-    if line is not None:
-        note(line)
+    if missing is not None:
+        note(missing)
     return space
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     """What decides the candidates."""
     recipe = session.recipe
-    keys = ("target", "ranking", "trials", "reselect_rounds", "finalists", "short_distill_tokens",
-            "select_tokens", "distill_length", "distill_batch_tokens", "learning_rate",
-            "optimizer")  # fmt: skip
+    keys = ("target", "mtp", "ranking", "trials", "reselect_rounds", "finalists",
+            "short_distill_tokens", "select_tokens", "distill_length", "distill_batch_tokens",
+            "learning_rate", "optimizer")  # fmt: skip
     return {
         "score": fingerprint(scoring.score_inputs(session)),
         "repair": fingerprint(scoring.gram_inputs(session)) if space.repair else None,
@@ -168,7 +168,7 @@ def require_searchable(session: Session, space: Space) -> None:
     """Refuse before the long work what can be refused: the budget, and too little text."""
     recipe = session.recipe
     for one in session.at_each_budget():
-        sizes = one.architecture, None, space, one.recipe.deployment, one.budget.bytes
+        sizes = one.whole, None, space, one.recipe.deployment, one.budget.bytes
         require_feasible(Problem(*sizes, active=recipe.active))
         share = min(STUDENT, one.budget.bytes / one.teacher_bytes)
         require_stage("search", one.architecture, recipe, session.placement, share)
@@ -230,7 +230,7 @@ def begin_again(session: Session) -> None:
 
     ``teacher.json`` says what is compressed, for which deployment, into how many bytes.
     """
-    run, made = session.run, footprint(session.architecture, session.recipe.deployment)
+    run, made = session.run, footprint(session.whole, session.recipe.deployment)
     if (run.path / CANDIDATES).is_file():
         note(f"{run.path} was searched with other settings: its candidates are replaced")
     for name in (CANDIDATES, "baselines.json", "table.json", "eval/results.json"):
@@ -239,7 +239,7 @@ def begin_again(session: Session) -> None:
     budget = max(one.budget.bytes for one in session.at_each_budget())
     teacher = Teacher(
         name=session.name, path=str(session.path), files=session.files, note=session.note,
-        architecture=session.architecture, bytes={**asdict(made), "total": made.total},
+        architecture=session.whole, bytes={**asdict(made), "total": made.total},
         budget=budget, deployment=session.recipe.deployment,
     )  # fmt: skip
     write_teacher(teacher, run.path)

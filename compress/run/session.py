@@ -2,7 +2,7 @@
 
 import re
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.files import digests
+from compress.export.targets import LOADERS
 from compress.measure.kl import Reference, reference
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
 from compress.memory.stored import AsStored, as_stored
@@ -80,6 +81,18 @@ class Session:
         return without_formats(planned_architecture(self.path, read_config(self.path)))
 
     @cached_property
+    def whole(self) -> Architecture:
+        """A student that loses nothing but what predicts further tokens, where that is dropped.
+
+        InputError where that is to be kept and there is none.
+        """
+        architecture, asked = self.architecture, self.recipe.mtp
+        if asked == "keep" and not architecture.mtp:
+            raise InputError(f"--mtp keep: {self.path} has no layers that predict further tokens")
+        keep = LOADERS[self.recipe.target].mtp if asked is None else asked == "keep"
+        return architecture if keep else replace(architecture, mtp=())
+
+    @cached_property
     def placement(self) -> Placement:
         """Where the work is done."""
         return placement(self.recipe.compute, self.recipe.memory_bytes)
@@ -103,7 +116,7 @@ class Session:
     def budget(self) -> Budget:
         """The limit that binds."""
         asked = self.recipe.deployment, self.recipe.limit, self.recipe.preset
-        limit = resolve_budget(self.architecture, *asked)
+        limit = resolve_budget(self.whole, *asked)
         if limit is None:
             raise InputError("a search needs --budget (160MiB, 70%) or --device (a10g)")
         return limit
@@ -128,7 +141,7 @@ class Session:
     @property
     def teacher_bytes(self) -> int:
         """The teacher in the same deployment: with BF16 weights and a 16-bit cache."""
-        return teacher_bytes(self.architecture, self.recipe.deployment)
+        return teacher_bytes(self.whole, self.recipe.deployment)
 
     @cached_property
     def quantized(self) -> AsStored | None:

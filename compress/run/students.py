@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -210,7 +211,7 @@ def train(
     architecture = candidate.architecture
     write_checkpoint(
         directory / STUDENT,
-        in_bf16(tensors, architecture),
+        in_bf16(chain(tensors, open_checkpoint(begins).mtp()), architecture),
         student_config(session.checkpoint.config, architecture),
         session.path,
         to_json(architecture),

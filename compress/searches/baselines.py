@@ -25,7 +25,7 @@ from compress.searches.space import (
     resized,
 )
 from compress.student.candidate import Candidate
-from compress.student.units import AXES, UNITS, axes_in
+from compress.student.units import AXES, UNITS, axes_in, mtp_axes
 
 FFN_AXES = {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
 # Shares of the uniform cut, in steps of 1/256 of a width.
@@ -133,6 +133,7 @@ def at_share(
     A block whose shapes refuse the format stays BF16.
     """
     teacher, options = problem.teacher, list[Option]()
+    axes = set(axes) - mtp_axes(teacher)
     space = problem.space.model_copy(update={"formats": (format,)})
     for block in teacher.blocks:
         target = {}

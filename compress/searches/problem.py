@@ -9,7 +9,14 @@ import torch
 from torch import Tensor
 
 from compress.formats.table import KV_FORMATS, KvFormat
-from compress.memory.footprint import Deployment, block_bytes, footprint, outside_bytes, state_bytes
+from compress.memory.footprint import (
+    Deployment,
+    block_bytes,
+    footprint,
+    mtp_bytes,
+    outside_bytes,
+    state_bytes,
+)
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import block_active, outside_count
 from compress.scores.costs import Scores, choose, kl_of, option_cost, priority, removed, top
@@ -162,7 +169,8 @@ class Problem:
         self, groups: Sequence[Sequence[Choice]], globals_: Globals, *, priced: bool = True
     ) -> Knapsack:
         """The inner problem under a global choice; not ``priced``, with bytes only."""
-        outside = outside_bytes(replace(self.teacher, hidden=self.hidden(globals_)))
+        narrow = replace(self.teacher, hidden=self.hidden(globals_))
+        beside = outside_bytes(narrow) + mtp_bytes(narrow, self.deployment)
         attention = set(last_attention_must_stay(self.teacher))
         survivors = [
             (g, o)
@@ -177,7 +185,7 @@ class Problem:
         return Knapsack(
             costs=[np.array([self.price(c) if priced else 0.0 for c in group]) for group in groups],
             bytes=[np.array([taken_by(choice) for choice in group]) for group in groups],
-            room=self.budget - outside - self.deployment.workspace_bytes,
+            room=self.budget - beside - self.deployment.workspace_bytes,
             at_least_one=[survivors] if survivors else [],
             limits=self.limits(groups, globals_),
         )

@@ -16,7 +16,7 @@ from compress.memory.footprint import block_takes
 from compress.model.architecture import Architecture, Block, cached, kv_format_of, sizes
 from compress.model.families import family_of
 from compress.model.find import shipped
-from compress.student.units import AXES, axes_in, number_of
+from compress.student.units import AXES, axes_in, mtp_axes, number_of
 
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
@@ -96,14 +96,22 @@ def load_space(name: str) -> Space:
     return space
 
 
-def of_family(space: Space, teacher: Architecture) -> tuple[Space, str | None]:
-    """The space without axes that a teacher's family does not offer, and a line that says which."""
+def of_teacher(space: Space, teacher: Architecture) -> tuple[Space, list[str]]:
+    """The space without axes that a teacher does not offer, and lines that say which."""
+    axes, lines = dict(space.axes), list[str]()
     reason = family_of(teacher.family).whole_hidden
-    if reason is None or "hidden" not in space.axes:
-        return space, None
-    axes = {axis: choice for axis, choice in space.axes.items() if axis != "hidden"}
-    line = f"hidden stays {teacher.hidden}, as in every {teacher.family} student: {reason}"
-    return space.model_copy(update={"axes": axes}), line
+    if reason is not None and "hidden" in axes:
+        del axes["hidden"]
+        lines.append(
+            f"hidden stays {teacher.hidden}, as in every {teacher.family} student: {reason}"
+        )
+    if whole := [axis for axis in axes if axis in mtp_axes(teacher)]:
+        axes = {axis: choice for axis, choice in axes.items() if axis not in whole}
+        lines.append(
+            f"{', '.join(whole)} stay whole, as layers that predict further tokens have them too "
+            "and servers take one size for all; --mtp drop gives those layers up"
+        )
+    return space.model_copy(update={"axes": axes}), lines
 
 
 def counts(axis: str, size: int, shares: tuple[float, ...]) -> list[int]:

@@ -1,6 +1,7 @@
 """Surgery: a candidate's tensors, cut from the teacher's one by one, safetensors to safetensors."""
 
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from math import prod, sqrt
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from compress.model.architecture import from_json, sizes, to_json
 from compress.model.build import student_config
 from compress.model.checkpoint import Checkpoint, in_bf16, write_checkpoint
 from compress.model.config import ARCHITECTURE
-from compress.model.families import experts_of, family_of, outside
+from compress.model.families import experts_of, family_of, mtp_parameters, outside
 from compress.model.layout import Slot, take
 from compress.model.tensor_files import save_tensors
 from compress.student.candidate import Candidate, block_keep, expert_keep
@@ -47,7 +48,7 @@ def cut(
 def student_tensors(
     teacher: Checkpoint, candidate: Candidate, grams: Grams | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """The student's tensors under its names on disk, block by block, in the teacher's dtype.
+    """The student model's tensors under its names on disk, block by block, in the teacher's dtype.
 
     ``grams`` are the teacher's; a candidate with repaired blocks needs them.
     """
@@ -102,14 +103,26 @@ def cut_block(
             yield name.format(expert=row), student.to(device or student.device)
 
 
+def mtp_tensors(teacher: Checkpoint, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:
+    """The student's layers that predict further tokens, in the teacher's dtype.
+
+    They are the teacher's, cut along the hidden channels, if the student has them.
+    """
+    hidden = {axis: index for axis, index in candidate.keep.items() if axis == "hidden"}
+    theirs = mtp_parameters(teacher.architecture)
+    for own, parameter in zip(mtp_parameters(candidate.architecture), theirs, strict=False):
+        yield own.name, cut(teacher[parameter.name], parameter.slot, parameter.sizes, hidden)
+
+
 def prune(
     teacher: Checkpoint, candidate: Candidate, directory: Path, grams: Grams | None = None
 ) -> None:
     """Write the candidate's BF16 student to ``directory``, with what it keeps beside it."""
     student = candidate.architecture
+    tensors = chain(student_tensors(teacher, candidate, grams), mtp_tensors(teacher, candidate))
     write_checkpoint(
         directory,
-        in_bf16(student_tensors(teacher, candidate, grams), student),
+        in_bf16(tensors, student),
         student_config(teacher.config, student),
         teacher.path,
         to_json(student),

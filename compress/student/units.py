@@ -114,6 +114,11 @@ def number_of(block: Block, name: str | None) -> int:
     return number
 
 
+def mtp_axes(architecture: Architecture) -> set[str]:
+    """The axes that could shrink in layers that predict further tokens, if there are such."""
+    return {axis for block in architecture.mtp for axis in axes_in(block)}
+
+
 def unit_key(block: Block, units: Units) -> str:
     """Name of a unit array: ``layers.7.attention/kv_head.query``."""
     return f"{block_name(block)}/{'.'.join(units.axes)}"

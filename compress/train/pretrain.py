@@ -18,7 +18,7 @@ from compress.core.files import read_json, write_json
 from compress.core.settings import read_settings
 from compress.core.terminal import note
 from compress.measure.losses import nll_from_hidden
-from compress.model.build import load_model
+from compress.model.build import load_model, student_config
 from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
 from compress.model.families import read_architecture
 from compress.model.kernels import modeling
@@ -229,7 +229,6 @@ def write_teacher(model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, ou
         model.save_pretrained(stock)
         tokenizer.save_pretrained(stock)
         checkpoint = open_checkpoint(stock)
-        # Its unused infinity is no JSON number, and transformers writes it as an object.
-        config = {k: v for k, v in checkpoint.config.items() if k != "time_step_limit"}
+        config = student_config(checkpoint.config, checkpoint.architecture)
         tensors = in_bf16(checkpoint.items(), checkpoint.architecture)
         write_checkpoint(out, tensors, config | {"dtype": "bfloat16"}, stock)

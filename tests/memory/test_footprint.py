@@ -40,6 +40,7 @@ def test_the_plan_of_a_published_hybrid_to_the_byte() -> None:
         "kv_cache": 2147483648,
         "ssm_state": 141557760,
         "conv_state": 1990656,
+        "mtp": 0,
         "workspace": 0,
     }
     assert taken.total == 20067486720

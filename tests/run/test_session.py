@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
+from tiny_models import EVERY, write_tiny
 
 from compress.core.errors import InputError
 from compress.core.files import digests, read_json, write_json
@@ -146,3 +147,21 @@ def test_a_teacher_is_called_by_its_name_not_its_path(tmp_path: Path) -> None:
     run = Run(tmp_path / "run")
     assert Session(run, check({"model": str(tmp_path / "m")}, "x")).name == "m"
     assert Session(run, check({"model": "owner/name"}, "x")).name == "owner/name"
+
+
+def test_layers_that_predict_further_tokens_are_for_targets_that_use_them(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "teacher", EVERY["nemotron_h_latent"])
+
+    def kept(**settings: str) -> bool:
+        session = Session(Run(tmp_path / "run"), check({"model": str(path)} | settings, "test"))
+        return bool(session.whole.mtp)
+
+    assert kept(target="vllm")
+    assert kept(mtp="keep")
+    assert not kept()
+    assert not kept(target="transformers")
+    assert not kept(target="vllm", mtp="drop")
+    path = write_tiny(tmp_path / "teacher", EVERY["hybrid"])
+    assert not kept(target="vllm")
+    with pytest.raises(InputError, match="has no layers that predict further tokens"):
+        kept(mtp="keep")

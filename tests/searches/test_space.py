@@ -14,7 +14,7 @@ from compress.model.build import is_plain
 from compress.model.families import read_architecture
 from compress.searches.problem import Problem
 from compress.searches.proposals import variants
-from compress.searches.space import admissible, load_space, of_family, resized
+from compress.searches.space import admissible, load_space, of_teacher, resized
 
 
 @pytest.mark.parametrize(
@@ -49,10 +49,9 @@ def test_an_unknown_space_lists_those_that_exist() -> None:
 
 def test_a_family_without_hidden_axis_leaves_it_out_in_one_line() -> None:
     joint = load_space("joint")
-    assert of_family(joint, read_architecture(EVERY["llama"])) == (joint, None)
-    space, line = of_family(joint, read_architecture(EVERY["nemotron"]))
+    assert of_teacher(joint, read_architecture(EVERY["llama"])) == (joint, [])
+    space, [line] = of_teacher(joint, read_architecture(EVERY["nemotron"]))
     assert space.axes.keys() == joint.axes.keys() - {"hidden"}
-    assert line is not None
     assert line.startswith("hidden stays 64, as in every nemotron student: its LayerNorms")
 
 
@@ -84,3 +83,12 @@ def test_a_space_for_stock_loaders_has_students_of_one_config_only(family: str) 
         assert is_plain(student)
         found.add(student)
     assert len(found) > 2
+
+
+def test_layers_that_predict_further_tokens_keep_their_widths() -> None:
+    joint, teacher = load_space("joint"), read_architecture(EVERY["nemotron_h_latent"])
+    space, [line] = of_teacher(joint, teacher)
+    whole = ["kv_head", "query", "expert", "expert_ffn", "shared_ffn", "latent"]
+    assert joint.axes.keys() - space.axes.keys() == {*whole}
+    assert line.startswith(f"{', '.join(whole)} stay whole")
+    assert of_teacher(joint, replace(teacher, mtp=())) == (joint, [])

@@ -9,7 +9,7 @@ from typing import Any
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.deepseek_v3 import DEEPSEEK_V3
-from compress.model.families.family import Family
+from compress.model.families.family import Family, Section
 from compress.model.families.gemma3 import GEMMA3
 from compress.model.families.glm4_moe import GLM4_MOE
 from compress.model.families.gpt_oss import GPT_OSS
@@ -85,27 +85,15 @@ def read_architecture(config: Mapping[str, Any]) -> Architecture:
 
 
 def parameters(architecture: Architecture) -> Iterator[Parameter]:
-    """Every tensor of a checkpoint, in a stable order, under the names on disk.
+    """Every tensor of a model, in a stable order, under the names on disk.
 
     What is stacked over experts there comes expert by expert.
     """
     family = family_of(architecture.family)
-    shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
-    for name, slot in outside(architecture):
-        yield Parameter(name=name, slot=slot, sizes=shared)
+    yield from of_section(("", dict(outside(architecture)), None), architecture)
     for number, block in enumerate(architecture.blocks):
-        prefix = family.layer.format(layer=block.layer)
-        axis_sizes = shared | sizes(block)
-        for name, slot in family.tensors(block).items():
-            for expert in experts_of(name, block):
-                yield Parameter(
-                    name=prefix + name.format(expert=expert),
-                    slot=slot,
-                    sizes=axis_sizes,
-                    block=number,
-                    expert=expert,
-                    stack=prefix + slot.stack if slot.stack else None,
-                )
+        section = family.layer.format(layer=block.layer), family.tensors(block), block
+        yield from of_section(section, architecture, number)
 
 
 def outside(architecture: Architecture) -> Iterator[tuple[str, Slot]]:
@@ -125,16 +113,51 @@ def folds_head(architecture: Architecture) -> bool:
     return architecture.tied and bool(family.model[family.embedding].times_root)
 
 
-def experts_of(name: str, block: Block) -> Sequence[int | None]:
+def mtp_parameters(architecture: Architecture) -> Iterator[Parameter]:
+    """The tensors of layers that predict further tokens, which a checkpoint has besides."""
+    for section in family_of(architecture.family).mtp(architecture):
+        yield from of_section(section, architecture)
+
+
+def stored_parameters(architecture: Architecture) -> Iterator[Parameter]:
+    """Every tensor of a checkpoint: those of the model, then those besides."""
+    yield from parameters(architecture)
+    yield from mtp_parameters(architecture)
+
+
+def of_section(
+    section: Section, architecture: Architecture, number: int | None = None
+) -> Iterator[Parameter]:
+    """The tensors of a section of a checkpoint; ``number`` is the block's that it is."""
+    prefix, table, block = section
+    shared = {"hidden": architecture.hidden, "vocab": architecture.vocab}
+    axis_sizes = shared if block is None else shared | sizes(block)
+    for name, slot in table.items():
+        for expert in experts_of(name, block):
+            yield Parameter(
+                name=prefix + name.format(expert=expert),
+                slot=slot,
+                sizes=axis_sizes,
+                block=number,
+                expert=expert,
+                stack=prefix + slot.stack if slot.stack else None,
+            )
+
+
+def experts_of(name: str, block: Block | None) -> Sequence[int | None]:
     """The experts that have a tensor of this name in a table; [None] where it is not theirs."""
-    return range(sizes(block)["expert"]) if "{expert}" in name else [None]
+    return range(sizes(block)["expert"]) if block and "{expert}" in name else [None]
 
 
 def count_parameters(architecture: Architecture) -> int:
-    """Number of parameters, the router's correction bias included, tied embeddings once."""
+    """Number of parameters, the router's correction bias included, tied embeddings once.
+
+    Those of layers that predict further tokens are counted.
+    """
     hidden, family = architecture.hidden, architecture.family
     inside = sum(block_count(block, hidden, family) for block in architecture.blocks)
-    return outside_count(architecture) + inside
+    further = sum(parameter.count for parameter in mtp_parameters(architecture))
+    return outside_count(architecture) + inside + further
 
 
 # A search asks for the same few hundred blocks hundreds of thousands of times.

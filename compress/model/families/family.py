@@ -1,7 +1,7 @@
 """What a family has to say: config <-> Architecture, its tensors, and where its modules sit."""
 
 import itertools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -19,6 +19,8 @@ from compress.model.families.settings import Kind
 from compress.model.layout import Slot
 
 Config = Mapping[str, Any]
+# What a section's names begin with on disk, its table, and the block whose sizes it has besides.
+Section = tuple[str, Mapping[str, Slot], Block | None]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -194,6 +196,7 @@ class Family:
     taken: Callable[[dict[str, Any]], dict[str, Any]] = heads_wide
     settled: Callable[[Any], None] = lambda _: None
     served_quantized: bool = True
+    mtp: Callable[[Architecture], Iterable[Section]] = lambda _: ()
     # Tensors on disk that transformers leaves out, by the beginning of their names; ``{layers}`` is
-    # the number of layers. A student has none of them.
+    # the number of layers. Of those that ``mtp`` does not name, a student has none.
     unread: tuple[str, ...] = ()

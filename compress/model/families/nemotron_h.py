@@ -1,13 +1,13 @@
 """Nemotron-H: every layer is one block: Mamba-2, attention, squared-ReLU FFN or MoE."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from compress.core.errors import InputError
 from compress.model.architecture import Architecture, Block, Moe
 from compress.model.families import settings
-from compress.model.families.family import Config, Family, Site, read_block
+from compress.model.families.family import Config, Family, Section, Site, read_block
 from compress.model.layout import Slot
 
 NORM = {"norm.weight": Slot(shape="hidden", normalizes=("hidden",))}
@@ -60,6 +60,13 @@ LATENT = {
     "mixer.fc1_latent_proj.weight": Slot(shape="latent hidden"),
     "mixer.fc2_latent_proj.weight": Slot(shape="hidden latent"),
 }
+# Layers that predict further tokens: the first joins the last hidden state and the next token.
+MTP_FIRST = {
+    "enorm.weight": Slot(shape="hidden", normalizes=("hidden",)),
+    "hnorm.weight": Slot(shape="hidden", normalizes=("hidden",)),
+    "eh_proj.weight": Slot(shape="hidden (2 hidden)"),
+}
+MTP_LAST = {"final_layernorm.weight": Slot(shape="hidden", normalizes=("hidden",))}
 LATENT_MOE = MOE | LATENT | experts("latent")
 SITE = Site(mixer="mixer", norm="norm")
 SITES = dict.fromkeys(("attention", "ffn", "mamba"), SITE) | {
@@ -95,6 +102,7 @@ DEFAULTS = {
     "n_group": 1,
     "num_experts_per_tok": 2,
 }
+MTP_TYPES = "mtp_layers_block_type"
 SIZES = (
     *("mamba_num_heads", "mamba_head_dim", "n_groups", "ssm_state_size", "conv_kernel"),
     *("chunk_size", "n_routed_experts", "num_experts_per_tok", "moe_intermediate_size"),
@@ -108,31 +116,42 @@ READS = (
     | dict.fromkeys(("time_step_min", "layer_norm_epsilon"), settings.REAL)
     | dict.fromkeys(("routed_scaling_factor", "attention_dropout"), settings.NUMBER)
     | dict.fromkeys(("mlp_hidden_act", "mamba_hidden_act"), settings.ACTIVATION)
-    | {"layers_block_type": settings.NAMES}
+    | {"layers_block_type": settings.NAMES, MTP_TYPES: settings.NAMES.or_null}
+    | {"num_nextn_predict_layers": settings.COUNT}
 )
 
 
 def normal(config: Config) -> dict[str, Any]:
-    """A config under today's names, with a list of layer types instead of the pattern."""
+    """A config under today's names, with lists of layer types instead of patterns."""
     own = DEFAULTS | dict(config)
     own |= {name: own.pop(alias) for alias, name in ALIASES.items() if alias in own}
-    pattern, listed = own.pop("hybrid_override_pattern", None), own.get("layers_block_type")
-    if listed is None and not isinstance(pattern, str):
+    layers, listed = own.pop("hybrid_override_pattern", None), own.get("layers_block_type")
+    if listed is None and not isinstance(layers, str):
         raise InputError("config.json has neither layers_block_type nor hybrid_override_pattern")
-    layers = pattern if listed is None else listed
-    if not isinstance(layers, str) and not settings.NAMES.takes(layers):
-        return own  # which is refused for it
-    if unknown := [item for item in layers if item not in KINDS]:
-        raise InputError(f"unknown layer type {unknown[0]!r}; known: {', '.join(KINDS)}")
-    if not isinstance(listed, str):
-        own["layers_block_type"] = [TYPES[KINDS[item]] for item in layers]
+    own["layers_block_type"] = named(layers) if listed is None else listed_names(listed)
+    further, listed = own.pop("mtp_hybrid_override_pattern", "*E"), own.pop(MTP_TYPES, None)
+    if own.get("num_nextn_predict_layers"):
+        pattern = listed is None and isinstance(further, str)
+        own[MTP_TYPES] = named(further) if pattern else listed_names(listed or further)
     if "attention_head_dim" in own:
         own.setdefault("head_dim", own["attention_head_dim"])
     return own
 
 
+def named(layers: Sequence[str]) -> list[str]:
+    """Layer types by today's names; InputError on one that is not known."""
+    if unknown := [item for item in layers if item not in KINDS]:
+        raise InputError(f"unknown layer type {unknown[0]!r}; known: {', '.join(KINDS)}")
+    return [TYPES[KINDS[item]] for item in layers]
+
+
+def listed_names(layers: Any) -> Any:
+    """Layer types of a list by today's names; what is none as it is, to be refused for it."""
+    return named(layers) if settings.NAMES.takes(layers) else layers
+
+
 def read(config: Config) -> Architecture:
-    """Architecture of a Nemotron-H config; multi-token prediction heads are not counted."""
+    """Architecture of a Nemotron-H config."""
     settings.require_divides(
         config,
         ("num_attention_heads", "num_key_value_heads"),
@@ -140,7 +159,10 @@ def read(config: Config) -> Architecture:
         ("n_routed_experts", "n_group"),
     )
     kinds = [KINDS[name] for name in config["layers_block_type"]]
-    if "moe" in kinds:
+    # Servers take one step of further tokens; transformers none.
+    steps = config.get("num_nextn_predict_layers", 0)
+    further = [KINDS[name] for name in config[MTP_TYPES]] if steps == 1 else []
+    if "moe" in (*kinds, *further):
         settings.require_routing(config)
     return Architecture(
         family="nemotron_h",
@@ -149,6 +171,7 @@ def read(config: Config) -> Architecture:
         # transformers 5.23 ties nothing here, whatever tie_word_embeddings says.
         tied=False,
         blocks=tuple(read_block(config, kind, n, gated=False) for n, kind in enumerate(kinds)),
+        mtp=tuple(read_block(config, kind, n, gated=False) for n, kind in enumerate(further)),
     )
 
 
@@ -169,14 +192,26 @@ def write(config: Config, student: Architecture) -> dict[str, Any]:
 
 
 def lists(architecture: Architecture) -> dict[str, Any]:
-    """The kind of every layer."""
-    blocks = architecture.blocks
-    return {
+    """The kind of every layer, and of those that predict further tokens."""
+    blocks, mtp = architecture.blocks, architecture.mtp
+    found = {
         "layers_block_type": [TYPES[block.kind] for block in blocks],
         "hybrid_override_pattern": "".join(LETTERS[block.kind] for block in blocks),
-        # Layers that predict further tokens, of which a student has none.
-        "num_nextn_predict_layers": 0,
+        "num_nextn_predict_layers": int(bool(mtp)),
     }
+    if mtp:
+        found[MTP_TYPES] = [TYPES[block.kind] for block in mtp]
+        found["mtp_hybrid_override_pattern"] = "".join(LETTERS[block.kind] for block in mtp)
+    return found
+
+
+def mtp(architecture: Architecture) -> Iterator[Section]:
+    """The layers that predict further tokens."""
+    last = len(architecture.mtp) - 1
+    for number, block in enumerate(architecture.mtp):
+        first = MTP_FIRST if number == 0 else {}
+        table = {**first, **tensors(block), **(MTP_LAST if number == last else {})}
+        yield f"mtp.layers.{number}.", table, block
 
 
 NEMOTRON_H = Family(
@@ -206,6 +241,6 @@ NEMOTRON_H = Family(
         "mamba2_selective_state_update",
         "mamba2_chunk_scan",
     ),
-    # Layers that predict further tokens.
+    mtp=mtp,
     unread=("mtp.",),
 )
