@@ -25,7 +25,7 @@ from compress.student.units import axes_in
 # What is kept of an axis.
 CUTS = {
     "ffn": 0.5, "query": 0.5, "kv_head": 0.5, "expert": 0.5, "expert_ffn": 0.5, "shared_ffn": 0.5,
-    "head": 0.5, "channel": 0.5, "hidden": 0.8,
+    "head": 0.5, "channel": 0.5, "key_head": 0.5, "value": 0.5, "value_dim": 0.5, "hidden": 0.8,
 }  # fmt: skip
 RANKINGS: tuple[Ranking, ...] = ("contribution", "activation", "router")
 

@@ -82,7 +82,9 @@ class Recipe(BaseModel):
     )
     context: str = Field("2k", description="Context the student is served with (2k, 128k, 1M).")
     batch_size: int = Field(1, ge=1, description="Sequences served at once.")
-    ssm_format: SsmFormat = Field("fp32", description="Format of the Mamba states.")
+    ssm_format: SsmFormat = Field(
+        "fp32", description="Format of recurrent states (Mamba, delta nets)."
+    )
     workspace: str = Field("0", description="Bytes a server needs besides model and caches (1GiB).")
     device: str | None = Field(None, description="Device preset, such as a10g or 8xh100.")
     space: Space = Field(

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import TINY, write_tiny
+from tiny_models import EVERY, TINY, write_tiny
+from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.memory.footprint import Deployment
@@ -203,3 +204,21 @@ def test_the_router_ranks_nothing_in_a_model_without_experts(tiny_llama: Path) -
     require_ranked(architecture, "activation")
     with pytest.raises(InputError, match="ranks experts"):
         require_ranked(architecture, "router")
+
+
+@torch.no_grad()
+def test_units_of_heads_normed_alone_are_what_the_output_projection_reads(tmp_path: Path) -> None:
+    path = write_tiny(tmp_path / "m", EVERY["qwen3_next"], dtype=torch.float32)
+    found = activation_scores(stack_of(open_checkpoint(path)), TOKENS, batch=3)
+    model: Any = load_model(path)
+    layer, seen = model.model.layers[0], dict[str, Tensor]()
+    # The shared expert is given the tokens of all sequences in a row.
+    read = {"delta/key_head.value.value_dim": layer.linear_attn.out_proj}
+    read["moe/shared_ffn"] = layer.mlp.shared_expert.down_proj
+    for key, module in read.items():
+        module.register_forward_pre_hook(lambda _, args, key=key: seen.update({key: args[0]}))
+    model(TOKENS)
+    for key, values in seen.items():
+        means = values.reshape(*TOKENS.shape, -1).abs().mean(1)
+        own = found[f"layers.0.{key}"]
+        torch.testing.assert_close(own.flatten(), means.norm(dim=0), atol=1e-5, rtol=1e-4)
