@@ -191,9 +191,13 @@ def lists(architecture: Architecture) -> dict[str, Any]:
 
 
 def stock(architecture: Architecture) -> bool:
-    """Whether Mamba blocks are a whole number of hidden sizes wide."""
+    """Whether Mamba blocks are a whole number of hidden sizes wide, and heads fill that size.
+
+    Servers read no ``head_dim`` (vLLM takes the hidden size by the number of heads).
+    """
     mambas = (block for block in architecture.blocks if isinstance(block, Mamba))
-    return not any(width_of(block) % architecture.hidden for block in mambas)
+    whole = not any(width_of(block) % architecture.hidden for block in mambas)
+    return whole and shared.heads_fill(architecture)
 
 
 def taken(own: dict[str, Any]) -> dict[str, Any]:
