@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Iterator
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,7 +84,7 @@ def stock(path: Path) -> Any:
 
 def test_every_tensor_that_transformers_saves_is_in_the_table(family: str, tmp_path: Path) -> None:
     # It saves no layers that predict further tokens.
-    architecture = dataclasses.replace(read_architecture(EVERY[family]), mtp=())
+    architecture = replace(read_architecture(EVERY[family]), mtp=())
     config = AutoConfig.for_model(**deepcopy(EVERY[family]))  # transformers writes into it
     AUTO.from_config(config).save_pretrained(tmp_path / "m")
     with safe_open(tmp_path / "m" / "model.safetensors", framework="pt") as reader:
