@@ -61,9 +61,9 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     config = text_config(config)
     family = family_of(config["model_type"])
     own = family.normal(config)
-    require(own, family.reads)
     found = {key: own[key] for key in family.reads if key in own}
     require(found, EXPERTS)
+    require(found, family.reads)
     return found
 
 

@@ -109,8 +109,7 @@ def read(
     ``second`` give the kinds of a layer's blocks, of which the second is ``gated`` or not.
     """
     heads, layers = config["num_attention_heads"], config["num_hidden_layers"]
-    # Its own key: hidden // heads is only the default.
-    head_dim = config.get("head_dim") or config["hidden_size"] // heads
+    head_dim = settings.head_width(config)
     kv_heads = config.get("num_key_value_heads") or heads
     settings.require_divides(config, ("num_attention_heads", "num_key_value_heads"))
     settings.require_rope(config, head_dim, partial)

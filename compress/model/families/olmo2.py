@@ -63,9 +63,8 @@ def read_olmo3(config: Config) -> Architecture:
         kinds = [shared.TYPES[layer % 4 != 0] for layer in layers]
     if (named := config.get("rope_parameters")) and named.keys() - set(shared.TYPES.values()):
         raise InputError("rope_parameters of olmo3 are by layer type")
-    head_dim = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
     for rope in ropes(config):
-        settings.require_rope({"rope_parameters": rope}, head_dim, ())
+        settings.require_rope({"rope_parameters": rope}, settings.head_width(config), ())
     return shared.read({**config, "layer_types": kinds}, "olmo3")
 
 

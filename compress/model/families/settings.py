@@ -39,7 +39,8 @@ ACTIVATIONS = (
     *("swish", "tanh"),
 )
 ACTIVATION = Kind(f"one of {', '.join(ACTIVATIONS)}", lambda value: value in ACTIVATIONS)
-SIZE = Kind("a whole number above 0", lambda value: type(value) is int and value > 0)
+# Beyond any model, and small enough to allocate positions of.
+SIZE = Kind("a whole number from 1 to 99999999", lambda v: type(v) is int and 0 < v < 10**8)
 # Beyond any model, and few enough to make a list of.
 LAYERS = Kind("a whole number from 1 to 9999", lambda v: type(v) is int and 0 < v < 10_000)
 # Of experts, whatever a family calls their number.
@@ -80,6 +81,14 @@ def require_divides(settings: Mapping[str, Any], *pairs: tuple[str, str]) -> Non
         if settings.get(whole) and settings.get(part) and settings[whole] % settings[part]:
             said = f"is not a multiple of {part} {settings[part]}"
             raise InputError(f"{whole} {settings[whole]} {said}")
+
+
+def head_width(config: Mapping[str, Any]) -> int:
+    """Width of a head: a key of its own, of which hidden size over heads is only the default."""
+    if config.get("head_dim") is None:
+        require_least(config, ("hidden_size", "num_attention_heads"))
+    width: int = config.get("head_dim") or config["hidden_size"] // config["num_attention_heads"]
+    return width
 
 
 def require_least(settings: Mapping[str, Any], *pairs: tuple[str, str]) -> None:
