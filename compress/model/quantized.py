@@ -118,12 +118,16 @@ def held(
     missing: list[str] = []
     found = None
     for scheme in (scheme for scheme in SCHEMES if method.name in scheme.methods):
+        codes = next(iter(scheme.parts))
+        # First of all, because a checkpoint may have tens of thousands of weights.
+        if (held_in := stored.get(part_name(codes, name))) is None:
+            continue
+        if held_in.dtype not in scheme.parts[codes]:
+            continue
         wanted = {**scheme.parts, **scheme.optional}
         names = {part: part_name(part, name) for part in wanted}
         parts = {part: stored[tensor] for part, tensor in names.items() if tensor in stored}
-        codes = next(iter(scheme.parts))
-        fitting = all(each.dtype in wanted[part] for part, each in parts.items())
-        if codes not in parts or not fitting:
+        if any(each.dtype not in wanted[part] for part, each in parts.items()):
             continue
         if lacking := [names[part] for part in scheme.parts if part not in parts]:
             missing = min(missing or lacking, lacking, key=len)
