@@ -1,6 +1,5 @@
 """The laws that every family keeps: a row of ``tiny_models.EVERY`` is all that a new one adds."""
 
-import dataclasses
 from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace

@@ -165,7 +165,7 @@ def built_config(config: Mapping[str, Any], architecture: Architecture) -> PreTr
     taken = family.taken(settings)
     try:
         built = AutoConfig.for_model(
-            architecture.family, attn_implementation=family.attention, **taken
+            family.classes or architecture.family, attn_implementation=family.attention, **taken
         )
     except (StrictDataclassError, KeyError) as error:
         raise InputError(f"config.json: {' '.join(str(error).split())}") from error

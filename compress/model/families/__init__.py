@@ -19,6 +19,7 @@ from compress.model.families.ministral3 import MINISTRAL3
 from compress.model.families.mistral import MINISTRAL, MISTRAL
 from compress.model.families.nemotron import NEMOTRON
 from compress.model.families.nemotron_h import NEMOTRON_H
+from compress.model.families.nemotron_nas import NEMOTRON_NAS
 from compress.model.families.olmo2 import OLMO2, OLMO3
 from compress.model.families.phi3 import PHI3
 from compress.model.families.qwen2 import QWEN2
@@ -37,7 +38,7 @@ DENSE = (
 )
 MIXED = (
     *(DEEPSEEK_V3, GLM4_MOE, GRANITEMOEHYBRID, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
-    *(GPT_OSS, NEMOTRON_H),
+    *(GPT_OSS, NEMOTRON_H, NEMOTRON_NAS),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 

@@ -197,6 +197,8 @@ class Family:
     settled: Callable[[Any], None] = lambda _: None
     served_quantized: bool = True
     mtp: Callable[[Architecture], Iterable[Section]] = lambda _: ()
+    # The model type whose config class it has in transformers, if not its own.
+    classes: str | None = None
     # Tensors on disk that transformers leaves out, by the beginning of their names; ``{layers}`` is
     # the number of layers. Of those that ``mtp`` does not name, a student has none.
     unread: tuple[str, ...] = ()
