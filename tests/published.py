@@ -369,6 +369,19 @@ OLMO3_7B = OLMO2_1B | {
     "num_key_value_heads": 32,
     "sliding_window": 4096,
 }
+LFM2_350M: dict[str, Any] = {
+    "model_type": "lfm2",
+    "vocab_size": 65536,
+    "hidden_size": 1024,
+    "intermediate_size": 4608,
+    "block_auto_adjust_ff_dim": False,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 8,
+    "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+    "conv_L_cache": 3,
+    "norm_eps": 1e-5,
+}
 PUBLISHED = {
     "Nemotron-H-8B": (HYBRID_8B, 8_100_852_736),
     "Nemotron-Nano-12B-v2": (HYBRID_12B, 12_310_001_152),
@@ -383,6 +396,7 @@ PUBLISHED = {
     "Minitron-4B": (MINITRON_4B, 4_190_509_056),
     "OLMo-2-1B": (OLMO2_1B, 1_484_916_736),
     "OLMo-3-7B": (OLMO3_7B, 7_298_011_136),
+    "LFM2-350M": (LFM2_350M, 354_483_968),
     "Qwen3-8B": (QWEN3_8B, 8_190_735_360),
     "Qwen3-0.6B": (QWEN3_06B, 596_049_920),
     "Qwen2.5-0.5B": (QWEN25_05B, 494_032_768),

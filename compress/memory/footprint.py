@@ -7,9 +7,10 @@
                 numbers = 2 * kv_head * head_dim, of latent attention kv_rank + rope_dim
     SSM state  = sum over Mamba blocks of group * head * channel * state * bytes * batch
                + sum over delta nets of key_head * value * key_dim * value_dim * bytes * batch
-    conv state = sum over both of channels * (kernel - 1) * 2 * batch,
+    conv state = sum over these of channels * (kernel - 1) * 2 * batch,
                 channels = group * head * channel + 2 * group * state
                         or key_head * value * value_dim + 2 * key_head * key_dim
+                        or of a short convolution inner
     MTP        = the same of layers that predict further tokens, in BF16
 """
 
@@ -24,6 +25,7 @@ from compress.model.architecture import (
     Block,
     DeltaNet,
     Mamba,
+    ShortConv,
     cached,
     kv_format_of,
     sizes,
@@ -150,6 +152,8 @@ def state_bytes(block: Block, served: Deployment) -> tuple[int, int, int]:
         channels = block.key_head * block.value * block.value_dim
         recurrent = channels * block.key_dim * SSM_BYTES[served.ssm_format]
         conv = (channels + 2 * block.key_head * block.key_dim) * (block.kernel - 1) * BF16_BYTES
+    elif isinstance(block, ShortConv):
+        conv = block.inner * (block.kernel - 1) * BF16_BYTES
     return cache * served.batch_size, recurrent * served.batch_size, conv * served.batch_size
 
 

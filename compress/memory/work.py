@@ -31,6 +31,7 @@ from compress.model.architecture import (
     Ffn,
     Mamba,
     Mla,
+    ShortConv,
     sizes,
 )
 from compress.model.families import parameters
@@ -181,6 +182,8 @@ def units_of(block: Block) -> int:
         return own["ffn"]
     if isinstance(block, Mamba):
         return prod(own[axis] for axis in ("group", "head", "channel"))
+    if isinstance(block, ShortConv):
+        return own["inner"]
     if isinstance(block, DeltaNet):
         return prod(own[axis] for axis in ("key_head", "value", "value_dim"))
     return own["expert"] * own["expert_ffn"] + own.get("shared_ffn", 0) + own.get("latent", 0)

@@ -138,7 +138,18 @@ class DeltaNet:
     format: Format = "bf16"
 
 
-Block = Attention | Mla | Ffn | Moe | Mamba | DeltaNet
+@dataclass(frozen=True, kw_only=True)
+class ShortConv:
+    """A gated convolution over ``kernel`` tokens with ``inner`` channels, which nothing cuts."""
+
+    kind: Literal["conv"] = "conv"
+    layer: int
+    inner: int
+    kernel: int
+    format: Format = "bf16"
+
+
+Block = Attention | Mla | Ffn | Moe | Mamba | DeltaNet | ShortConv
 
 
 @with_config(STRICT)

@@ -18,13 +18,15 @@ class Axis:
     """An axis that may shrink: its size is a number of indices into the teacher's.
 
     Every kept position of the axis ``within``, the one before it, has kept indices of its own;
-    None: all share them. A ``width`` is rounded to what matrix products like. ``routed`` units see
+    None: all share them. A ``width`` is rounded to what matrix products like. A ``whole`` axis does
+    not shrink after all: its units say what their block is worth. ``routed`` units see
     the tokens that a router sends them and, once gone, none: no mask on what they put out cuts
     them. ``least`` and ``multiple`` name numbers of the block that bound and that divide a count.
     """
 
     within: str | None = None
     width: bool = False
+    whole: bool = False
     routed: bool = False
     least: str | None = None
     multiple: str | None = None
@@ -77,6 +79,7 @@ UNITS: Mapping[str, tuple[Units, ...]] = {
     "mamba": (
         Units(("group", "head", "channel"), {"head": Axis(within="group"), "channel": Axis()}),
     ),
+    "conv": (Units(("inner",), {"inner": Axis(whole=True)}),),
     "delta": (
         Units(
             ("key_head", "value", "value_dim"),
@@ -89,7 +92,7 @@ UNITS: Mapping[str, tuple[Units, ...]] = {
     ),
 }
 AXES: Mapping[str, Mapping[str, Axis]] = {
-    kind: {name: axis for units in arrays for name, axis in units.cut.items()}
+    kind: {n: axis for units in arrays for n, axis in units.cut.items() if not axis.whole}
     for kind, arrays in UNITS.items()
 }
 
@@ -105,7 +108,8 @@ def units_in(block: Block) -> tuple[Units, ...]:
 @lru_cache(maxsize=2**16)
 def axes_in(block: Block) -> Mapping[str, Axis]:
     """The axes of a block that may shrink."""
-    return {name: axis for units in units_in(block) for name, axis in units.cut.items()}
+    found = (item for units in units_in(block) for item in units.cut.items())
+    return {name: axis for name, axis in found if not axis.whole}
 
 
 def number_of(block: Block, name: str | None) -> int:

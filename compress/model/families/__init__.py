@@ -14,6 +14,7 @@ from compress.model.families.gemma3 import GEMMA3
 from compress.model.families.glm4_moe import GLM4_MOE
 from compress.model.families.gpt_oss import GPT_OSS
 from compress.model.families.granitemoehybrid import GRANITEMOEHYBRID
+from compress.model.families.lfm2 import LFM2
 from compress.model.families.llama import LLAMA
 from compress.model.families.ministral3 import MINISTRAL3
 from compress.model.families.mistral import MINISTRAL, MISTRAL
@@ -38,7 +39,7 @@ DENSE = (
 )
 MIXED = (
     *(DEEPSEEK_V3, GLM4_MOE, GRANITEMOEHYBRID, QWEN3_MOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
-    *(GPT_OSS, NEMOTRON_H, NEMOTRON_NAS),
+    *(GPT_OSS, LFM2, NEMOTRON_H, NEMOTRON_NAS),
 )
 FAMILIES: Mapping[str, Family] = {family.model_type: family for family in (*DENSE, *MIXED)}
 

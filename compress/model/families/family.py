@@ -14,6 +14,7 @@ from compress.model.architecture import (
     Mamba,
     Mla,
     Moe,
+    ShortConv,
 )
 from compress.model.families.settings import Kind
 from compress.model.layout import Slot
@@ -82,6 +83,8 @@ def read_block(config: Config, kind: str, layer: int, *, gated: bool) -> Block:
             kv_rank=config["kv_lora_rank"],
             q_rank=config["q_lora_rank"],
         )
+    if kind == "conv":
+        return ShortConv(layer=layer, inner=config["hidden_size"], kernel=config["conv_L_cache"])
     if kind == "ffn":
         return Ffn(layer=layer, ffn=config["intermediate_size"], gated=gated)
     if kind == "mamba":
@@ -125,6 +128,8 @@ def fixed_keys(block: Block) -> dict[str, Any]:
             "num_key_value_heads": block.kv_head,
             "head_dim": block.head_dim,
         }
+    if isinstance(block, ShortConv):
+        return {}
     if isinstance(block, Mla):
         return dict.fromkeys(("num_attention_heads", "num_key_value_heads"), block.query)
     if isinstance(block, Ffn):
