@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import candidate
+from safetensors.torch import load_file, save_file
 from tiny_models import EVERY
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
 
@@ -75,6 +76,21 @@ def test_a_student_is_a_checkpoint_of_the_text_model_alone(whole: Path, tmp_path
     stock = TEXT.from_pretrained(tmp_path / "student", dtype=torch.float32).eval()
     assert type(stock).__name__ == written["architectures"][0]
     assert torch.equal(load_model(tmp_path / "student")(TOKENS).logits, stock(TOKENS).logits)
+
+
+def test_a_quantized_whole_has_a_quantized_text_model(whole: Path) -> None:
+    before = open_checkpoint(whole)
+    name = next(name for name in before.tensors if name.endswith("o_proj.weight"))
+    weight, stored = before[name], load_file(whole / "model.safetensors")
+    [disk] = [key for key in stored if key.endswith(name.removeprefix("model."))]
+    scale = weight.abs().max() / 448
+    stored[disk], stored[f"{disk}_scale_inv"] = (weight / scale).to(torch.float8_e4m3fn), scale
+    save_file(stored, whole / "model.safetensors")
+    config = json.loads((whole / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "fp8", "weight_block_size": None}
+    (whole / "config.json").write_text(json.dumps(config))
+    found = open_checkpoint(whole)[name]
+    assert float((found - weight).norm()) < 0.05 * float(weight.norm())
 
 
 def test_a_plan_says_what_it_counts(whole: Path) -> None:
