@@ -154,7 +154,7 @@ MORE["glm4_moe"] = tiny_config(
     routed_scaling_factor=1.5,
     attention_bias=True,
     use_qk_norm=True,
-    num_nextn_predict_layers=0,
+    num_nextn_predict_layers=1,
     **ROUTED,
 )
 MORE["nemotron_h_latent"] = HYBRID | {"moe_latent_size": 32, "num_nextn_predict_layers": 1}
@@ -203,7 +203,7 @@ MORE["deepseek_v3"] = tiny_config(
     topk_group=1,
     first_k_dense_replace=2,
     routed_scaling_factor=1.5,
-    num_nextn_predict_layers=0,
+    num_nextn_predict_layers=1,
     **ROUTED,
 )
 MORE["granitemoehybrid"] = tiny_config(

@@ -1,6 +1,6 @@
 """What llama and the families that came of it share: attention and a gated FFN in every layer."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from compress.core.errors import InputError
@@ -9,6 +9,7 @@ from compress.model.families import settings
 from compress.model.families.family import (
     Config,
     Family,
+    Section,
     Site,
     by_layer,
     fixed_keys,
@@ -202,6 +203,7 @@ def decoder(
     parts: Callable[[Block], dict[str, dict[str, Any]]] = lambda _: {},
     lists: Callable[[Architecture], dict[str, Any]] = lambda _: {},
     stock: Callable[[Architecture], bool] = lambda _: True,
+    mtp: Callable[[Architecture], Iterable[Section]] = lambda _: (),
     unread: tuple[str, ...] = (),
     package: str | None = None,
 ) -> Family:
@@ -230,5 +232,6 @@ def decoder(
         parts=parts,
         lists=lists,
         stock=stock,
+        mtp=mtp,
         unread=unread,
     )

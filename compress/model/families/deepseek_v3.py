@@ -1,6 +1,7 @@
 """DeepSeek-V3 and R1: latent attention; dense layers, then experts as GLM-4.5 has them."""
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from compress.core.errors import InputError
@@ -63,7 +64,7 @@ def normal(config: Config) -> dict[str, Any]:
 
 
 def read(config: Config) -> Architecture:
-    """Architecture of a DeepSeek-V3 config; layers that predict further tokens are not counted."""
+    """Architecture of a DeepSeek-V3 config."""
     heads, keys = config["num_attention_heads"], config["num_key_value_heads"]
     if heads != keys:
         raise InputError(f"num_key_value_heads {keys} is not num_attention_heads {heads}")
@@ -75,13 +76,14 @@ def read(config: Config) -> Architecture:
     # Positions turn a part of a head, which is whole for them.
     named = glm4_moe.with_experts(config) | {"head_dim": config["qk_rope_head_dim"]}
     dense = config["first_k_dense_replace"]
-    return shared.read(
-        named,
+    whole = shared.read(
+        glm4_moe.one_more(named),
         "deepseek_v3",
         partial=(),
         first=lambda layer: "mla",
         second=lambda layer: "ffn" if layer < dense else "moe",
     )
+    return glm4_moe.split(whole, config["num_hidden_layers"])
 
 
 def tensors(block: Block) -> Mapping[str, Slot]:
@@ -103,6 +105,6 @@ DEEPSEEK_V3 = shared.decoder(
     parts=glm4_moe.parts,
     lists=glm4_moe.lists,
     stock=glm4_moe.stock,
-    # One layer more, which predicts further tokens.
+    mtp=partial(glm4_moe.mtp, tensors),
     unread=("model.layers.{layers}.",),
 )

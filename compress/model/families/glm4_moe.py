@@ -1,12 +1,14 @@
 """GLM-4.5 and its kin: dense layers, then gated experts with a shared one, sigmoid routing."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from compress.model.architecture import Architecture, Attention, Block, Moe
 from compress.model.families import decoder as shared
 from compress.model.families import settings
-from compress.model.families.family import Config, fixed_keys
+from compress.model.families.family import Config, Section, fixed_keys
 from compress.model.layout import Slot
 
 MOE = (
@@ -22,6 +24,17 @@ MOE = (
         "mlp.shared_experts.down_proj.weight": Slot(shape="hidden shared_ffn", fused="shared_down"),
     }
 )
+# A layer that predicts further tokens has besides what joins the last hidden state and the next
+# token, and an embedding and a head of its own.
+MTP = {
+    "enorm.weight": Slot(shape="hidden", normalizes=("hidden",)),
+    "hnorm.weight": Slot(shape="hidden", normalizes=("hidden",)),
+    "eh_proj.weight": Slot(shape="hidden (2 hidden)"),
+    "embed_tokens.weight": Slot(shape="vocab hidden"),
+    "shared_head.norm.weight": Slot(shape="hidden", normalizes=("hidden",)),
+    "shared_head.head.weight": Slot(shape="vocab hidden"),
+}
+STEPS = "num_nextn_predict_layers"
 SIZES = (
     *("n_routed_experts", "n_shared_experts", "num_experts_per_tok", "moe_intermediate_size"),
     *("n_group", "topk_group", "num_key_value_heads"),
@@ -30,7 +43,7 @@ READS = (
     shared.READS
     | dict.fromkeys(SIZES, settings.SIZE)
     | {
-        "first_k_dense_replace": settings.COUNT,
+        **dict.fromkeys(("first_k_dense_replace", STEPS), settings.COUNT),
         "routed_scaling_factor": settings.NUMBER,
         "norm_topk_prob": settings.SWITCH,
         "use_qk_norm": settings.SWITCH,
@@ -68,11 +81,35 @@ def with_experts(config: Config) -> dict[str, Any]:
 
 
 def read(config: Config) -> Architecture:
-    """Architecture of a GLM-4 MoE config; layers that predict further tokens are not counted."""
+    """Architecture of a GLM-4 MoE config."""
     named = with_experts(config)
     named |= {"qkv_bias": config["attention_bias"], "qk_norm": config["use_qk_norm"]}
     dense = config["first_k_dense_replace"]
-    return shared.read(named, "glm4_moe", second=lambda layer: "ffn" if layer < dense else "moe")
+    whole = shared.read(
+        one_more(named), "glm4_moe", second=lambda layer: "ffn" if layer < dense else "moe"
+    )
+    return split(whole, config["num_hidden_layers"])
+
+
+def one_more(config: Config) -> dict[str, Any]:
+    """A config that counts the layer that predicts further tokens; servers take one of those."""
+    return {**config, "num_hidden_layers": config["num_hidden_layers"] + (config.get(STEPS) == 1)}
+
+
+def split(whole: Architecture, layers: int) -> Architecture:
+    """An architecture whose layers beyond so many predict further tokens."""
+    own = tuple(block for block in whole.blocks if block.layer < layers)
+    further = (replace(block, layer=0) for block in whole.blocks[len(own) :])
+    return replace(whole, blocks=own, mtp=tuple(further))
+
+
+def mtp(
+    tensors: Callable[[Block], Mapping[str, Slot]], architecture: Architecture
+) -> Iterator[Section]:
+    """The layer that predicts further tokens, which comes after the others."""
+    for number, block in enumerate(architecture.mtp):
+        table = {**tensors(block), **(MTP if number == 0 else {})}
+        yield f"model.layers.{architecture.layers}.", table, block
 
 
 def tensors(block: Block) -> Mapping[str, Slot]:
@@ -103,10 +140,10 @@ def parts(block: Block) -> dict[str, dict[str, Any]]:
 
 
 def lists(architecture: Architecture) -> dict[str, Any]:
-    """How many layers there are before the first with experts; none predicts further tokens."""
+    """How many layers there are before the first with experts, and that predict further tokens."""
     routed = [block.layer for block in architecture.blocks if isinstance(block, Moe)]
     dense = min(routed, default=architecture.layers)
-    return {"first_k_dense_replace": dense, "num_nextn_predict_layers": 0}
+    return {"first_k_dense_replace": dense, STEPS: int(bool(architecture.mtp))}
 
 
 def stock(architecture: Architecture) -> bool:
@@ -126,6 +163,6 @@ GLM4_MOE = shared.decoder(
     parts=parts,
     lists=lists,
     stock=stock,
-    # One layer more, which predicts further tokens.
+    mtp=partial(mtp, tensors),
     unread=("model.layers.{layers}.",),
 )
