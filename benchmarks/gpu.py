@@ -21,7 +21,6 @@ from benchmarks.common import arguments, report
 from benchmarks.scale import GROUP, HYBRID, random_checkpoint
 from compress.core.terminal import note
 from compress.formats.fake import shared
-from compress.formats.packed import packed
 from compress.formats.table import FORMATS, Format
 from compress.measure.kl import measure, reference
 from compress.memory.machine import Machine
@@ -148,13 +147,15 @@ def packing(device: torch.device, shape: tuple[int, int]) -> Iterator[dict[str, 
     there = weight.to(device)
 
     def stored(whole: Tensor, part: Tensor, format: Format) -> list[Tensor]:
-        found = packed(part, format, *shared([whole], format))
+        found = FORMATS[format].numerics.pack(part, *shared([whole], format))
         return [each.cpu().reshape(-1).view(torch.uint8) for each in found]
 
     for name in (format for format in FORMATS if format != "bf16"):
         pairs = zip(stored(there, there[:64], name), stored(weight, weight[:64], name), strict=True)
         equal = all(torch.equal(found, meant) for found, meant in pairs)
-        seconds, peak = timed(device, partial(packed, there, name, *shared([there], name)))
+        seconds, peak = timed(
+            device, partial(FORMATS[name].numerics.pack, there, *shared([there], name))
+        )
         rate = weight.numel() / seconds / 1e9
         yield {"part": f"packing {name}, G/s", "equal": equal, "rate": rate, "peak_gb": peak}
 

@@ -151,7 +151,7 @@ def prune(run: Target) -> None:
 
 
 @app.command()
-@flags.settings("local_tokens", "distill_tokens", *flags.TRAINED, *flags.PLACED)
+@flags.settings("local_tokens", "distill_tokens", *flags.TRAINED, *flags.ROUNDED, *flags.PLACED)
 def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Train a student on its teacher's predictions."""
     chosen, recipe, candidate = flags.resume(run, print_config, **given)
@@ -164,22 +164,21 @@ def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> 
 
 
 @app.command()
-def quantize(run: Target) -> None:
+@flags.settings(*flags.ROUNDED, *flags.PLACED)
+def quantize(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Measure a student in its formats."""
-    named = flags.resume(run)
+    chosen, recipe, candidate = flags.resume(run, print_config, **given)
     from compress.run import stages
 
-    stages.quantize(*named)
+    stages.quantize(chosen, recipe, candidate)
+    write_recipe(recipe, chosen.path / "recipe.yaml")
     note(f"next: {command('export', run)}")
 
 
 @app.command()
-@flags.settings("target", *flags.PLACED)
+@flags.settings("target", *flags.ROUNDED, *flags.PLACED)
 def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
-    """Write and verify a student in its formats.
-
-    The result is a Hugging Face directory.
-    """
+    """Write and verify a student in its formats, as a Hugging Face directory."""
     chosen, recipe, candidate = flags.resume(run, print_config, **given)
     from compress.run import stages
 

@@ -32,6 +32,7 @@ SCORED = (
     "draws", "replay_tokens", *PLACED,
 )  # fmt: skip
 TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate", "optimizer")
+ROUNDED = ("rounding", "calibration_tokens")
 EVALUATED = (
     "revision",
     "data",
@@ -39,12 +40,14 @@ EVALUATED = (
     "final_tokens",
     "sequence_length",
     "seed",
+    *ROUNDED,
     *PLACED,
 )
+DISTILLED = ("local_tokens", "distill_tokens", *TRAINED, *ROUNDED, *PLACED)
 SEARCHED = (
     *SERVED, "active_parameters", "baselines", "target", "mtp", "ranking", "trials",
     "reselect_rounds", "finalists", "short_distill_tokens", "select_tokens", "repair_tokens",
-    "eval_data", "final_tokens", "workers", *SCORED, *TRAINED,
+    "eval_data", "final_tokens", "workers", *SCORED, *TRAINED, *ROUNDED,
 )  # fmt: skip
 
 

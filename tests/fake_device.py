@@ -22,9 +22,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
-from compress.export.inputs import input_ranges
 from compress.formats.fake import shared
-from compress.formats.packed import packed
 from compress.formats.table import FORMATS, Format, KvFormat
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.measure.predictions import kl_gradient_to, kl_to, predictions
@@ -41,6 +39,7 @@ from compress.scores.replay import sweep as replayed_sweep
 from compress.scores.replay import variant
 from compress.scores.taps import Taps
 from compress.student.assemble import BlockStore
+from compress.student.calibration import quantized
 from compress.student.candidate import Candidate, block_keep, student_architecture
 from compress.student.grams import tapped
 from compress.student.rounded import rounded
@@ -249,23 +248,22 @@ def local(stack: Stack) -> None:
 
 @torch.no_grad()
 def export(stack: Stack) -> None:
-    """Input ranges, and weights rounded and packed."""
-    for amax in input_ranges(stack, rows()).values():
-        at_home(amax)
+    """Weights rounded and packed, on text and to nearest."""
 
     def moved(parameter: Parameter) -> Tensor:
         return stack.read(parameter).to(NAME)
 
-    formats = replace(stack.architecture.blocks[0], format="nvfp4")
-    architecture = replace(
-        stack.architecture, blocks=(formats, *stack.architecture.blocks[1:]),
-    )  # fmt: skip
+    blocks = [replace(block, format="nvfp4") for block in stack.architecture.blocks]
+    architecture = replace(stack.architecture, blocks=tuple(blocks))
     give = rounded(moved, architecture)
     for parameter in parameters(architecture):
         at_home(give(parameter))
+    stack.architecture = architecture
+    for _, tensor in quantized(stack, moved, rows(), "second-order"):
+        at_home(tensor)
     weight = torch.zeros(32, 128, device=NAME)
-    for name in FORMATS:
-        for tensor in packed(weight, name, *shared([weight], name)) if name != "bf16" else ():
+    for format in (row for name, row in FORMATS.items() if name != "bf16"):
+        for tensor in format.numerics.pack(weight, *shared([weight], format.name)):
             at_home(tensor)
 
 

@@ -14,38 +14,71 @@ may read the result:
 
 import itertools
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError, VerificationFailed
 from compress.core.files import atomic_directory, write_text
 from compress.export.card import model_card
-from compress.export.inputs import Group, input_ranges, token_rows
 from compress.export.modelopt import quantization_json
 from compress.export.targets import LOADERS, Loader, Target, loader_of
-from compress.formats.packed import pack_block, stored_specs
-from compress.formats.table import Format
+from compress.formats.packed import stored_specs
 from compress.memory.footprint import mtp_weight_bytes, weight_bytes
 from compress.model.architecture import Architecture, kv_text, to_json, without_formats
 from compress.model.build import is_plain, student_config, weight_formats
 from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
-from compress.model.families import count_parameters, parameters, stored_parameters
-from compress.model.headers import INDEX, SINGLE
+from compress.model.config import architecture_of, read_config
+from compress.model.families import (
+    count_parameters,
+    mtp_parameters,
+    parameters,
+    stored_parameters,
+)
+from compress.model.headers import INDEX, SINGLE, weight_files
 from compress.model.layout import Parameter
 from compress.model.stacks import stacked
-from compress.student.rounded import rounded
+from compress.student.assemble import stack_in_formats
+from compress.student.calibration import quantized
+from compress.student.rounding import Rounding
 from compress.sweep.placement import REFERENCE, Placement
-from compress.sweep.stack import Read, Stack, final_states, stack_at
+from compress.sweep.stack import Stack, final_states, stack_at
 
 QUANT_CONFIG = "hf_quant_config.json"
+# Sequences and tokens of what is verified, and calibrated on where there is no text.
+ROWS = (8, 64)
 # Written and read models run the same arithmetic; a wrong scale or a lost tensor is far above this.
 TOLERANCE = 1e-3
+
+
+def round_student(
+    student: Path,
+    out: Path,
+    architecture: Architecture,
+    rows_RT: Tensor,
+    rounding: Rounding,
+    placement: Placement = REFERENCE,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> None:
+    """Write the BF16 student at ``student`` to ``out``, rounded to its formats on token rows.
+
+    What is written is what is measured (``stack_at``) and exported. ``out`` appears whole or not at
+    all; a layer at a time is held, in fp32 on the placement's device. ``progress`` is called with
+    every layer done.
+
+    Raises:
+        InputError: the checkpoint does not have this architecture.
+    """
+    checkpoint = own_checkpoint(student, architecture)
+    with atomic_directory(out) as directory:
+        tensors = rounded(checkpoint, architecture, rows_RT, rounding, placement, progress)
+        write_student(checkpoint.config, student, tensors, architecture, directory, "compress")
 
 
 def export_student(
@@ -57,42 +90,87 @@ def export_student(
     calibration: Tensor | None = None,
     placement: Placement = REFERENCE,
 ) -> dict[str, Any]:
-    """Write the BF16 student at ``student`` to ``out`` in the formats of ``architecture``.
+    """Write the student at ``student`` to ``out`` in the formats of ``architecture``.
 
-    ``card`` is what the model card tells: command, budget, measurements. ``calibration`` are the
-    token rows that input scales are taken from. Returns what was verified. ``out`` appears whole
-    and verified, or not at all. A layer at a time is held, in fp32 on the placement's device; a
-    plain BF16 student is read by stock transformers where that fits into the placement's memory.
+    It is one that ``round_student`` wrote, or a BF16 one that is rounded to nearest now, with input
+    scales from the token rows of ``calibration``. ``card`` is what the model card tells: command,
+    budget, measurements. Returns what was verified. ``out`` appears whole and verified, or not at
+    all. A layer at a time is held, in fp32 on the placement's device; a plain BF16 student is read
+    by stock transformers where that fits into the placement's memory.
 
     Raises:
         InputError: the target cannot express this student, or the checkpoint is not its own.
         VerificationFailed: what was read back differs in bytes or in logits.
     """
     check_target(architecture, target)
-    checkpoint = open_checkpoint(student)
-    if without_formats(checkpoint.architecture) != without_formats(architecture):
-        raise InputError(f"the checkpoint at {student} does not have the architecture to export")
     rows = token_rows(architecture, seed=1)
-    calibration = token_rows(architecture) if calibration is None else calibration
+    config = read_config(student)
+    if "quantization" in config:
+        require_same(student, architecture_of(student, config), architecture)
+        tensors = as_stored(student)
+        meant = stack_at(student, once(placement))
+    else:
+        checkpoint = own_checkpoint(student, architecture)
+        texts = token_rows(architecture) if calibration is None else calibration
+        tensors = rounded(checkpoint, architecture, texts, "nearest", placement)
+        meant = stack_in_formats(checkpoint, architecture, once(placement))
+    with atomic_directory(out) as directory:
+        write_student(config, student, tensors, architecture, directory, target)
+        facts = {"target": target, "formats": sorted(architecture.formats)}
+        facts |= verify(directory, architecture, logits(meant, rows), rows, placement)
+        write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
+    return {"path": str(out), **facts}
+
+
+def own_checkpoint(student: Path, architecture: Architecture) -> Checkpoint:
+    """The BF16 student of an architecture; InputError where it is another's."""
+    checkpoint = open_checkpoint(student)
+    found, meant = (without_formats(each) for each in (checkpoint.architecture, architecture))
+    require_same(student, found, meant)
+    return checkpoint
+
+
+def require_same(student: Path, found: Architecture, architecture: Architecture) -> None:
+    """InputError where a student is not of the architecture to export."""
+    if found != architecture:
+        raise InputError(f"the checkpoint at {student} does not have the architecture to export")
+
+
+def rounded(
+    checkpoint: Checkpoint,
+    architecture: Architecture,
+    rows_RT: Tensor,
+    rounding: Rounding,
+    placement: Placement,
+    progress: Callable[[int], None] = lambda layers: None,
+) -> Iterator[tuple[str, Tensor]]:
+    """A BF16 student's tensors as its formats store them."""
 
     def stored(parameter: Parameter) -> Tensor:
         wide = parameter.slot.float32
         dtype = torch.float32 if wide else torch.bfloat16
         return checkpoint[parameter.name].to(placement.device, dtype)
 
-    def stack(read: Read) -> Stack:
-        return Stack(checkpoint.config, architecture, read, once(placement))
+    if architecture.formats == {"bf16"}:
+        return ((each.name, stored(each)) for each in stored_parameters(architecture))
+    stack = Stack(checkpoint.config, architecture, stored, once(placement))
+    beside = ((each.name, stored(each)) for each in mtp_parameters(architecture))
+    return itertools.chain(quantized(stack, stored, rows_RT, rounding, progress), beside)
 
-    with atomic_directory(out) as directory:
-        inputs: Mapping[Group, Tensor] = {}
-        if architecture.formats != {"bf16"}:
-            inputs = input_ranges(stack(stored), calibration)
-        write_student(checkpoint, stored, architecture, directory, target, inputs)
-        meant = logits(stack(rounded(stored, architecture)), rows)
-        facts = {"target": target, "formats": sorted(architecture.formats)}
-        facts |= verify(directory, architecture, meant, rows, placement)
-        write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
-    return {"path": str(out), **facts}
+
+def as_stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
+    """Every tensor of a directory."""
+    for file in weight_files(directory, {}):
+        with safe_open(file, framework="pt") as reader:
+            yield from (
+                (name, torch.as_tensor(reader.get_tensor(name))) for name in reader.offset_keys()
+            )
+
+
+def token_rows(architecture: Architecture, seed: int = 0) -> Tensor:
+    """Token rows drawn uniformly from the vocabulary."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(architecture.vocab, ROWS, generator=generator)
 
 
 def once(placement: Placement) -> Placement:
@@ -139,15 +217,18 @@ def logits(stack: Stack, rows: Tensor) -> Tensor:
 
 
 def write_student(
-    checkpoint: Checkpoint,
-    stored: Read,
+    source_config: Mapping[str, Any],
+    source: Path,
+    tensors: Iterable[tuple[str, Tensor]],
     architecture: Architecture,
     directory: Path,
     target: Target,
-    inputs: Mapping[Group, Tensor],
 ) -> None:
-    """Write what ``stored`` gives in its formats, with the input scales of ``inputs``."""
-    nested = student_config(checkpoint.config, architecture)
+    """Write tensors as they are stored, with a config for the target's loader.
+
+    ``source`` has what else a directory needs, and ``source_config`` is its config.
+    """
+    nested = student_config(source_config, architecture)
     base = nested.get("base_config", nested) | {"dtype": "bfloat16"}
     own = {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
     config = base if is_plain(architecture) else own
@@ -161,31 +242,14 @@ def write_student(
     for each in parameters(architecture):
         if (format := formats.get(each.name)) is not None:
             specs |= stored_specs(each.name, each.shape, format)
-    tensors = stacked(packed(stored, architecture, inputs), architecture, formats)
-    write_files(directory, tensors, specs, config, checkpoint.path, to_json(architecture))
+    tensors = stacked(tensors, architecture, formats)
+    write_files(directory, tensors, specs, config, source, to_json(architecture))
     if details:
         write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
     if "quantization_config" in config:  # hidden from stock loaders
         (directory / INDEX).unlink(missing_ok=True)
         if (whole := directory / SINGLE).is_file():
             whole.rename(directory / "model-00001-of-00001.safetensors")
-
-
-def packed(
-    stored: Read, architecture: Architecture, inputs: Mapping[Group, Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """A student's tensors in their formats; ``inputs`` is what ``input_ranges`` gives."""
-    stored_there = stored_parameters(architecture)
-    for number, group in itertools.groupby(stored_there, lambda each: each.block):
-        known = {each.name: each for each in group}
-
-        def read(name: str, known: Mapping[str, Parameter] = known) -> Tensor:
-            return stored(known[name])
-
-        format: Format = "bf16" if number is None else architecture.blocks[number].format
-        own = {fused: amax for (block, fused), amax in inputs.items() if block == number}
-        fused = {name: each.slot.fused for name, each in known.items()}
-        yield from pack_block(read, fused, format, own)
 
 
 def verify(

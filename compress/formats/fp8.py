@@ -22,13 +22,32 @@ def tensor_scale(amax: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
+def scales(weight: Tensor, amax: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor]:
+    """The tensor scale, as it is stored, for ``ratio`` times the largest value."""
+    return (tensor_scale(amax * ratio),)
+
+
+def steps(scale: Tensor) -> Tensor:
+    """What a code of 1 stands for, fp32 []."""
+    return scale
+
+
+def round_(scaled: Tensor) -> Tensor:
+    """Round fp32 values to those of the codes, in place."""
+    # E4M3 turns what lies above its largest value into NaN.
+    return scaled.copy_(scaled.clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn))
+
+
+def encode(weight: Tensor, scale: Tensor) -> Tensor:
+    """The E4M3 codes at this scale, of the weight's shape."""
+    # fp32 before the division: rounding to BF16 on the way would round twice.
+    return (weight.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
 def pack(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:
     """The stored form: E4M3 codes of the weight's shape and the tensor scale."""
-    scale = tensor_scale(amax)
-    # fp32 before the division: rounding to BF16 on the way would round twice. The clamp only acts
-    # where the scale itself is subnormal, and E4M3 would turn what lies above into NaN.
-    scaled = (weight.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX)
-    return scaled.to(torch.float8_e4m3fn), scale
+    (found,) = scales(weight, amax)
+    return encode(weight, found), found
 
 
 def unpack(codes: Tensor, scale: Tensor) -> Tensor:

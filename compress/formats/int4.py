@@ -20,11 +20,22 @@ LEAST, MOST = -8, 7
 FP16_TINY, FP16_MAX = 2.0**-24, 65504.0
 
 
-def group_scale(groups: Tensor) -> Tensor:
-    """The FP16 scale of every row of 128, as [rows, 1]."""
-    found = largest(groups).float() / MOST
+def group_scale(groups: Tensor, ratio: float | Tensor = 1.0) -> Tensor:
+    """The FP16 scale of every row of 128, as [rows, 1], for ``ratio`` times its largest value."""
+    found = largest(groups).float() * ratio / MOST
     found = torch.where(found == 0, torch.ones_like(found), found)
     return found.clamp_(FP16_TINY, FP16_MAX).half()
+
+
+def scales(weight: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor]:
+    """FP16 scales [..., in/128], as they are stored."""
+    rows = weight.reshape(-1, GROUP)
+    return (group_scale(rows, ratio).view(*weight.shape[:-1], -1),)
+
+
+def steps(scales: Tensor) -> Tensor:
+    """What a code of 1 stands for in every group, fp32 [..., in/128]."""
+    return scales.float()
 
 
 def round_(scaled: Tensor) -> Tensor:
@@ -34,18 +45,23 @@ def round_(scaled: Tensor) -> Tensor:
 
 def fake(weight: Tensor) -> Tensor:
     """The weight after quantizing and dequantizing, in its own dtype; the last axis is grouped."""
-    return fake_blocks(weight, GROUP, lambda groups: group_scale(groups).float(), round_)
+    return fake_blocks(weight, GROUP, lambda groups: steps(group_scale(groups)), round_)
+
+
+def encode(weight: Tensor, scales: Tensor) -> Tensor:
+    """The codes at these scales, in pairs, U8 [..., in/2]."""
+    scaled = weight.reshape(-1, GROUP) / steps(scales).view(-1, 1)
+    codes = round_(scaled).to(torch.int8).view(torch.uint8) & 0x0F
+    return in_pairs(codes).view(*weight.shape[:-1], -1)
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
     """The stored form: codes in pairs, U8 [..., in/2], and FP16 scales [..., in/128]."""
-    rows, shape = weight.reshape(-1, GROUP), weight.shape[:-1]
-    scales = group_scale(rows)
-    codes = round_(rows / scales.float()).to(torch.int8).view(torch.uint8) & 0x0F
-    return in_pairs(codes).view(*shape, -1), scales.view(*shape, -1)
+    (found,) = scales(weight)
+    return encode(weight, found), found
 
 
 def unpack(pairs: Tensor, scales: Tensor) -> Tensor:
     """The FP32 values of a packed tensor."""
     codes = (from_pairs(pairs, GROUP) << 4).view(torch.int8) >> 4  # the sign comes down with it
-    return (codes * scales.float().view(-1, 1)).view(*pairs.shape[:-1], -1)
+    return (codes * steps(scales).view(-1, 1)).view(*pairs.shape[:-1], -1)

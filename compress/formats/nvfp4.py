@@ -28,6 +28,7 @@ from compress.formats.table import FORMATS
 
 GROUP = FORMATS["nvfp4"].group
 E4M3_TINY = 2.0**-9
+round_ = round_e2m1_
 
 
 def tensor_scale(amax: Tensor) -> Tensor:
@@ -36,32 +37,47 @@ def tensor_scale(amax: Tensor) -> Tensor:
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
-def block_scale(blocks: Tensor, scale: Tensor) -> Tensor:
-    """The E4M3 scale of every row of 16, as [rows, 1]."""
-    found = largest(blocks).float() / (E2M1_MAX * scale)
+def block_scale(blocks: Tensor, scale: Tensor, ratio: float | Tensor = 1.0) -> Tensor:
+    """The E4M3 scale of every row of 16, as [rows, 1], for ``ratio`` times its largest value."""
+    found = largest(blocks).float() * ratio / (E2M1_MAX * scale)
     found = torch.where(found == 0, torch.ones_like(found), found)
     return found.clamp_(E4M3_TINY, E4M3_MAX).to(torch.float8_e4m3fn)
+
+
+def scales(weight: Tensor, amax: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
+    """E4M3 block scales [..., in/16] and the tensor scale, as they are stored."""
+    scale, rows = tensor_scale(amax), weight.reshape(-1, GROUP)
+    return block_scale(rows, scale, ratio).view(*weight.shape[:-1], -1), scale
+
+
+def steps(scales: Tensor, scale: Tensor) -> Tensor:
+    """What a code of 1 stands for in every block, fp32 [..., in/16]."""
+    return scales.float() * scale
 
 
 def fake(weight: Tensor, amax: Tensor) -> Tensor:
     """The weight after quantizing and dequantizing, in its own dtype; the last axis is blocked."""
     scale = tensor_scale(amax)
 
-    def scales_of(blocks: Tensor) -> Tensor:
-        return block_scale(blocks, scale).float() * scale
+    def steps_of(blocks: Tensor) -> Tensor:
+        return steps(block_scale(blocks, scale), scale)
 
-    return fake_blocks(weight, GROUP, scales_of, round_e2m1_)
+    return fake_blocks(weight, GROUP, steps_of, round_)
+
+
+def encode(weight: Tensor, *scales: Tensor) -> Tensor:
+    """The codes at these scales, in pairs [..., in/2]."""
+    codes = e2m1_codes(weight.reshape(-1, GROUP) / steps(*scales).view(-1, 1))
+    return in_pairs(codes).view(*weight.shape[:-1], -1)
 
 
 def pack(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The stored form: codes in pairs [..., in/2], E4M3 block scales [..., in/16], tensor scale."""
-    scale, rows, shape = tensor_scale(amax), weight.reshape(-1, GROUP), weight.shape[:-1]
-    scales = block_scale(rows, scale)
-    codes = e2m1_codes(rows / (scales.float() * scale))
-    return in_pairs(codes).view(*shape, -1), scales.view(*shape, -1), scale
+    found = scales(weight, amax)
+    return encode(weight, *found), *found
 
 
-def unpack(pairs: Tensor, scales: Tensor, scale: Tensor) -> Tensor:
+def unpack(pairs: Tensor, *scales: Tensor) -> Tensor:
     """The FP32 values of a packed tensor."""
-    values = e2m1_values(pairs, GROUP).mul_((scales.float() * scale).view(-1, 1))
+    values = e2m1_values(pairs, GROUP).mul_(steps(*scales).view(-1, 1))
     return values.view(*pairs.shape[:-1], -1)

@@ -1,4 +1,4 @@
-"""Quantized weights on disk, as we write them: which tensors hold one, packed block by block.
+"""Quantized weights on disk, as we write them: which tensors hold one.
 
 ========  =================  ======================  ================
 format    ``weight``         ``weight_scale``        beside them
@@ -13,15 +13,12 @@ The names and the first two rows are ModelOpt's layout. ``input_scale`` F32 [] i
 quantize activations. Everything else is stored as it is. ``model/quantized.py`` reads it back.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import prod
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
-from compress.formats.blocks import CHUNK
-from compress.formats.fake import fused_groups, shared
-from compress.formats.table import FORMATS, INPUT_SCALE, Format
+from compress.formats.table import FORMATS, Format
 
 
 def stored_names(name: str, format: Format) -> list[str]:
@@ -42,43 +39,3 @@ def stored_specs(name: str, shape: Sequence[int], format: Format) -> dict[str, T
     codes = width * row.bits // 8 // getattr(torch, row.codes).itemsize
     scales = (spec(s.dtype, width // row.group if s.per_group else None) for s in row.scales)
     return dict(zip(stored_names(name, format), (spec(row.codes, codes), *scales), strict=True))
-
-
-def pack_block(
-    read: Callable[[str], Tensor],
-    fused: Mapping[str, str | None],
-    format: Format,
-    inputs: Mapping[str, Tensor],
-) -> Iterator[tuple[str, Tensor]]:
-    """A block's tensors as they are stored, those of fused groups in ``format``, one at a time.
-
-    ``fused`` has the fused group of every name, None where it stays; ``read`` gives the tensor of a
-    name, and is asked twice for those of a group that rounds together. ``inputs`` has the largest
-    magnitude that the layers of a group read, for formats with an input scale.
-    """
-    row = FORMATS[format]
-    common: dict[str, tuple[Tensor, ...]] = {}
-    for names in fused_groups(fused, fused) if format != "bf16" else ():
-        common |= dict.fromkeys(names, shared(map(read, names), format))
-    for name, group in fused.items():
-        if group is None or format == "bf16":
-            yield name, read(name)
-            continue
-        stored = packed(read(name), format, *common[name])
-        if INPUT_SCALE in row.suffixes:
-            stored = (*stored, row.numerics.tensor_scale(inputs[group]).cpu())
-        yield from zip(stored_names(name, format), stored, strict=True)
-
-
-def packed(weight: Tensor, format: Format, *common: Tensor) -> tuple[Tensor, ...]:
-    """The stored form of a weight [out, in], some rows at a time: codes, then scales.
-
-    ``common`` is what its fused group rounds by together. InputError as ``require``.
-    """
-    row = FORMATS[format]
-    row.require(weight.shape)
-    rows = max(1, CHUNK // max(1, prod(weight.shape[1:])))
-    parts = zip(
-        *(row.numerics.pack(part, *common) for part in torch.split(weight, rows)), strict=True
-    )
-    return tuple(torch.cat(part) if part[0].dim() else part[0] for part in parts)

@@ -1,8 +1,10 @@
 """The number formats, a row each; nothing here imports torch.
 
 Adding one is a file with its arithmetic and a row with its name. The file is named like the format
-and has ``fake`` (a weight after the format and back), ``pack`` (the stored tensors) and ``unpack``
-(their fp32 values); ``formats/int4.py`` shows what one takes.
+and has ``fake`` (a weight after the format and back), ``pack`` (the stored tensors), ``unpack``
+(their fp32 values), and what these are made of: ``scales`` as stored, the ``steps`` that they stand
+for, ``round_`` to the codes' values and ``encode`` at given scales; ``formats/int4.py`` shows what
+one takes.
 """
 
 import importlib

@@ -61,9 +61,9 @@ def numbers(scale: "Tensor") -> "Tensor":
     """Scales as fp32 numbers; bytes are exponents."""
     import torch
 
-    from compress.formats.mxfp4 import power
+    from compress.formats.mxfp4 import steps
 
-    return power(scale) if scale.dtype == torch.uint8 else scale.float()
+    return steps(scale) if scale.dtype == torch.uint8 else scale.float()
 
 
 def fp8(scale: str, parts: Parts, shape: Shape, block: Shape) -> "Tensor":

@@ -23,6 +23,7 @@ from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
+from compress.student.rounding import Rounding
 from compress.text.sources import is_hub_text, require_text
 from compress.train.recipes import OptimizerName
 
@@ -128,6 +129,14 @@ class Recipe(BaseModel):
     )
     repair_tokens: int = Field(
         4096, ge=2, description="Tokens that output projections are refitted on, if the space may."
+    )
+    rounding: Rounding = Field(
+        "second-order",
+        description="How weights are rounded to their formats: to nearest, with scales of least "
+        "error on what they read (scales), or by that column by column (second-order).",
+    )
+    calibration_tokens: int = Field(
+        8192, ge=1, description="Training tokens that weights are rounded on."
     )
     select_tokens: int = Field(2048, ge=1, description="Tokens that a trial is measured on.")
     final_tokens: int = Field(16384, ge=1, description="Tokens of the final table.")

@@ -125,10 +125,11 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
     require_stage("export", architecture, recipe, session.placement)
     if candidate.repaired:
         card["repair"] = repair_note(len(candidate.repaired), len(architecture.blocks))
-    calibration = session.rows("score", recipe.score_tokens)[:8]
-    facts = export_student(
-        directory, out, architecture, recipe.target, card, calibration, session.placement
-    )
+    if architecture.formats != {"bf16"}:
+        card["rounding"] = f"{recipe.rounding}, on {recipe.calibration_tokens} tokens of text"
+        directory = students.rounded(session, architecture, directory)
+    place = session.placement
+    facts = export_student(directory, out, architecture, recipe.target, card, placement=place)
     note(
         f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
         f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"

@@ -9,9 +9,10 @@ from typing import Any
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.files import fingerprint, read_json, write_json
+from compress.core.files import digests, fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import progress
+from compress.export.student import round_student
 from compress.measure.kl import Reference, mean_kl
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import disk_tensors, load_model, student_config
@@ -21,11 +22,11 @@ from compress.run.directory import Run
 from compress.run.local import localized
 from compress.run.score import REPAIR, gram_file
 from compress.run.score import STAGE as SCORE
-from compress.run.session import Session
+from compress.run.session import DIGESTS, Session
 from compress.student.assemble import stack_in_formats
 from compress.student.candidate import Candidate
 from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
-from compress.sweep.stack import Stack
+from compress.sweep.stack import Stack, stack_at
 from compress.sweep.states import StoredStates, stored_states
 from compress.train.distill import DistillSettings
 from compress.train.distill import Teacher as Lesson
@@ -34,8 +35,10 @@ from compress.train.loop import digest, forget
 from compress.train.optimizers import weights_dtype
 
 # Directories of a run with one directory per candidate.
-PER_CANDIDATE = ("candidates", "distill", "export")
+PER_CANDIDATE = ("candidates", "distill", "rounded", "export")
 SHORT = ".short"
+# Of a rounded student: as it was cut.
+CUT = ".cut"
 STUDENT = "student"
 # Of a training, where local distillation leaves what distillation begins with.
 LOCAL = "local"
@@ -122,7 +125,7 @@ def keep_students(run: Run, candidates: Sequence[Candidate]) -> None:
     kept = {one.id for one in candidates if same_teacher and same_candidate(one, home / one.id)}
     for folder in PER_CANDIDATE:
         for directory in (run.path / folder).glob("*"):
-            if directory.name.removesuffix(SHORT) not in kept:
+            if directory.name.removesuffix(CUT).removesuffix(SHORT) not in kept:
                 shutil.rmtree(directory)
     run.sign("students", inputs)
     for candidate in candidates:
@@ -294,4 +297,34 @@ def trained(
 
 def in_formats(session: Session, architecture: Architecture, directory: Path) -> Stack:
     """The BF16 student of a directory in an architecture's formats, where the session works."""
-    return stack_in_formats(open_checkpoint(directory), architecture, session.placement)
+    if architecture.formats == {"bf16"}:
+        return stack_in_formats(open_checkpoint(directory), architecture, session.placement)
+    return stack_at(rounded(session, architecture, directory), session.placement)
+
+
+def rounded(session: Session, architecture: Architecture, directory: Path) -> Path:
+    """The BF16 student of a directory rounded to its formats on training text, now if not yet.
+
+    What is there is what is measured and exported.
+    """
+    recipe, run = session.recipe, session.run
+    name = (directory.parent if directory.name == STUDENT else directory).name
+    if directory.parent.name == "candidates":
+        name += CUT
+    out, files = run.path / "rounded" / name, sorted(directory.glob("*.safetensors"))
+    inputs = {
+        "student": list(digests(files, run.path / DIGESTS).values()),
+        "architecture": to_json(architecture),
+        "rounding": [recipe.rounding, recipe.calibration_tokens, recipe.distill_length],
+        "session": session.identity(),
+    }
+    stage = f"rounded:{name}"
+    if not run.stage_done(stage, inputs, out):
+        rows = session.training_rows(recipe.calibration_tokens, recipe.distill_length)
+        with progress(f"rounding {name}", architecture.layers) as advance:
+            round_student(
+                directory, out, architecture, rows, recipe.rounding, session.placement,
+                lambda layers: advance(layers, ""),
+            )  # fmt: skip
+        run.sign(stage, inputs)
+    return out

@@ -16,8 +16,7 @@ from transformers import AutoModelForCausalLM
 
 from compress import load
 from compress.core.errors import InputError, VerificationFailed
-from compress.export.inputs import token_rows
-from compress.export.student import export_student
+from compress.export.student import export_student, token_rows
 from compress.export.targets import Target, restricted, served_by
 from compress.formats.fake import shared
 from compress.formats.packed import stored_names

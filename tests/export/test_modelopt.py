@@ -12,10 +12,9 @@ import torch
 from quantized import stored, with_formats
 from transformers import PreTrainedModel
 
-from compress.export.inputs import token_rows
-from compress.export.student import export_student
+from compress.export.student import export_student, token_rows
 from compress.formats.fake import group_amax
-from compress.formats.table import Format
+from compress.formats.table import INPUT_SCALE, Format
 from compress.model.architecture import Architecture
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
@@ -103,6 +102,10 @@ def test_an_export_is_what_modelopt_writes(
             assert torch.equal(tensor.float(), expected[name])
         else:
             assert tensor.dtype == expected[name].dtype
+            if name.endswith(INPUT_SCALE):
+                # Ours are of what the student reads whose layers before are rounded already.
+                assert 0.7 < float(tensor) / float(expected[name]) < 1.4
+                continue
             assert torch.equal(tensor.float(), expected[name].float()), name
     for file, key in (
         ("hf_quant_config.json", "quantization"),

@@ -11,8 +11,9 @@ from compress.core.errors import InputError
 from compress.formats import fp8, nvfp4
 from compress.formats.blocks import round_e2m1_
 from compress.formats.fake import fake_quantize, fake_quantize_block, group_amax, shared
-from compress.formats.packed import pack_block, stored_names
+from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
+from compress.student.rounding import Inputs, round_group
 
 E2M1 = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0]
 # Exponent bias 7, three bits of mantissa, subnormals below 2^-6; the last code is NaN.
@@ -171,8 +172,10 @@ def test_unpacking_what_was_packed_is_fake_quantization(
 @pytest.mark.parametrize("format", QUANTIZED)
 def test_stored_tensors_have_the_bytes_and_types_of_their_row(format: Format) -> None:
     weight, row = sample(1.0), FORMATS[format]
-    stored = dict(pack_block(lambda _: weight, {"q.weight": "q"}, format, {"q": weight.max()}))
-    assert list(stored) == stored_names("q.weight", format)
+    listed = pack(weight, format)
+    if INPUT_SCALE in row.suffixes:
+        listed = (*listed, row.numerics.tensor_scale(weight.max()))
+    stored = dict(zip(stored_names("q.weight", format), listed, strict=True))
     assert sum(tensor.nbytes for tensor in stored.values()) == row.bytes(weight.shape)
     codes, *scales = stored.values()
     assert codes.dtype == getattr(torch, row.codes)
@@ -180,20 +183,6 @@ def test_stored_tensors_have_the_bytes_and_types_of_their_row(format: Format) ->
         assert tensor.dtype == getattr(torch, scale.dtype)
         assert tensor.element_size() == scale.bytes
         assert list(tensor.shape) == ([32, 128 // row.group] if scale.per_group else [])
-
-
-@pytest.mark.parametrize("format", QUANTIZED)
-def test_what_was_packed_is_read_back(format: Format) -> None:
-    tensors = {"norm.weight": torch.ones(128), "q.weight": sample(1.0), "k.weight": sample(9.0)}
-    fused = {"norm.weight": None, "q.weight": "qkv", "k.weight": "qkv"}
-    packed = dict(pack_block(tensors.__getitem__, fused, format, {"qkv": torch.ones(())}))
-    expected = fake_quantize_block(tensors, fused, format)
-    assert torch.equal(packed.pop("norm.weight"), expected["norm.weight"])
-    for name in ("q.weight", "k.weight"):
-        parts = {part: packed.pop(part) for part in stored_names(name, format)}
-        parts.pop(name.replace("weight", INPUT_SCALE), None)
-        assert torch.equal(FORMATS[format].numerics.unpack(*parts.values()), expected[name])
-    assert not packed
 
 
 @pytest.mark.parametrize("exponent", [-20, 0, 10])
@@ -288,7 +277,7 @@ def test_shapes_that_a_format_cannot_take_are_refused_in_one_line(format: Format
     with pytest.raises(InputError, match=line):
         row.bytes(weight.shape)
     with pytest.raises(InputError, match=line):
-        dict(pack_block(lambda _: weight, {"w": "w"}, format, {}))
+        round_group([weight], format, [Inputs(lambda: torch.eye(row.group + 8), 1)])
 
 
 @pytest.mark.parametrize("format", QUANTIZED)

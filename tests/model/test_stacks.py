@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError
-from compress.formats.packed import packed
+from compress.formats import mxfp4 as format
 from compress.memory.footprint import block_bytes
 from compress.model.architecture import Moe
 from compress.model.build import load_model
@@ -54,7 +54,7 @@ def test_a_token_uses_its_experts_of_a_stack_and_each_has_scales(family: str) ->
 
 def mxfp4(stack: Tensor) -> tuple[Tensor, Tensor]:
     """Blocks and scales of experts [expert, in, out], each packed as its transpose."""
-    codes, scales = packed(stack.transpose(1, 2).float().contiguous(), "mxfp4")
+    codes, scales = format.pack(stack.transpose(1, 2).float().contiguous())
     return codes.view(*scales.shape, 16), scales
 
 

@@ -19,7 +19,18 @@ from compress.cli import app, main
 # A search of seconds.
 SMALL = [
     *("--sequence-length", "32", "--score-tokens", "64", "--draws", "1", "--replay-tokens", "32"),
-    *("--select-tokens", "64", "--final-tokens", "64", "--trials", "4", "--finalists", "1"),
+    *(
+        "--select-tokens",
+        "64",
+        "--calibration-tokens",
+        "512",
+        "--final-tokens",
+        "64",
+        "--trials",
+        "4",
+        "--finalists",
+        "1",
+    ),
     *("--short-distill-tokens", "0", "--context", "64"),
 ]
 WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "and", "runs", "away")

@@ -8,8 +8,7 @@ from quantized import with_formats
 from tiny_models import TINY, write_tiny
 
 from compress import load
-from compress.export.inputs import token_rows
-from compress.export.student import export_student
+from compress.export.student import export_student, token_rows
 from compress.export.targets import Target
 from compress.formats.table import Format
 from compress.memory.footprint import Deployment, footprint

@@ -7,7 +7,6 @@ import torch
 from quantized import with_formats
 
 from compress.formats.fake import shared
-from compress.formats.packed import packed
 from compress.formats.table import FORMATS, Format
 from compress.measure.kl import mean_kl, reference
 from compress.memory.machine import Machine
@@ -57,7 +56,7 @@ def test_a_measured_kl_is_that_of_the_cpu(
 def test_codes_and_scales_are_those_of_the_cpu(format: Format) -> None:
     weight = torch.randn(64, 256, generator=torch.Generator().manual_seed(0))
     places = weight, weight.to(CUDA)
-    meant, found = (packed(each, format, *shared([each], format)) for each in places)
+    meant, found = (FORMATS[format].numerics.pack(each, *shared([each], format)) for each in places)
     for one, other in zip(meant, found, strict=True):
         assert torch.equal(one.view(-1).view(torch.uint8), other.cpu().view(-1).view(torch.uint8))
 
