@@ -14,7 +14,7 @@ from compress.formats.table import Format
 from compress.model.architecture import Architecture, Attention, Ffn, Mamba, Moe, to_json
 from compress.model.build import build_model, student_config
 from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters, read_architecture
+from compress.model.families import parameters, read_architecture, stored_parameters
 
 
 def with_formats(architecture: Architecture, formats: Sequence[Format]) -> Architecture:
@@ -49,7 +49,7 @@ def write_student(directory: Path, config: dict[str, object], student: Architect
     generator = torch.Generator().manual_seed(5)
     tensors = (
         (p.name, drawn(p, generator).to(torch.float32 if p.slot.float32 else torch.bfloat16))
-        for p in parameters(student)
+        for p in stored_parameters(student)
     )
     write_checkpoint(directory, tensors, student_config(config, student), None, to_json(student))
     return directory
