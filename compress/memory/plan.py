@@ -124,8 +124,6 @@ def notes_of(
             yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
     if device and (foreign := {*architecture.kv_formats.values()} - {*device.kv_formats}):
         yield f"no backend is sure to run {min(foreign)} KV caches on {device.name}"
-    elif device and (unrun := {*KV_FORMATS} - {*device.kv_formats}) and architecture.kv_formats:
-        yield f"{min(unrun)} KV caches are left out: {device.name} is not sure to run them"
     if device and device.count > 1:
         yield f"{device.name}: assumes that weights and caches split evenly"
 

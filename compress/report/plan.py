@@ -64,6 +64,11 @@ def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
             lines.append(f"largest batch that fits: {limit_text(plan.largest_batch)}")
     if dequantized:
         lines.insert(0, stored_line(plan))
+    offered = {option.kv_format for option in plan.options}
+    if plan.architecture.kv_formats and (gone := {*KV_FORMATS} - offered) and plan.budget:
+        device = plan.budget.device
+        assert device is not None
+        lines.append(f"{min(gone)} KV caches are left out: {device.name} is not sure to run them")
     for line in (*lines, *plan.notes):
         console().print(line, markup=False, soft_wrap=True)
 
