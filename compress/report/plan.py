@@ -171,10 +171,10 @@ def total_row(plan: Plan, parameters_total: int) -> tuple[str, ...]:
 
 def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
     """One line of the table of formats."""
-    taken = option.footprint
+    taken, further = option.footprint, mtp_weight_bytes(plan.architecture)
     parts = (
-        taken.weights + taken.mtp,
-        taken.kv_cache,
+        taken.weights + further,
+        taken.kv_cache + taken.mtp - further,
         taken.ssm_state + taken.conv_state,
         taken.total,
     )
