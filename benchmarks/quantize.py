@@ -18,11 +18,10 @@ import torch
 from benchmarks.common import Clock, arguments, report, subject
 from compress.core.terminal import note
 from compress.export.student import round_student
-from compress.formats.table import FORMATS
+from compress.formats.table import FORMATS, Rounding
 from compress.measure.estimates import difference, mean_of
 from compress.measure.kl import sequence_kl
 from compress.memory.footprint import block_takes
-from compress.student.rounding import Rounding
 from compress.sweep.stack import stack_at
 
 

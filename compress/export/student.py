@@ -30,6 +30,7 @@ from compress.export.card import model_card
 from compress.export.modelopt import quantization_json
 from compress.export.targets import LOADERS, Loader, Target, loader_of
 from compress.formats.packed import stored_specs
+from compress.formats.table import Rounding
 from compress.memory.footprint import mtp_weight_bytes, weight_bytes
 from compress.model.architecture import Architecture, kv_text, to_json, without_formats
 from compress.model.build import is_plain, student_config, weight_formats
@@ -46,7 +47,6 @@ from compress.model.layout import Parameter
 from compress.model.stacks import stacked
 from compress.student.assemble import stack_in_formats
 from compress.student.calibration import quantized
-from compress.student.rounding import Rounding
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import Stack, final_states, stack_at
 

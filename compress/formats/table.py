@@ -17,6 +17,8 @@ from compress.core.errors import InputError
 
 Format = Literal["bf16", "fp8", "nvfp4", "mxfp4", "int4"]
 KvFormat = Literal["bf16", "fp8"]
+# How weights come to the values of a format: ``student/rounding.py``.
+Rounding = Literal["nearest", "scales", "second-order"]
 
 # Taken from the input of a linear layer, not from its weight; reading back has no use for it.
 INPUT_SCALE = "input_scale"

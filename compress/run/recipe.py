@@ -14,6 +14,7 @@ from compress.core.files import write_text
 from compress.core.quantities import parse_budget, parse_bytes, parse_count, parse_tokens
 from compress.core.settings import checked, read_settings
 from compress.export.targets import Target
+from compress.formats.table import Rounding
 from compress.memory.devices import Compute, Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
 from compress.model.config import read_config
@@ -23,7 +24,6 @@ from compress.model.weights import planned_architecture
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
-from compress.student.rounding import Rounding
 from compress.text.sources import is_hub_text, require_text
 from compress.train.recipes import OptimizerName
 

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from compress.formats.fake import fused_groups
 from compress.formats.packed import stored_names
-from compress.formats.table import FORMATS, INPUT_SCALE
+from compress.formats.table import FORMATS, INPUT_SCALE, Rounding
 from compress.model.architecture import Block
 from compress.model.experts import Experts, experts_of_block
 from compress.model.families import family_of
 from compress.model.layout import Parameter
 from compress.model.modules import layer_of, weights_of
-from compress.student.rounding import Inputs, Rounding, round_group
+from compress.student.rounding import Inputs, round_group
 from compress.sweep.stack import Stack
 
 # Sequences that go through a layer together.

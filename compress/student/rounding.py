@@ -13,16 +13,14 @@ chosen when its first column comes.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from compress.formats.blocks import CHUNK
 from compress.formats.fake import shared
-from compress.formats.table import FORMATS, Format, NumberFormat
+from compress.formats.table import FORMATS, Format, NumberFormat, Rounding
 
-Rounding = Literal["nearest", "scales", "second-order"]
 # Of a group's largest magnitude; above 1 small values get finer codes where the largest is not one.
 RATIOS = (1.0, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5)
 # Damping: this times sqrt(inputs / tokens) of the mean of H's diagonal is added to all of it. So

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from compress.export.student import export_student, round_student
 from compress.formats.fake import fake_quantize
-from compress.formats.table import FORMATS, Format
+from compress.formats.table import FORMATS, Format, Rounding
 from compress.model.checkpoint import open_checkpoint
 from compress.student.assemble import stack_in_formats
-from compress.student.rounding import Inputs, Rounding, round_group
+from compress.student.rounding import Inputs, round_group
 from compress.sweep.placement import REFERENCE
 from compress.sweep.stack import final_states, stack_at
 
