@@ -151,7 +151,7 @@ def prune(run: Target) -> None:
 
 
 @app.command()
-@flags.settings("local_tokens", "distill_tokens", *flags.TRAINED, *flags.ROUNDED, *flags.PLACED)
+@flags.settings(*flags.DISTILLED)
 def distill(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Train a student on its teacher's predictions."""
     chosen, recipe, candidate = flags.resume(run, print_config, **given)

@@ -179,7 +179,7 @@ def train_inputs(
 ) -> dict[str, Any]:
     """What decides a student of so many tokens of training, its blocks alone before."""
     recipe, repaired = session.recipe, sorted(candidate.repaired)
-    return {
+    return ({"local": local_tokens} if local_tokens else {}) | {
         "session": session.identity(),
         "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate, recipe.optimizer],
         "length": recipe.distill_length,

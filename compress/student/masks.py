@@ -230,8 +230,3 @@ def numbered(architecture: Architecture, layer: int) -> list[tuple[int, Block]]:
     """The blocks of a layer with their numbers."""
     blocks = enumerate(architecture.blocks)
     return [(number, block) for number, block in blocks if block.layer == layer]
-
-
-def dropped(kept: Tensor, size: int) -> Tensor:
-    """Indices that are not kept."""
-    return torch.ones(size, dtype=torch.bool).index_fill_(0, kept, False).nonzero().flatten()

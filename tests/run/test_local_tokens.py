@@ -42,6 +42,11 @@ def test_blocks_alone_then_the_whole(alone_copy: Path, capsys: pytest.CaptureFix
     assert again == made
     assert not all(torch.equal(alone[key], t) for key, t in weights(alone_copy, name).items())
     assert not (alone_copy / "states").exists()
+    command("distill", alone_copy, "--local-tokens", 1024, "--distill-tokens", 0)
+    assert not all(torch.equal(alone[key], t) for key, t in weights(alone_copy, name).items())
+    more = weights(alone_copy, name)
+    command("distill", alone_copy, "--local-tokens", 0, "--distill-tokens", 256)
+    assert not all(torch.equal(more[key], t) for key, t in weights(alone_copy, name).items())
 
 
 def test_interrupted_between_layers_it_ends_the_same(
