@@ -253,14 +253,17 @@ def export(stack: Stack) -> None:
     def moved(parameter: Parameter) -> Tensor:
         return stack.read(parameter).to(NAME)
 
-    blocks = [replace(block, format="nvfp4") for block in stack.architecture.blocks]
-    architecture = replace(stack.architecture, blocks=tuple(blocks))
+    first, *others = (replace(block, format="nvfp4") for block in stack.architecture.blocks)
+    architecture = replace(stack.architecture, blocks=(first, *others))
     give = rounded(moved, architecture)
     for parameter in parameters(architecture):
         at_home(give(parameter))
-    stack.architecture = architecture
-    for _, tensor in quantized(stack, moved, rows(), "second-order"):
-        at_home(tensor)
+    # Column by column is slow here: of one block only.
+    for blocks, rounding in (((first, *others), "scales"), ((first,), "second-order")):
+        plain = stack.architecture.blocks[len(blocks) :]
+        stack.architecture = replace(architecture, blocks=(*blocks, *plain))
+        for _, tensor in quantized(stack, moved, rows(), rounding):
+            at_home(tensor)
     weight = torch.zeros(32, 128, device=NAME)
     for format in (row for name, row in FORMATS.items() if name != "bf16"):
         for tensor in format.numerics.pack(weight, *shared([weight], format.name)):

@@ -81,7 +81,7 @@ def read_file(file: Path) -> Iterator[Row]:
         return
     read = read_plain if kind_of(file) in PLAIN else read_lines
     try:
-        with file.open("rb") as raw, gzip.open(raw) if file.suffix == GZIP else raw as stream:
+        with file.open("rb") as raw, gzip.open(raw, "rb") if file.suffix == GZIP else raw as stream:
             yield from read(file, stream)
     except UNREADABLE as error:
         yield str(file), Fault(f"cannot be read: {first_line(error)}")

@@ -143,7 +143,7 @@ def test_what_transformers_loads_computes_the_same(
             "'mamba' is not supported; known: linear_at",
         ),
         ("qwen3_5_text", {"linear_num_value_heads": 3}, "3 is not a multiple of linear_num_key"),
-        ("qwen3_5_text", {"layer_types": GONE, "full_attention_interval": 0}, "above 0"),
+        ("qwen3_5_text", {"layer_types": GONE, "full_attention_interval": 0}, "from 1 to"),
         ("qwen3_5_text", {"num_hidden_layers": 5}, "lists 4 layers, num_hidden_layers is 5"),
         ("qwen3_5_text", {"partial_rotary_factor": -0.5}, "-0.5 is not between 0 and 1"),
         ("qwen3_5_moe_text", {"attention_bias": True}, "attention_bias=true is not supported"),

@@ -191,7 +191,7 @@ def bad_index(file: Path) -> None:
         (other_shape, "tensor model.norm.weight in"),
         (not_finite, "tensor model.layers.1.mlp.up_proj.weight in"),
         (bad_index, "model.safetensors.index.json is not JSON"),
-        (Path.unlink, "model.safetensors does not exist"),
+        (Path.unlink, "holds no safetensors file"),
     ],
 )
 def test_weights_that_are_not_a_model(
@@ -244,8 +244,8 @@ def test_a_recipe_key_that_does_not_exist(command: Command) -> None:
     ("content", "said"),
     [
         (b"", "holds no documents"),
-        (b'{"text": "a"}\n{"text": \n', "d.jsonl:2 is not JSON"),
-        (b'{"text": "a"}\n{"txt": "b"}\n', "d.jsonl:2 has no text"),
+        (b'\n{"text": \n', "d.jsonl:2 is not JSON"),
+        (b'\n{"txt": "b"}\n', "d.jsonl:2 has no text"),
         (b'{"text": "\xff"}\n', "is not UTF-8"),
         (b'{"text": "only this"}\n', "give more text, in more rows, or ask for fewer tokens"),
     ],
