@@ -17,6 +17,7 @@ from typer.exceptions import TyperException
 from compress import flags
 from compress.core.errors import CompressError, InputError
 from compress.core.terminal import command, note
+from compress.flags import Json, Model, Planned, PrintConfig, RunName, Target
 from compress.formats.table import Format, KvFormat
 from compress.run.directory import find_run, is_run, run_at, shown
 from compress.run.guide import next_step, possessions
@@ -32,25 +33,6 @@ app = typer.Typer(
     help="The best smaller language model that fits a memory budget.",
     epilog="Exit codes: 0 done, 2 wrong usage or input, 3 budget infeasible, 4 not verified.",
 )
-
-Model = Annotated[
-    str | None, typer.Argument(help="A directory, a short name or a hub id. [default: embedded]")
-]
-Planned = Annotated[
-    list[str],
-    typer.Argument(metavar="MODEL...", help="Directories, config.json files, or as for search."),
-]
-Target = Annotated[
-    str, typer.Argument(metavar="RUN[:CANDIDATE]", help="A run, by default its best candidate.")
-]
-RunName = Annotated[
-    str | None,
-    typer.Option("--run", help="Name under runs/, or a path. [default: MODEL or MODEL-SPACE]"),
-]
-PrintConfig = Annotated[
-    bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
-]
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 
 @app.command()

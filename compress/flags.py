@@ -1,4 +1,4 @@
-"""From flags to a recipe and its run; every flag is a recipe key, with its type and help."""
+"""What commands are given: arguments, and a flag for every recipe key, with its type and help."""
 
 import functools
 import inspect
@@ -24,6 +24,26 @@ from compress.run.recipe import (
 )
 
 Command = Callable[..., None]
+
+# What commands are given besides settings.
+Model = Annotated[
+    str | None, typer.Argument(help="A directory, a short name or a hub id. [default: embedded]")
+]
+Planned = Annotated[
+    list[str],
+    typer.Argument(metavar="MODEL...", help="Directories, config.json files, or as for search."),
+]
+Target = Annotated[
+    str, typer.Argument(metavar="RUN[:CANDIDATE]", help="A run, by default its best candidate.")
+]
+RunName = Annotated[
+    str | None,
+    typer.Option("--run", help="Name under runs/, or a path. [default: MODEL or MODEL-SPACE]"),
+]
+PrintConfig = Annotated[
+    bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 
 PLACED = ("compute", "memory")
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")

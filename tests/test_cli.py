@@ -1,18 +1,13 @@
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
-from published import HYBRID_9B, PUBLISHED
+from commands import in_fresh_process, run
 from search_files import architecture, student, write_search
 
-import compress
-from compress.cli import app, main
+from compress.cli import app
 from compress.core.errors import Infeasible, VerificationFailed
 from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, write_recipe
@@ -21,8 +16,6 @@ COMMANDS = [
     *("plan", "score", "search", "prune", "distill", "quantize", "export", "eval"),
     *("pretrain", "run", "report", "quickstart", "fetch"),
 ]
-# Whatever it is called for, importing these takes seconds.
-HEAVY = ("torch", "transformers", "scipy", "optuna", "matplotlib", "modelopt")
 
 
 class Called(SimpleNamespace):
@@ -50,43 +43,6 @@ def stages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Called:
     return called
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    """Exit code of a command."""
-    monkeypatch.setattr(sys, "argv", ["compress", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    return int(stop.value.code or 0)
-
-
-@pytest.fixture
-def config(tmp_path: Path) -> str:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(HYBRID_9B))
-    return str(file)
-
-
-def in_fresh_process(*arguments: str) -> tuple[str, set[str], float]:
-    """Output of a command, the heavy packages it imported, and its seconds."""
-    code = (
-        "import sys; from compress.cli import main\n"
-        "try: main()\n"
-        f"finally: print([name for name in {HEAVY!r} if name in sys.modules], file=sys.stderr)"
-    )
-    begun = os.times()
-    done = subprocess.run(
-        [sys.executable, "-c", code, *arguments],
-        capture_output=True,
-        text=True,
-        check=True,
-        env=os.environ | {"PYTHONPATH": str(Path(compress.__file__).parent.parent)},
-    )
-    imported = json.loads(done.stderr.splitlines()[-1].replace("'", '"'))
-    # Seconds of work, not of waiting for a core that other tests use.
-    ended = os.times()
-    seconds = ended.children_user + ended.children_system
-    return done.stdout, set(imported), seconds - begun.children_user - begun.children_system
-
-
 def test_every_stage_is_a_command_with_help_and_without_torch() -> None:
     assert [
         command.name or command.callback.__name__ for command in app.registered_commands
@@ -96,121 +52,6 @@ def test_every_stage_is_a_command_with_help_and_without_torch() -> None:
     assert seconds < 1
     assert all(f"  {name} " in output for name in COMMANDS)
     assert "Exit codes: 0 done, 2 wrong usage or input, 3 budget infeasible, 4 not" in output
-
-
-def test_plan_answers_in_json_without_torch(config: str) -> None:
-    output, imported, seconds = in_fresh_process(
-        "plan", config, "--context", "128k", "--budget", "22GiB", "--json"
-    )
-    assert imported == set()
-    assert seconds < 1
-    assert json.loads(output) == {
-        "family": "nemotron_h",
-        "layers": 56,
-        "parameters": {"total": 8888227328, "active": 8888227328},
-        "bytes": {
-            "weights": 17776454656,
-            "kv_cache": 2147483648,
-            "ssm_state": 141557760,
-            "conv_state": 1990656,
-            "mtp": 0,
-            "workspace": 0,
-            "total": 20067486720,
-        },
-        "budget": 23622320128,
-        "fits": True,
-        "largest_context": 348041,
-        "largest_batch": 2,
-    }
-
-
-@pytest.mark.parametrize("name", PUBLISHED)
-def test_plan_counts_every_family_without_torch(name: str, tmp_path: Path) -> None:
-    written, count = PUBLISHED[name]
-    (tmp_path / "config.json").write_text(json.dumps(written))
-    output, imported, _ = in_fresh_process("plan", str(tmp_path), "--json")
-    assert imported == set()
-    assert json.loads(output)["parameters"]["total"] == count
-
-
-def test_plan_says_what_the_work_takes_without_torch(config: str) -> None:
-    command = ("plan", config, "--work", "--on", "a10g")
-    output, imported, _ = in_fresh_process(*command, "--json")
-    assert imported == set()
-    work = json.loads(output)["work"]
-    assert work["machine"]["name"] == "a10g"
-    fits = {stage["stage"]: stage["fits"] for stage in work["stages"]}
-    assert fits == {"score": True, "search": False, "distill": False, "export": True}
-    printed, imported, _ = in_fresh_process(*command)
-    assert imported == set()
-    lines = printed.splitlines()
-    table = lines[next(at for at, line in enumerate(lines) if "the work on a10g" in line) :]
-    assert [word for word in fits if any(word in line for line in table)] == list(fits)
-    assert all(len(line.rstrip()) <= 80 for line in table if "│" in line)
-
-
-def test_plan_prints_a_row_for_all_blocks_that_are_alike(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert run(monkeypatch, "plan", config, "--device", "a10g", "--budget", "40GiB") == 0
-    output = capsys.readouterr().out
-    assert output.count("kv_head 8, query 5, head_dim 128") == 1
-    assert output.count("nvfp4, bf16") == 1
-    assert "fp8 KV caches are left out: a10g is not sure to run them" in output
-    assert "a10g offers 22.060 GiB (binds; budget 40.000 GiB)" in output
-
-
-def test_models_side_by_side_fit_into_80_columns(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    names = ["Nemotron-Nano-12B-v2", "Nemotron-Nano-9B-v2", "Qwen3-8B", "Qwen3-30B-A3B"]
-    for name in names:
-        (tmp_path / name.removeprefix("Nemotron-")).mkdir()
-        file = tmp_path / name.removeprefix("Nemotron-") / "config.json"
-        file.write_text(json.dumps(PUBLISHED[name][0]))
-    paths = [str(file.parent) for file in sorted(tmp_path.glob("*/config.json"))]
-    served = ("--context", "128k", "--device", "a10g")
-    monkeypatch.setenv("COLUMNS", "80")
-    assert run(monkeypatch, "plan", "--compare", *paths, *served) == 0
-    printed = capsys.readouterr().out
-    table = [line for line in printed.splitlines() if "│" in line]
-    assert all(len(line.rstrip()) <= 80 for line in table)
-    rows = {cells[0]: cells[1:] for line in table if (cells := line.strip("│ ").split("│"))}
-    rows = {key.strip(): [cell.strip() for cell in cells] for key, cells in rows.items()}
-    # In the order of their names: Nano-12B, Nano-9B, Qwen3-30B, Qwen3-8B.
-    assert rows["active"] == ["12.310B", "8.888B", "3.353B", "8.191B"]
-    assert rows["weights"] == ["22.929 GiB", "16.556 GiB", "56.871 GiB", "15.256 GiB"]
-    assert rows["KV cache"] == ["3.000 GiB", "2.000 GiB", "12.000 GiB", "18.000 GiB"]
-    assert rows["fits"] == ["no", "yes", "no", "no"]
-    assert rows["largest batch"] == ["0", "2", "0", "0"]
-    assert run(monkeypatch, "plan", *paths, *served, "--compare", "--json") == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert [planned[path]["largest_batch"] for path in paths] == [0, 2, 0, 0]
-    assert run(monkeypatch, "plan", *paths) == 2
-    assert "--compare puts several side by side" in capsys.readouterr().err
-    assert run(monkeypatch, "plan", paths[1], *served, "--max-batch") == 0
-    assert "largest batch that fits: 2" in capsys.readouterr().out
-
-
-def test_plan_asks_what_if_by_format(
-    config: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    asked = ("--context", "128k", "--format", "fp8", "--kv-format", "fp8", "--json")
-    assert run(monkeypatch, "plan", config, *asked) == 0
-    planned = json.loads(capsys.readouterr().out)
-    assert planned["bytes"]["kv_cache"] == 2147483648 // 2
-    assert planned["bytes"]["weights"] < 17776454656 * 0.6
-    assert planned["budget"] is planned["fits"] is planned["largest_context"] is None
-
-
-def test_plan_says_where_memory_is_not_the_limit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(HYBRID_9B | {"max_position_embeddings": 131072}))
-    for budget, said in (("22GiB", True), ("17GiB", False)):
-        assert run(monkeypatch, "plan", str(file), "--budget", budget) == 0
-        assert ("made for 131,072 tokens" in capsys.readouterr().out) == said
 
 
 @pytest.mark.parametrize("command", ["score", "search", "distill", "export", "eval", "run"])

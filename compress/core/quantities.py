@@ -32,9 +32,9 @@ def parse_bytes(text: str, what: str = "size") -> int:
     return parse(text, BYTES, what, "22GiB, 24GB, 160MiB or a number of bytes")
 
 
-def parse_tokens(text: str, what: str = "context") -> int:
-    """Tokens of "128k" (131072), "1M" (1048576) or "4000"."""
-    return positive(parse(text, TOKENS, what, "128k (131072), 1M or 4000"), text, what)
+def parse_tokens(text: str) -> int:
+    """Tokens of context that "128k" (131072), "1M" (1048576) or "4000" are."""
+    return positive(parse(text, TOKENS, "context", "128k (131072), 1M or 4000"), text, "context")
 
 
 def parse_count(text: str, what: str = "count") -> int:
@@ -42,13 +42,13 @@ def parse_count(text: str, what: str = "count") -> int:
     return positive(parse(text, COUNTS, what, "1.6B, 135M or 300k"), text, what)
 
 
-def parse_share(text: str, what: str = "budget") -> Fraction | None:
+def parse_share(text: str) -> Fraction | None:
     """The fraction that "70%" is; None if the text is not a percentage."""
     if not text.strip().endswith("%"):
         return None
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
     if not found:
-        raise InputError(f"{what} {text!r} is not understood; a share is written like 70%")
+        raise InputError(f"budget {text!r} is not understood; a share is written like 70%")
     return Fraction(found[1]) / 100
 
 

@@ -18,23 +18,14 @@ what does not stay. Times are rough: text decides when replays and trials stop.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from math import prod
 
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
 from compress.memory.machine import Machine
+from compress.memory.sizes import Sizes, sizes_of
 from compress.model.architecture import (
     Architecture,
-    Attention,
-    Block,
-    DeltaNet,
-    Ffn,
-    Mamba,
-    Mla,
-    ShortConv,
-    sizes,
 )
-from compress.model.families import parameters
 
 FP32 = 4
 # Sequences of a batch that is scored, and that a sweep replays or measures.
@@ -43,11 +34,6 @@ SCORE_BATCH, SWEEP_BATCH = 8, 4
 MICRO_TOKENS, HEAD_TOKENS = 1024, 512
 # Arrays over tokens and vocabulary in flight: logits, probabilities, and what becomes of them.
 HEAD_ARRAYS = 4
-# Numbers kept for a backward pass for each that a matrix reads or gives.
-KEPT = 2
-# Positions of a chunk of a scan, Mamba's or the delta rule's, which has that many numbers per head
-# and token, thrice.
-SCAN_CHUNK, SCAN_ARRAYS = 64, 3
 EXPORT_TOKENS = 512
 # What a student that is planned before it is searched has of its teacher's weights.
 STUDENT = 0.7
@@ -121,74 +107,6 @@ class Work:
         return self.operations / machine.flops + self.sweeps * streamed / READ_RATE
 
 
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """What of a model decides its work: weights by layer and outside, and widths."""
-
-    layers: tuple[int, ...]
-    outside: int
-    hidden: int
-    vocab: int
-    units: int
-    active: int
-    activations: tuple[int, ...]
-
-    @property
-    def weights(self) -> int:
-        """All weights."""
-        return sum(self.layers) + self.outside
-
-    @property
-    def largest(self) -> int:
-        """Weights of the largest part that is brought in at once."""
-        return max(*self.layers, self.outside)
-
-
-def sizes_of(architecture: Architecture) -> Sizes:
-    """The sizes of a model."""
-    blocks = architecture.blocks
-    layers, kept = [0] * architecture.layers, [0] * architecture.layers
-    outside, active = 0, 0.0
-    for each in parameters(architecture):
-        if each.block is None:
-            outside += each.count
-            continue
-        block = blocks[each.block]
-        used = 1.0 if each.expert is None else getattr(block, "top_k", 1) / sizes(block)["expert"]
-        layers[block.layer] += each.count
-        active += each.count * used
-        if len(each.shape) > 1:
-            kept[block.layer] += round(KEPT * (each.shape[0] + each.shape[-1]) * used)
-    for block in blocks:
-        if isinstance(block, Mamba):
-            kept[block.layer] += SCAN_ARRAYS * SCAN_CHUNK * block.group * block.head
-        elif isinstance(block, DeltaNet):
-            kept[block.layer] += SCAN_ARRAYS * SCAN_CHUNK * block.key_head * block.value
-    return Sizes(
-        layers=tuple(layers), outside=outside, hidden=architecture.hidden,
-        vocab=architecture.vocab, units=architecture.hidden + sum(map(units_of, blocks)),
-        active=round(active), activations=tuple(kept),
-    )  # fmt: skip
-
-
-def units_of(block: Block) -> int:
-    """About how many units of a block have contributions of their own."""
-    own = sizes(block)
-    if isinstance(block, Attention):
-        return own["kv_head"] * own["query"]
-    if isinstance(block, Mla):
-        return own["query"]
-    if isinstance(block, Ffn):
-        return own["ffn"]
-    if isinstance(block, Mamba):
-        return prod(own[axis] for axis in ("group", "head", "channel"))
-    if isinstance(block, ShortConv):
-        return own["inner"]
-    if isinstance(block, DeltaNet):
-        return prod(own[axis] for axis in ("key_head", "value", "value_dim"))
-    return own["expert"] * own["expert_ffn"] + own.get("shared_ffn", 0) + own.get("latent", 0)
-
-
 def work_of(architecture: Architecture, asked: Settings, machine: Machine) -> list[Work]:
     """What every stage takes, in their order."""
     own = sizes_of(architecture)
@@ -196,7 +114,7 @@ def work_of(architecture: Architecture, asked: Settings, machine: Machine) -> li
         score_work(own, asked, machine),
         search_work(own, asked, machine),
         distill_work(own, asked, machine),
-        export_work(own, asked, machine),
+        export_work(own),
     ]
     if asked.local_tokens:
         found.insert(2, local_work(own, asked, machine))
@@ -310,7 +228,7 @@ def distill_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
     )  # fmt: skip
 
 
-def export_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
+def export_work(own: Sizes) -> Work:
     """Packing, and reading back; in fp32 everywhere."""
     parts = {
         "weights of a layer": made_bytes(own, FP32),

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published import HYBRID_8B, HYBRID_9B, HYBRID_12B, HYBRID_30B, LLAMA_8B, PUBLISHED
+from published import LLAMA_8B, PUBLISHED
+from published_hybrids import HYBRID_8B, HYBRID_9B, HYBRID_12B, HYBRID_30B
 from safetensors import safe_open
 
 from compress.core.errors import InputError

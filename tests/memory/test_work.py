@@ -4,7 +4,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
-from published import HYBRID_12B, HYBRID_30B
+from published_hybrids import HYBRID_12B, HYBRID_30B
 from tiny_models import HYBRID, LLAMA
 
 from compress.core.errors import InputError

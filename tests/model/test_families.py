@@ -4,7 +4,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from published import HYBRID_9B, HYBRID_30B, LLAMA_8B, PUBLISHED
+from published import LLAMA_8B, PUBLISHED
+from published_hybrids import HYBRID_9B, HYBRID_30B
 from safetensors import safe_open
 
 from compress.core.errors import InputError
