@@ -1,6 +1,5 @@
 """The laws that every family keeps: a row of ``tiny_models.EVERY`` is all that a new one adds."""
 
-from collections.abc import Iterator
 from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
@@ -8,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from cuts import Keep, candidate, some
+from cuts import Keep, candidate
 from quantized import with_formats
 from safetensors import safe_open
+from students import cuts_of, student_model, uneven, without
 from tiny_models import EVERY, write_tiny
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
@@ -24,13 +24,11 @@ from compress.memory.plan import make_plan
 from compress.model.architecture import (
     Architecture,
     block_name,
-    cached,
     from_json,
     in_kv_format,
-    sizes,
     to_json,
 )
-from compress.model.build import build_model, is_plain, load_model, student_config
+from compress.model.build import is_plain, load_model, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.families import (
     count_parameters,
@@ -44,8 +42,8 @@ from compress.model.stacks import stored_shapes
 from compress.scores.contributions import contributions
 from compress.scores.costs import top
 from compress.student.masks import masked, masked_final
-from compress.student.surgery import prune, student_tensors
-from compress.student.units import AXES, number_of, projections, read_by_experts, unit_key
+from compress.student.surgery import prune
+from compress.student.units import projections, read_by_experts, unit_key
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack, final_states, stack_of
 
@@ -69,12 +67,6 @@ def teacher(family: str, tmp_path: Path) -> Checkpoint:
 def logits(model: Any) -> Tensor:
     found: Tensor = head_of(model).logits(final_hidden(model, TOKENS))
     return found
-
-
-def student_model(teacher: Checkpoint, keep: Keep) -> Any:
-    student = candidate(teacher.architecture, keep)
-    config = student_config(teacher.config, student.architecture)
-    return build_model(config, student.architecture, student_tensors(teacher, student))
 
 
 def stock(path: Path) -> Any:
@@ -112,35 +104,6 @@ def test_a_sweep_gives_what_the_model_does(teacher: Checkpoint, memory: int | No
     [found] = final_states(stack_of(teacher, Placement(memory=memory)), [TOKENS])
     with torch.no_grad():
         assert torch.equal(found, final_hidden(load_model(teacher.path), TOKENS))
-
-
-def cuts_of(architecture: Architecture) -> Iterator[Keep]:
-    """A cut of every axis of every kind of block, and of blocks and layers."""
-    if not family_of(architecture.family).whole_hidden:
-        yield {"hidden": some(48, of=architecture.hidden)}
-    kinds = {block.kind: block for block in reversed(architecture.blocks)}
-    for kind, block in kinds.items():
-        for axis, rule in AXES[kind].items():
-            if axis not in sizes(block):
-                continue
-            size = sizes(block)[axis]
-            if rule.within:
-                index = some(sizes(block)[rule.within], (size + 1) // 2, of=size)
-            else:
-                # Of every routing group as many.
-                groups, least = (number_of(block, n) for n in (rule.multiple, rule.least))
-                most = size // groups
-                rows = some(groups, max(most // 2, least // groups), of=most)
-                index = (rows + most * torch.arange(groups)[:, None]).flatten()
-            yield {f"layers.{block.layer}.{kind}/{axis}": index}
-        yield without(architecture, architecture.blocks.index(block))
-    gone = architecture.blocks[0].layer
-    yield without(architecture, *(n for n, b in enumerate(architecture.blocks) if b.layer == gone))
-
-
-def without(architecture: Architecture, *numbers: int) -> Keep:
-    kept = [number for number in range(len(architecture.blocks)) if number not in numbers]
-    return {"blocks": torch.tensor(kept)}
 
 
 def masked_logits(stack: Stack, keep: Keep) -> Tensor:
@@ -243,21 +206,6 @@ def test_a_student_in_formats_is_exported_and_read_back(
     # It is read back and compared with the student whose weights are rounded.
     export_student(tmp_path / "student", tmp_path / "export", architecture, "compress", {})
     assert load_model(tmp_path / "export")(TOKENS).logits.isfinite().all()
-
-
-def uneven(architecture: Architecture) -> Keep:
-    """A student whose blocks differ, without its first attention and one whole layer."""
-    first, *others = (n for n, block in enumerate(architecture.blocks) if cached(block))
-    gone = architecture.blocks[-1].layer
-    last = [n for n, block in enumerate(architecture.blocks) if block.layer == gone]
-    keep = without(architecture, *last, *([first] if others else []))
-    kinds = {b.kind: b for b in reversed(architecture.blocks) if b.layer != gone}
-    for kind, axis in (("ffn", "ffn"), ("moe", "expert_ffn"), ("mamba", "channel")):
-        if block := kinds.get(kind):
-            size = sizes(block)[axis]
-            outer = (sizes(block)["expert"],) if kind == "moe" else ()
-            keep[f"{block_name(block)}/{axis}"] = some(*outer, size // 2, of=size)
-    return keep
 
 
 def test_an_uneven_student_is_written_read_and_continues_text(

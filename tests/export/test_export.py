@@ -3,12 +3,11 @@
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from exports import CARD, MIXES, QUANTIZED, SERVED, SERVED_MIXES, architecture_of
 from quantized import fake_quantized_logits, stored, uneven, with_formats, write_student
 from safetensors.torch import save_file
 from tiny_models import EVERY, HYBRID, LLAMA, TINY, write_tiny
@@ -17,37 +16,26 @@ from transformers import AutoModelForCausalLM
 from compress import load
 from compress.core.errors import InputError, VerificationFailed
 from compress.export.student import export_student, token_rows
-from compress.export.targets import Target, restricted, served_by
+from compress.export.targets import Target, restricted
 from compress.formats.fake import shared
 from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, INPUT_SCALE, Format
-from compress.memory.devices import find_device
 from compress.memory.footprint import Deployment, footprint
-from compress.model.architecture import Architecture, from_json, in_kv_format
+from compress.model.architecture import from_json
 from compress.model.build import load_model
-from compress.model.checkpoint import open_checkpoint
 from compress.model.families import read_architecture
 from compress.searches.space import load_space
 
-QUANTIZED = [name for name in FORMATS if name != "bf16"]
-SERVED = [name for name in QUANTIZED if FORMATS[name].modelopt]
-MIXES: list[Sequence[Format]] = [*([name] for name in QUANTIZED), [*QUANTIZED, "bf16"]]
-SERVED_MIXES: list[Sequence[Format]] = [["bf16"], *([name] for name in SERVED), [*SERVED, "bf16"]]
 WIDE: dict[str, object] = dict.fromkeys(
     ("hidden_size", "intermediate_size", "moe_intermediate_size",
      "moe_shared_expert_intermediate_size"), 128,
 ) | {"num_attention_heads": 8}  # fmt: skip
-CARD = {"command": "compress export tiny", "budget": "1 MiB", "measurements": {"measured_kl": 0.25}}
 
 
 @pytest.fixture(scope="session", params=["llama", "hybrid"])
 def wide(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model whose widths every format takes."""
     return write_tiny(tmp_path_factory.mktemp("wide") / "model", TINY[request.param] | WIDE)
-
-
-def architecture_of(path: Path, formats: Sequence[Format]) -> Architecture:
-    return with_formats(open_checkpoint(path).architecture, formats)
 
 
 @pytest.mark.parametrize(
@@ -113,17 +101,6 @@ def test_stock_transformers_refuses_quantized_exports(
         AutoModelForCausalLM.from_pretrained(tmp_path / "out")
 
 
-def test_transformers_takes_no_quantized_student(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"bf16 only.*nvfp4.*--target compress or vllm"):
-        export_student(
-            tiny, tmp_path / "out", architecture_of(tiny, ["nvfp4"]), "transformers", CARD
-        )
-    onnx: Any = "onnx"
-    with pytest.raises(InputError, match=r"'onnx'.*vllm"):
-        export_student(tiny, tmp_path / "out", architecture_of(tiny, ["bf16"]), onnx, CARD)
-    assert not list(tmp_path.iterdir())
-
-
 @pytest.mark.parametrize("format", [name for name in QUANTIZED if name not in SERVED])
 def test_vllm_takes_the_formats_that_its_loader_knows(
     wide: Path, tmp_path: Path, format: Format
@@ -136,14 +113,6 @@ def test_vllm_takes_the_formats_that_its_loader_knows(
         restricted(listed, "vllm", "llama")
     assert restricted(listed, "compress", "llama") == listed
     assert restricted(listed, "transformers", "llama").formats == ("bf16",)
-
-
-def test_servers_take_no_quantized_experts_that_they_know_stacked_only(tmp_path: Path) -> None:
-    path = write_tiny(tmp_path / "m", EVERY["gpt_oss"])
-    space = restricted(load_space("joint"), "vllm", "gpt_oss")
-    assert space.formats == ("bf16",)
-    with pytest.raises(InputError, match=r"'vllm' takes bf16 only.*use --target compress$"):
-        export_student(path, tmp_path / "out", architecture_of(path, ["fp8"]), "vllm", CARD)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
@@ -183,68 +152,6 @@ def test_what_is_not_quantized_is_stored_as_it_was(tiny: Path, tmp_path: Path) -
     same = [name for name in source if found[name].dtype == source[name].dtype]
     assert any("embed" in name for name in same)
     assert all(torch.equal(found[name], source[name]) for name in same)
-
-
-@pytest.mark.parametrize("formats", SERVED_MIXES[1:])
-def test_module_names_in_the_json_files_are_those_on_disk(
-    tiny_hybrid: Path, tmp_path: Path, formats: Sequence[Format]
-) -> None:
-    out = tmp_path / "out"
-    export_student(tiny_hybrid, out, architecture_of(tiny_hybrid, formats), "vllm", CARD)
-    details = json.loads((out / "hf_quant_config.json").read_text())["quantization"]
-    config = json.loads((out / "config.json").read_text())["quantization_config"]
-    modules = {name.removesuffix(".weight") for name in stored(out)}
-    listed = [
-        *details.get("exclude_modules", []),
-        *details.get("quantized_layers", {}),
-        *config.get("ignore", []),
-        *config.get("quantized_layers", {}),
-    ]
-    assert listed
-    for name in listed:
-        assert any(module == name or module.startswith(name + ".") for module in modules), name
-
-
-def test_the_kv_format_is_told_to_servers(tiny_llama: Path, tmp_path: Path) -> None:
-    architecture = in_kv_format(architecture_of(tiny_llama, ["fp8"]), "fp8")
-    out = tmp_path / "out"
-    export_student(tiny_llama, out, architecture, "vllm", CARD)
-    details = json.loads((out / "hf_quant_config.json").read_text())
-    assert details["quantization"]["kv_cache_quant_algo"] == "FP8"
-    assert "fp8" in (out / "README.md").read_text()
-
-
-@pytest.mark.parametrize("format", ["bf16", "fp8"])
-def test_kv_formats_that_differ_are_exported_for_us_alone(
-    tiny_llama: Path, tmp_path: Path, format: Format
-) -> None:
-    architecture = architecture_of(tiny_llama, [format])
-    first = in_kv_format(architecture, "fp8").blocks[0]
-    architecture = replace(architecture, blocks=(first, *architecture.blocks[1:]))
-    with pytest.raises(InputError, match=r"fp8 in 1 of 3 blocks KV; use --target compress$"):
-        export_student(tiny_llama, tmp_path / "out", architecture, "vllm", CARD)
-    export_student(tiny_llama, tmp_path / "out", architecture, "compress", CARD)
-    read = from_json((tmp_path / "out" / "architecture.json").read_text())
-    assert read.kv_formats == architecture.kv_formats
-    card = (tmp_path / "out" / "README.md").read_text()
-    assert "fp8 in 1 of 3 blocks" in card
-    assert f"layers.0.attention | {format}; fp8 KV; kv_head 2" in card
-
-
-def test_spaces_offer_the_kv_formats_that_target_and_device_take() -> None:
-    joint = load_space("joint")
-    assert restricted(joint, "compress", "llama").kv_scope == "block"
-    assert restricted(joint, "vllm", "llama").kv_scope == "global"
-    assert served_by(joint, None) == (joint, None)
-    assert served_by(joint, find_device("l4")) == (joint, None)
-    space, line = served_by(joint, find_device("8xa100-80"))
-    assert (space.kv_formats, line) == (
-        ("bf16",),
-        "fp8 KV caches are left out: no backend is sure to run them on 8xa100-80",
-    )
-    asked = joint.model_copy(update={"kv_formats": ("fp8",)})
-    with pytest.raises(InputError, match=r"asks for fp8 KV caches.*on a10g; list bf16"):
-        served_by(asked, find_device("a10g"))
 
 
 def test_the_model_card_tells_command_budget_and_measurements(tiny: Path, tmp_path: Path) -> None:

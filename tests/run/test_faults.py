@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import Shared
-from safetensors.torch import load_file, save_file
+from damages import (
+    bad_index,
+    beyond,
+    header_only,
+    not_finite,
+    other_shape,
+    truncated,
+    without,
+)
 from tiny_models import LLAMA
 
 from compress.cli import app, main
@@ -146,39 +154,6 @@ def test_a_config_that_cannot_be_read(
     error = command.fails(2, *command.search(model), early=True)
     assert said in error
     assert str(model) in error
-
-
-def truncated(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-1000])
-
-
-def header_only(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:100])
-
-
-def without(file: Path) -> None:
-    tensors = load_file(file)
-    del tensors["model.norm.weight"]
-    save_file(tensors, file)
-
-
-def beyond(file: Path) -> None:
-    save_file(load_file(file) | {"model.surprise.weight": torch.zeros(4)}, file)
-
-
-def other_shape(file: Path) -> None:
-    save_file(load_file(file) | {"model.norm.weight": torch.zeros(4)}, file)
-
-
-def not_finite(file: Path) -> None:
-    tensors = load_file(file)
-    tensors["model.layers.1.mlp.up_proj.weight"][3, 5] = torch.nan
-    save_file(tensors, file)
-
-
-def bad_index(file: Path) -> None:
-    file.rename(file.with_name("model-00001-of-00001.safetensors"))
-    file.with_name("model.safetensors.index.json").write_text("{")
 
 
 @pytest.mark.parametrize(
