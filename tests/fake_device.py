@@ -43,6 +43,7 @@ from compress.student.calibration import quantized
 from compress.student.candidate import Candidate, block_keep, student_architecture
 from compress.student.grams import tapped
 from compress.student.rounded import rounded
+from compress.student.rounding import Inputs, round_group
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
 from compress.train.distill import Teacher, kl, recompute
@@ -258,12 +259,14 @@ def export(stack: Stack) -> None:
     give = rounded(moved, architecture)
     for parameter in parameters(architecture):
         at_home(give(parameter))
-    # Column by column is slow here: of one block only.
-    for blocks, rounding in (((first, *others), "scales"), ((first,), "second-order")):
-        plain = stack.architecture.blocks[len(blocks) :]
-        stack.architecture = replace(architecture, blocks=(*blocks, *plain))
-        for _, tensor in quantized(stack, moved, rows(), rounding):
-            at_home(tensor)
+    stack.architecture = replace(architecture, blocks=(first, *stack.architecture.blocks[1:]))
+    for _, tensor in quantized(stack, moved, rows(), "scales"):
+        at_home(tensor)
+    # Column by column is slow here: few of them.
+    few = torch.ones(4, 32, device=NAME)
+    [found] = round_group([few], "nvfp4", [Inputs(lambda: few.T @ few, 4)])
+    for tensor in (*found.stored, found.values):
+        at_home(tensor)
     weight = torch.zeros(32, 128, device=NAME)
     for format in (row for name, row in FORMATS.items() if name != "bf16"):
         for tensor in format.numerics.pack(weight, *shared([weight], format.name)):
