@@ -160,7 +160,10 @@ def quantize(run: Target, *, print_config: PrintConfig = False, **given: Any) ->
 @app.command()
 @flags.settings("target", *flags.ROUNDED, *flags.PLACED)
 def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
-    """Write and verify a student in its formats, as a Hugging Face directory."""
+    """Write a student in its formats, and verify it.
+
+    A Hugging Face directory, which is read back before it counts.
+    """
     chosen, recipe, candidate = flags.resume(run, print_config, **given)
     from compress.run import stages
 

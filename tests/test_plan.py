@@ -1,12 +1,20 @@
 """``compress plan``: what it says, from configs alone."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
 from commands import in_fresh_process, run
 from published import PUBLISHED
 from published_hybrids import HYBRID_9B
+from tiny_models import EVERY
+
+from compress.core.quantities import parse_bytes
+from compress.model.families import read_architecture
+
+# Its label and its first cell.
+CELLS = re.compile(r"│ (\S.*?) +│ +(\S.*?) │")
 
 
 @pytest.fixture
@@ -108,6 +116,22 @@ def test_models_side_by_side_fit_into_80_columns(
     assert "--compare puts several side by side" in capsys.readouterr().err
     assert run(monkeypatch, "plan", paths[1], *served, "--max-batch") == 0
     assert "largest batch that fits: 2" in capsys.readouterr().out
+
+
+def test_a_comparison_adds_up_with_what_predicts_further_tokens(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(EVERY["deepseek_v3"]))
+    assert read_architecture(EVERY["deepseek_v3"]).mtp
+    assert run(monkeypatch, "plan", "--compare", str(path), str(path), "--context", "4k") == 0
+    printed = capsys.readouterr().out
+    rows = dict(CELLS.findall(printed))
+    parts = sum(parse_bytes(rows[label]) for label in ("weights", "KV cache", "states"))
+    assert parts == pytest.approx(parse_bytes(rows["total"]), rel=1e-3)
+    assert "cannot be" not in printed
+    assert run(monkeypatch, "plan", "--compare", str(path), "--format", "int4") == 0
+    assert "8 blocks cannot be int4 (inputs no multiple of 128)" in capsys.readouterr().out
 
 
 def test_plan_asks_what_if_by_format(

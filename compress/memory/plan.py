@@ -1,6 +1,6 @@
 """What a model takes, what fits, and which budget binds: pure arithmetic on config.json."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from pathlib import Path
@@ -107,7 +107,7 @@ def options_of(
 def notes_of(
     config: Mapping[str, Any], architecture: Architecture, context: int | None, limit: Budget | None
 ) -> Iterator[str]:
-    """What a reader has to know about a plan besides its numbers.
+    """What a reader has to know about a plan besides its numbers and formats.
 
     ``context`` is the longest that the plan speaks of; None if it has no limit.
     """
@@ -117,15 +117,21 @@ def notes_of(
     trained = text_config(config).get("max_position_embeddings")
     if trained and (context is None or context > trained):
         yield f"config.json says that the model is made for {trained:,} tokens, whatever fits"
-    family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks
-    for format in FORMATS:
-        if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
-            inputs = f"inputs no multiple of {FORMATS[format].group}"
-            yield f"{refused} blocks cannot be {format} ({inputs}) and stay bf16"
     if device and (foreign := {*architecture.kv_formats.values()} - {*device.kv_formats}):
         yield f"no backend is sure to run {min(foreign)} KV caches on {device.name}"
     if device and device.count > 1:
         yield f"{device.name}: assumes that weights and caches split evenly"
+
+
+def refusals(architecture: Architecture, formats: Iterable[Format]) -> Iterator[str]:
+    """A line for each of these formats that blocks cannot be in."""
+    family, hidden, blocks = architecture.family, architecture.hidden, architecture.blocks
+    for format in formats:
+        if refused := sum(not block_takes(block, hidden, family, format) for block in blocks):
+            inputs = f"inputs no multiple of {FORMATS[format].group}"
+            count = "1 block" if refused == 1 else f"{refused} blocks"
+            verb = "stays" if refused == 1 else "stay"
+            yield f"{count} cannot be {format} ({inputs}) and {verb} bf16"
 
 
 def make_plan(
@@ -171,5 +177,8 @@ def make_plan(
         largest_batch=largest_batch(planned, deployment, limit.bytes) if limit else None,
         options=tuple(options_of(architecture, deployment, limit)),
         budget=limit,
-        notes=tuple(notes_of(config, planned, spoken_of, limit)),
+        notes=(
+            *notes_of(config, planned, spoken_of, limit),
+            *refusals(planned, [format] if format else []),
+        ),
     )

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
+from compress.memory.footprint import mtp_weight_bytes
 from compress.memory.plan import Plan
 from compress.model.families import count_active, count_parameters
 from compress.report.plan import limit_text, smallest_card
@@ -36,11 +37,12 @@ def print_comparison(plans: Mapping[str, Plan], as_json: bool = False) -> None:
 def column(plan: Plan) -> dict[str, str]:
     """What is said of one model, by label."""
     model, taken = plan.architecture, plan.footprint
+    further = mtp_weight_bytes(model)
     found = {
         "parameters": format_count(count_parameters(model)),
         "active": format_count(count_active(model)),
-        "weights": format_bytes(taken.weights),
-        "KV cache": format_bytes(taken.kv_cache),
+        "weights": format_bytes(taken.weights + further),
+        "KV cache": format_bytes(taken.kv_cache + taken.mtp - further),
         "states": format_bytes(taken.ssm_state + taken.conv_state),
         "total": format_bytes(taken.total),
     }

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
-from compress.formats.table import KV_FORMATS, KvFormat
+from compress.formats.table import FORMATS, KV_FORMATS, KvFormat
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import (
     Deployment,
@@ -16,7 +16,7 @@ from compress.memory.footprint import (
     state_bytes,
 )
 from compress.memory.machine import PROCESS, Machine
-from compress.memory.plan import Option, Plan
+from compress.memory.plan import Option, Plan, refusals
 from compress.memory.work import Work
 from compress.model.architecture import Architecture, kv_format_of, sizes
 from compress.model.families import (
@@ -69,7 +69,8 @@ def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
         device = plan.budget.device
         assert device is not None
         lines.append(f"{min(gone)} KV caches are left out: {device.name} is not sure to run them")
-    for line in (*lines, *plan.notes):
+    # What is said of a format that is asked for is among the notes already.
+    for line in dict.fromkeys((*lines, *plan.notes, *refusals(architecture, FORMATS))):
         console().print(line, markup=False, soft_wrap=True)
 
 
