@@ -108,8 +108,8 @@ def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
     note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
 
 
-def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
-    """Export the latest student in its formats, verified by reading it back."""
+def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
+    """Export the latest student in its formats; what was verified by reading it back."""
     session = Session(run, recipe)
     candidate, row = students.find_candidate(session, name)
     directory, out = students.latest(session, candidate), run.path / "export" / candidate.id
@@ -134,6 +134,7 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> None:
         f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
         f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
     )
+    return facts
 
 
 def finish(run: Run, recipe: Recipe) -> list[str]:
