@@ -1,1 +1,1 @@
-"""Failures, quantities, files and the terminal: what everything else stands on; no torch."""
+"""Failures, quantities, files, settings, the terminal: what everything else stands on; no torch."""

@@ -1,1 +1,1 @@
-"""Directories that stock servers load, verified."""
+"""Hugging Face directories, read back before they count."""

@@ -1,8 +1,9 @@
 """Exports: a Hugging Face directory that was read back and computes what it should.
 
-BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout, packed by us a tensor at
-a time under the family's names; what is not quantized is in BF16 as it was. ``target`` decides who
-may read the result:
+BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout under the family's names;
+what is not quantized is in BF16 as it was. A run rounds its students on text first and exports the
+very tensors that it measured; a BF16 student that is given here is rounded to nearest. ``target``
+decides who may read the result:
 
 - ``transformers``: plain BF16, nothing else.
 - ``vllm``: the stock ``model_type`` with ModelOpt's quantization config. Stock transformers would

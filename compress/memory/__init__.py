@@ -1,1 +1,1 @@
-"""What fits: exact bytes of a deployment, devices, budgets."""
+"""What fits: exact bytes of a deployment, devices, budgets; and what the work takes."""

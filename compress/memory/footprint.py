@@ -1,4 +1,4 @@
-"""Exact bytes of a model as served: weights, KV cache, Mamba states and workspace; no torch.
+"""Exact bytes of a model as served: weights, KV cache, states and workspace; no torch.
 
 ::
 

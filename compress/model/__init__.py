@@ -1,1 +1,1 @@
-"""What a model is, on disk and in memory."""
+"""What a model is, on disk, quantized there too, and in memory."""

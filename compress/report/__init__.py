@@ -1,1 +1,1 @@
-"""What a run says: reads its files, computes nothing."""
+"""What plans and runs say: reads a run's files, computes nothing."""

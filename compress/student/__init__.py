@@ -1,1 +1,1 @@
-"""From a decision to tensors: units, candidates, masks, surgery, repair."""
+"""From a decision to tensors: units, candidates, masks, surgery, repair, rounding."""

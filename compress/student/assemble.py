@@ -160,7 +160,7 @@ def size_of(tensors: Tensors) -> int:
 def stack_in_formats(
     checkpoint: Checkpoint, architecture: Architecture, placement: Placement
 ) -> Stack:
-    """A BF16 student on disk as a stack, every block and the KV cache in their formats."""
+    """A BF16 student on disk as a stack, its blocks rounded to nearest, KV caches in theirs."""
 
     def stored(parameter: Parameter) -> Tensor:
         return checkpoint[parameter.name].to(placement.device)

@@ -1,4 +1,4 @@
-"""A student's weights in their formats, each rounded when it is asked for."""
+"""A student's weights rounded to nearest, each when it is asked for."""
 
 from collections.abc import Callable
 from functools import cache
@@ -17,8 +17,8 @@ def rounded(
 ) -> Callable[[Parameter], Tensor]:
     """What gives a parameter after its block's format and back, fp32 where that is not BF16.
 
-    ``read`` gives parameters in BF16. Scales are those of the export: of a fused group the largest
-    magnitude is taken once.
+    ``read`` gives parameters in BF16. The largest magnitude of a fused group is taken once. What
+    is rounded on text instead, and stored, is made by ``calibration``.
     """
     groups: dict[tuple[int | None, str | None], list[Parameter]] = {}
     for each in parameters(architecture):

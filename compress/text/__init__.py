@@ -1,1 +1,1 @@
-"""Text to rows of tokens."""
+"""Texts to documents, splits and packed rows of tokens."""

@@ -1,1 +1,1 @@
-"""Changing weights by gradients: one loop, distillation, pretraining."""
+"""Changing weights by gradients: one loop, distillation whole and by blocks, pretraining."""
