@@ -78,7 +78,7 @@ def round_student(
     """
     checkpoint = own_checkpoint(student, architecture)
     with atomic_directory(out) as directory:
-        tensors = rounded(checkpoint, architecture, rows_RT, rounding, placement, progress)
+        tensors = rounded_tensors(checkpoint, architecture, rows_RT, rounding, placement, progress)
         write_student(checkpoint.config, student, tensors, architecture, directory, "compress")
 
 
@@ -113,7 +113,7 @@ def export_student(
     else:
         checkpoint = own_checkpoint(student, architecture)
         texts = token_rows(architecture) if calibration is None else calibration
-        tensors = rounded(checkpoint, architecture, texts, "nearest", placement)
+        tensors = rounded_tensors(checkpoint, architecture, texts, "nearest", placement)
         meant = stack_in_formats(checkpoint, architecture, once(placement))
     with atomic_directory(out) as directory:
         write_student(config, student, tensors, architecture, directory, target)
@@ -137,7 +137,7 @@ def require_same(student: Path, found: Architecture, architecture: Architecture)
         raise InputError(f"the checkpoint at {student} does not have the architecture to export")
 
 
-def rounded(
+def rounded_tensors(
     checkpoint: Checkpoint,
     architecture: Architecture,
     rows_RT: Tensor,

@@ -45,7 +45,7 @@ def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
         ],
         left=3,
     )
-    headings = ["weights, KV in", "weights", "KV cache", "states", "total"]
+    headings = ["weights, KV", "weights", "KV cache", "states", "total"]
     headings += ["fits", "largest context"] if plan.budget else ["smallest card"]
     rows = [option_row(option, plan) for option in plan.options]
     if plan.budget and batches:

@@ -22,9 +22,8 @@ def print_scores(architecture: Architecture, scores: Scores) -> None:
     table("Blocks by what removing them costs (KL, nats per token)", ["block", "KL"], shown)
     table(
         "Units of every axis (KL of losing one alone, nats per token)",
-        ["kind", "axis", "units", "least", "where", "most", "where "],
+        ["axis", "units", "least", "most"],
         unit_rows(scores, architecture),
-        left=2,
     )
     formats = []
     for format in FORMATS:
@@ -60,18 +59,19 @@ def unit_rows(scores: Scores, architecture: Architecture) -> Iterator[tuple[str,
         for axis in axes:
             found = [b for b in architecture.blocks if b.kind == kind and axis in axes_in(b)]
             if found:
-                values = [(block_name(b), importance(scores, b, axis)) for b in found]
-                yield unit_row(kind, axis, values)
+                values = [(f"layer {b.layer}", importance(scores, b, axis)) for b in found]
+                yield unit_row(f"{kind}/{axis}", values)
     if not family_of(architecture.family).whole_hidden:
-        yield unit_row("all", "hidden", [("", importance(scores, None, "hidden"))])
+        yield unit_row("hidden", [("", importance(scores, None, "hidden"))])
 
 
-def unit_row(kind: str, axis: str, values: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
-    """The row of an axis, from the importance of its units by block."""
+def unit_row(axis: str, values: Sequence[tuple[str, Tensor]]) -> tuple[str, ...]:
+    """The row of an axis, from the importance of its units by layer; a value is beside its unit."""
     least = min(values, key=lambda item: float(item[1].min()))
     most = max(values, key=lambda item: float(item[1].max()))
+    count = sum(found.numel() for _, found in values)
+    low = f"{least[0]} #{int(least[1].argmin())}".strip()
+    high = f"{most[0]} #{int(most[1].argmax())}".strip()
     return (
-        kind, axis, str(sum(found.numel() for _, found in values)),
-        f"{float(least[1].min()):.2e}", f"{least[0]} #{int(least[1].argmin())}".strip(),
-        f"{float(most[1].max()):.2e}", f"{most[0]} #{int(most[1].argmax())}".strip(),
+        axis, str(count), f"{float(least[1].min()):.2e} {low}", f"{float(most[1].max()):.2e} {high}"
     )  # fmt: skip
