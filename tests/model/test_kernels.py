@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import Shared
 from safetensors.torch import load_file
 from tiny_models import EVERY, ONE_THREAD, write_tiny
 
@@ -31,8 +32,8 @@ PACKAGES = {
     "fla/ops/gated_delta_rule.py": ("chunk_gated_delta_rule", "fused_recurrent_gated_delta_rule"),
 }
 KERNEL = "def {name}(x, *rest, **named):\n    raise RuntimeError('Expected x.is_cuda()')\n"
-# Whether each kernel was found where it is asked for, then logits in eval mode, in training mode
-# and with a cache.
+# Of every model that is named: whether each kernel was found where it is asked for, then logits in
+# eval mode, in training mode and with a cache.
 FORWARDS = """
 import sys, torch
 from pathlib import Path
@@ -41,44 +42,61 @@ from compress.model.families import family_of
 from compress.model.kernels import modeling
 from safetensors.torch import save_file
 
-model = load_model(Path(sys.argv[1]))
-rows = torch.arange(1, 41).view(2, 20)
-kind = model.config.model_type
-module = modeling(kind)
 class Elsewhere:
     is_cpu = False
-for name in family_of(kind).kernels:
-    try:
-        getattr(module, name)(Elsewhere())
-    except RuntimeError as error:
-        assert "is_cuda" in str(error)
-    else:
-        raise SystemExit(f"{name} is not replaced: this would show nothing")
-with torch.no_grad():
-    found = {"eval": model(rows).logits, "train": model.train()(rows).logits}
-    model.eval()
-    found["made"] = model.generate(rows, max_new_tokens=4, do_sample=False)
-save_file({key: value.contiguous() for key, value in found.items()}, sys.argv[2])
+
+def forwards(path):
+    model = load_model(path)
+    rows = torch.arange(1, 41).view(2, 20)
+    kind = model.config.model_type
+    module = modeling(kind)
+    for name in family_of(kind).kernels:
+        try:
+            getattr(module, name)(Elsewhere())
+        except RuntimeError as error:
+            assert "is_cuda" in str(error)
+        else:
+            raise SystemExit(f"{name} is not replaced: this would show nothing")
+    with torch.no_grad():
+        found = {"eval": model(rows).logits, "train": model.train()(rows).logits}
+        model.eval()
+        found["made"] = model.generate(rows, max_new_tokens=4, do_sample=False)
+    save_file({key: value.contiguous() for key, value in found.items()}, path / "logits")
+
+for path in Path(sys.argv[1]).iterdir():
+    forwards(path)
 """
+NAMES = [name for name in EVERY if family_of(EVERY[name]["model_type"]).kernels]
 
 
-@pytest.mark.parametrize("name", [n for n in EVERY if family_of(EVERY[n]["model_type"]).kernels])
-def test_packages_for_a_gpu_change_nothing_on_a_cpu(name: str, tmp_path: Path) -> None:
-    model_path = write_tiny(tmp_path / "m", EVERY[name])
-    for file, names in PACKAGES.items():
-        path = tmp_path / "packages" / file
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("".join(KERNEL.format(name=name) for name in names))
-    out = tmp_path / "logits"
-    paths = [str(tmp_path / "packages"), *sys.path]
-    command = [sys.executable, "-c", FORWARDS, str(model_path), str(out)]
-    subprocess.run(command, env=ONE_THREAD | {"PYTHONPATH": ":".join(paths)}, check=True)
-    found, model = load_file(out), load_model(model_path)
+@pytest.fixture(scope="session")
+def beside_packages(shared: Shared, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Tiny models of every family that has kernels, run where the packages can be imported."""
+
+    def run(home: Path) -> None:
+        for name in NAMES:
+            write_tiny(home / name, EVERY[name])
+        packages = tmp_path_factory.mktemp("packages")
+        for file, names in PACKAGES.items():
+            path = packages / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(KERNEL.format(name=name) for name in names))
+        command = [sys.executable, "-c", FORWARDS, str(home)]
+        paths = ":".join([str(packages), *sys.path])
+        subprocess.run(command, env=ONE_THREAD | {"PYTHONPATH": paths}, check=True)
+
+    return shared("beside_packages", run)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_packages_for_a_gpu_change_nothing_on_a_cpu(name: str, beside_packages: Path) -> None:
+    path = beside_packages / name
+    found, model = load_file(path / "logits"), load_model(path)
     rows = torch.arange(1, 41).view(2, 20)
     with torch.no_grad():
         assert torch.equal(found["eval"], model(rows).logits)
-        assert torch.equal(found["train"], model(rows).logits)
-    made = model.generate(rows, max_new_tokens=4, do_sample=False)
+        assert torch.equal(found["train"], model.train()(rows).logits)
+    made = model.eval().generate(rows, max_new_tokens=4, do_sample=False)
     assert torch.equal(found["made"], made)
 
 
