@@ -145,8 +145,10 @@ def skeleton(config: Mapping[str, Any], architecture: Architecture) -> PreTraine
         model: Any = stock(built)
         set_layers(model, architecture)
     for part in model.modules():
-        if part._non_persistent_buffers_set:
-            part.to_empty(device="cpu", recurse=False)
+        if names := part._non_persistent_buffers_set:
+            # Its weights, as of an embedding that is scaled, stay where they are.
+            empty = {name: torch.empty_like(part._buffers[name], device="cpu") for name in names}
+            part._buffers.update(empty)
             model._init_weights(part)
     model.eval().requires_grad_(False)
     assert isinstance(model, PreTrainedModel)

@@ -7,6 +7,7 @@ import pytest
 from published import LLAMA_8B, PUBLISHED
 from published_hybrids import HYBRID_9B, HYBRID_30B
 from safetensors import safe_open
+from tiny_models import EVERY
 
 from compress.core.errors import InputError
 from compress.model.architecture import Mamba, from_json, in_kv_format, to_json
@@ -37,6 +38,12 @@ def test_the_model_of_a_published_config_has_as_many_parameters(name: str) -> No
     held = sum(parameter.numel() for parameter in model.parameters())
     held += sum(buffer.numel() for key, buffer in model.named_buffers() if "correction" in key)
     assert held == count
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_a_skeleton_holds_no_weights(name: str) -> None:
+    model = skeleton(EVERY[name], read_architecture(EVERY[name]))
+    assert all(parameter.is_meta for parameter in model.parameters())
 
 
 def test_only_the_chosen_experts_are_active() -> None:
