@@ -204,8 +204,10 @@ def second_order(
 
 def inverse_factor(gram: Tensor, damping: float) -> Tensor:
     """The upper triangular U with U^T U the inverse of the damped H."""
-    damped = gram.clone()
-    damped.diagonal().add_(damping * gram.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    factor: Tensor = torch.linalg.cholesky(inverse, upper=True)
+    # One name, so that two of them at most are in memory beside H.
+    factor: Tensor = gram.clone()
+    factor.diagonal().add_(damping * gram.diagonal().mean())
+    factor = torch.linalg.cholesky(factor)
+    factor = torch.cholesky_inverse(factor)
+    factor = torch.linalg.cholesky(factor, upper=True)
     return factor
