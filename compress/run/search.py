@@ -104,7 +104,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
     recipe = session.recipe
     keys = ("target", "mtp", "ranking", "trials", "reselect_rounds", "finalists",
             "short_distill_tokens", "select_tokens", "distill_length", "distill_batch_tokens",
-            "learning_rate", "optimizer")  # fmt: skip
+            "learning_rate", "optimizer", "rounding", "calibration_tokens")  # fmt: skip
     return {
         "score": fingerprint(scoring.score_inputs(session)),
         "repair": fingerprint(scoring.gram_inputs(session)) if space.repair else None,

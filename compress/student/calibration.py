@@ -126,12 +126,13 @@ def plain_inputs(
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
             first = next((other for other, x in seen.items() if x is args[0]), None)
             seen[name] = args[0]
-            if first is None:
-                width = args[0].shape[-1]
-                new = reads.setdefault(name, Read(args[0].new_zeros(width, width).float()))
-                new.add(args[0].flatten(0, -2))
-            else:
+            if first is not None:
                 reads[name] = reads[first]
+            else:
+                if name not in reads:
+                    width = args[0].shape[-1]
+                    reads[name] = Read(args[0].new_zeros(width, width, dtype=torch.float32))
+                reads[name].add(args[0].flatten(0, -2))
             if len(seen) == len(modules):
                 seen.clear()
                 raise Seen

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from compress.core.errors import InputError
 from compress.formats.blocks import CHUNK
 from compress.formats.fake import shared
 from compress.formats.table import FORMATS, Format, NumberFormat, Rounding
@@ -55,11 +56,11 @@ def round_group(
     """The weights [out, in] of a fused group in a format; scales that it shares are of all.
 
     ``inputs`` are of each weight, the same object where weights read the same. A weight that reads
-    nothing (an expert that no token came to) has the scales of least squared error. No row's E is
-    larger than to nearest.
+    nothing (an expert that no token came to), or zeros only, has the scales of least squared error.
+    No row's E is larger than to nearest.
 
     Raises:
-        InputError: a weight's shape cannot be stored so.
+        InputError: a weight's shape cannot be stored so, or what it reads is not finite.
     """
     row, found = FORMATS[format], dict[int, Rounded]()
     for weight in weights:
@@ -111,14 +112,22 @@ def by_inputs(
     if rounding == "nearest":
         return nearest
     trials = [nearest]
-    gram = inputs.gram().to(weight) if inputs.tokens else torch.eye(weight.shape[1]).to(weight)
+    gram = inputs.gram().to(weight) if inputs.tokens else weight.new_zeros(1, 1)
+    if not bool(gram.diagonal().isfinite().all()):
+        raise InputError(
+            "what a layer reads is not finite on this text (NaN or infinity): nothing can be "
+            "rounded by it; the student's weights are damaged, or overflow"
+        )
+    reads = bool(gram.diagonal().any())
+    if not reads:
+        gram = torch.eye(weight.shape[1]).to(weight)
     if row.group > 1:
         scales = best_scales(weight, row, common, gram.diagonal())
         steps = numerics.steps(*scales)[..., None]
         grouped = in_groups(weight, row)
         values = (numerics.round_(grouped / steps) * steps).flatten(-2)
         trials.append(Trial(scales, weight, values))
-    if rounding == "second-order" and inputs.tokens:
+    if rounding == "second-order" and reads:
         damping = DAMPING * (weight.shape[1] / inputs.tokens) ** 0.5
         trials.append(second_order(weight, row, common, gram, damping))
     errors = torch.stack([row_errors(weight - trial.values, gram) for trial in trials])

@@ -8,6 +8,7 @@ import torch
 from quantized import with_formats
 from torch import Tensor
 
+from compress.core.errors import InputError
 from compress.export.student import export_student, round_student
 from compress.formats.fake import fake_quantize
 from compress.formats.table import FORMATS, Format, Rounding
@@ -84,11 +85,21 @@ def test_inputs_that_have_nothing_to_do_with_each_other_leave_scales_alone(forma
     assert torch.equal(scaled.values, second.values)
 
 
-def test_weights_that_read_nothing_have_scales_of_least_error() -> None:
-    weight, nothing = drawn(10, 8, WIDTH), inputs(torch.zeros(0, WIDTH))
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_weights_that_read_nothing_have_scales_of_least_error(tokens: int) -> None:
+    weight, nothing = drawn(10, 8, WIDTH), inputs(torch.zeros(tokens, WIDTH))
     [found] = round_group([weight], "nvfp4", [nothing])
     [near] = round_group([weight], "nvfp4", [nothing], "nearest")
     assert (weight - found.values).norm() < (weight - near.values).norm()
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+@pytest.mark.parametrize("format", ["nvfp4", "fp8"])
+def test_inputs_that_are_not_finite_are_one_line(format: Format, value: float) -> None:
+    rows = correlated()
+    rows[3, 5] = value
+    with pytest.raises(InputError, match="what a layer reads is not finite on this text"):
+        round_group([drawn(0, 8, WIDTH)], format, [inputs(rows)])
 
 
 def test_scales_that_a_group_shares_are_of_all() -> None:
