@@ -41,7 +41,10 @@ class Rounded:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a weight is multiplied with: what gives H [in, in] in fp32, over so many tokens."""
+    """What a weight is multiplied with: what gives H [in, in] in fp32, over so many tokens.
+
+    Of zeros alone H is zero, and its diagonal becomes 1 here.
+    """
 
     gram: Callable[[], Tensor]
     tokens: int
@@ -112,23 +115,19 @@ def by_inputs(
     if rounding == "nearest":
         return nearest
     trials = [nearest]
-    gram = inputs.gram().to(weight) if inputs.tokens else weight.new_zeros(1, 1)
-    if not bool(gram.diagonal().isfinite().all()):
-        raise InputError(
-            "what a layer reads is not finite on this text (NaN or infinity): nothing can be "
-            "rounded by it; the student's weights are damaged, or overflow"
-        )
-    reads = bool(gram.diagonal().any())
-    if not reads:
-        gram = torch.eye(weight.shape[1]).to(weight)
+    width, tokens = weight.shape[1], max(1, inputs.tokens)
+    gram = inputs.gram().to(weight) if inputs.tokens else weight.new_zeros(width, width)
+    require_read(gram)
+    # Of a layer that reads nothing but zeros the weight's own squared error counts.
+    gram.diagonal().add_((gram.diagonal().sum() == 0).to(gram))
     if row.group > 1:
         scales = best_scales(weight, row, common, gram.diagonal())
         steps = numerics.steps(*scales)[..., None]
         grouped = in_groups(weight, row)
         values = (numerics.round_(grouped / steps) * steps).flatten(-2)
         trials.append(Trial(scales, weight, values))
-    if rounding == "second-order" and reads:
-        damping = DAMPING * (weight.shape[1] / inputs.tokens) ** 0.5
+    if rounding == "second-order":
+        damping = DAMPING * (width / tokens) ** 0.5
         trials.append(second_order(weight, row, common, gram, damping))
     errors = torch.stack([row_errors(weight - trial.values, gram) for trial in trials])
     best = errors.argmin(0)  # the first of equals: what is on the grid stays
@@ -140,6 +139,15 @@ def by_inputs(
         for name in ("coded", "values")
     )
     return Trial(scales, coded, values)
+
+
+def require_read(gram: Tensor) -> None:
+    """InputError where H is not finite."""
+    if not bool(gram.diagonal().isfinite().all()):
+        raise InputError(
+            "what a layer reads is not finite on this text (NaN or infinity): nothing can be "
+            "rounded by it; the student's weights are damaged, or overflow"
+        )
 
 
 def row_errors(errors: Tensor, gram: Tensor) -> Tensor:
