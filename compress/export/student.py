@@ -1,21 +1,13 @@
 """Exports: a Hugging Face directory that was read back and computes what it should.
 
-BF16 students are plain checkpoints. Quantized ones have ModelOpt's layout under the family's names;
-what is not quantized is in BF16 as it was. A run rounds its students on text first and exports the
-very tensors that it measured; a BF16 student that is given here is rounded to nearest. ``target``
-decides who may read the result:
-
-- ``transformers``: plain BF16, nothing else.
-- ``vllm``: the stock ``model_type`` with ModelOpt's quantization config. Stock transformers would
-  load FP8 codes without their scales, so these exports have no file it looks for: shards without an
-  index, which servers find by pattern.
-- ``compress``: anything; what is not plain BF16 says ``model_type: "compress"``, so that stock
-  loaders refuse it.
+A run rounds its students on text first and exports the very tensors that it measured; a BF16
+student that is given here is rounded to nearest. ``target`` decides who may read the result, and
+with the family and what blocks are like the layout (``layouts/table.py``).
 """
 
 import itertools
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,31 +19,30 @@ from transformers import AutoModelForCausalLM
 
 from compress.core.errors import InputError, VerificationFailed
 from compress.core.files import atomic_directory, write_text
+from compress.export.accepted import check_target
 from compress.export.card import model_card
-from compress.export.modelopt import quantization_json
-from compress.export.targets import LOADERS, Loader, Target, loader_of
-from compress.formats.packed import stored_specs
+from compress.export.layouts.student import Student, Weight, weight_specs, weights_of
+from compress.export.layouts.table import layout_of
+from compress.export.targets import Target
+from compress.formats.packed import stored_names
 from compress.formats.table import Rounding
 from compress.memory.footprint import mtp_weight_bytes, weight_bytes
-from compress.model.architecture import Architecture, kv_text, to_json, without_formats
-from compress.model.build import is_plain, student_config, weight_formats
-from compress.model.checkpoint import Checkpoint, open_checkpoint, plain_specs, write_files
+from compress.model.architecture import Architecture, without_formats
+from compress.model.build import is_plain, student_config
+from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, read_config
 from compress.model.families import (
     count_parameters,
     mtp_parameters,
-    parameters,
     stored_parameters,
 )
-from compress.model.headers import INDEX, SINGLE, weight_files
+from compress.model.headers import weight_files
 from compress.model.layout import Parameter
-from compress.model.stacks import stacked
 from compress.student.assemble import stack_in_formats
 from compress.student.calibration import quantized
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import Stack, final_states, stack_at
 
-QUANT_CONFIG = "hf_quant_config.json"
 # Sequences and tokens of what is verified, and calibrated on where there is no text.
 ROWS = (8, 64)
 # Written and read models run the same arithmetic; a wrong scale or a lost tensor is far above this.
@@ -79,7 +70,9 @@ def round_student(
     checkpoint = own_checkpoint(student, architecture)
     with atomic_directory(out) as directory:
         tensors = rounded_tensors(checkpoint, architecture, rows_RT, rounding, placement, progress)
-        write_student(checkpoint.config, student, tensors, architecture, directory, "compress")
+        weights = weights_of(tensors, architecture)
+        written = student_of(checkpoint.config, student, weights, architecture)
+        layout_of("compress", architecture)(written, directory)
 
 
 def export_student(
@@ -108,15 +101,18 @@ def export_student(
     config = read_config(student)
     if "quantization" in config:
         require_same(student, architecture_of(student, config), architecture)
-        tensors = as_stored(student)
+        weights = as_stored(student, architecture)
         meant = stack_at(student, once(placement))
     else:
         checkpoint = own_checkpoint(student, architecture)
         texts = token_rows(architecture) if calibration is None else calibration
         tensors = rounded_tensors(checkpoint, architecture, texts, "nearest", placement)
+        weights = weights_of(tensors, architecture)
         meant = stack_in_formats(checkpoint, architecture, once(placement))
     with atomic_directory(out) as directory:
-        write_student(config, student, tensors, architecture, directory, target)
+        layout_of(target, architecture)(
+            student_of(config, student, weights, architecture), directory
+        )
         facts = {"target": target, "formats": sorted(architecture.formats)}
         facts |= verify(directory, architecture, logits(meant, rows), rows, placement)
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
@@ -159,13 +155,18 @@ def rounded_tensors(
     return itertools.chain(quantized(stack, stored, rows_RT, rounding, progress), beside)
 
 
-def as_stored(directory: Path) -> Iterator[tuple[str, Tensor]]:
-    """Every tensor of a directory."""
-    for file in weight_files(directory, {}):
-        with safe_open(file, framework="pt") as reader:
-            yield from (
-                (name, torch.as_tensor(reader.get_tensor(name))) for name in reader.offset_keys()
-            )
+def as_stored(directory: Path, architecture: Architecture) -> Iterator[Weight]:
+    """Every weight of a rounded student."""
+    with ExitStack() as stack:
+        files = [
+            stack.enter_context(safe_open(file, framework="pt"))
+            for file in weight_files(directory, {})
+        ]
+        owners = {name: file for file in files for name in file.offset_keys()}
+        for weight in weight_specs(architecture):
+            names = stored_names(weight.name, weight.format)
+            parts = tuple(torch.as_tensor(owners[name].get_tensor(name)) for name in names)
+            yield replace(weight, parts=parts)
 
 
 def token_rows(architecture: Architecture, seed: int = 0) -> Tensor:
@@ -179,36 +180,6 @@ def once(placement: Placement) -> Placement:
     return replace(placement, dtype=torch.float32, memory=0)
 
 
-def check_target(architecture: Architecture, target: Target) -> None:
-    """InputError when no reader of ``target`` could load this student."""
-    if target not in LOADERS:
-        raise InputError(f"target {target!r} is not among {', '.join(LOADERS)}")
-    family = architecture.family
-    loader = loader_of(target, family)
-    if not loader.uneven and not is_plain(architecture):
-        raise InputError(
-            f"target {target!r} takes students whose blocks all have the same sizes; "
-            "export this one with --target compress"
-        )
-
-    kv_formats = set(architecture.kv_formats.values())
-
-    def takes(other: Loader) -> bool:
-        told = len(kv_formats) <= 1 or other.kv_scope == "block"
-        known = architecture.formats <= set(other.formats)
-        return told and known and kv_formats <= set(other.kv_formats)
-
-    if not takes(loader):
-        formats = ", ".join(sorted(architecture.formats))
-        one = "a KV format for all blocks" if loader.kv_scope == "global" else "KV formats"
-        others = " or ".join(name for name in LOADERS if takes(loader_of(name, family)))
-        raise InputError(
-            f"target {target!r} takes {', '.join(loader.formats)} only, with {one} of "
-            f"{', '.join(loader.kv_formats)}; this student has {formats} weights and "
-            f"{kv_text(architecture)} KV; use --target {others}"
-        )
-
-
 @torch.no_grad()
 def logits(stack: Stack, rows: Tensor) -> Tensor:
     """Logits [N, V] of token rows, fp32, where the stack is."""
@@ -217,40 +188,13 @@ def logits(stack: Stack, rows: Tensor) -> Tensor:
         return head.logits(hidden_BTD.flatten(0, 1))
 
 
-def write_student(
-    source_config: Mapping[str, Any],
-    source: Path,
-    tensors: Iterable[tuple[str, Tensor]],
-    architecture: Architecture,
-    directory: Path,
-    target: Target,
-) -> None:
-    """Write tensors as they are stored, with a config for the target's loader.
-
-    ``source`` has what else a directory needs, and ``source_config`` is its config.
-    """
-    nested = student_config(source_config, architecture)
+def student_of(
+    config: Mapping[str, Any], source: Path, weights: Iterable[Weight], architecture: Architecture
+) -> Student:
+    """What a layout writes, of weights; ``config`` is that of their source."""
+    nested = student_config(config, architecture)
     base = nested.get("base_config", nested) | {"dtype": "bfloat16"}
-    own = {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
-    config = base if is_plain(architecture) else own
-    details: Mapping[str, Any] = {}
-    if architecture.formats != {"bf16"}:
-        quantization, details = quantization_json(architecture)
-        served = {**base, "quantization_config": quantization}
-        config = served if target == "vllm" else {**own, "quantization": quantization}
-    formats = weight_formats(architecture)
-    specs = plain_specs(architecture, quantized=formats)
-    for each in parameters(architecture):
-        if (format := formats.get(each.name)) is not None:
-            specs |= stored_specs(each.name, each.shape, format)
-    tensors = stacked(tensors, architecture, formats)
-    write_files(directory, tensors, specs, config, source, to_json(architecture))
-    if details:
-        write_text(directory / QUANT_CONFIG, json.dumps(details, indent=2))
-    if "quantization_config" in config:  # hidden from stock loaders
-        (directory / INDEX).unlink(missing_ok=True)
-        if (whole := directory / SINGLE).is_file():
-            whole.rename(directory / "model-00001-of-00001.safetensors")
+    return Student(source=source, config=base, architecture=architecture, weights=weights)
 
 
 def verify(

@@ -1,51 +1,73 @@
-"""Who a student is for, and what each of them loads."""
+"""Who a student is for, and what each of them loads of a family: a table that the search reads."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Any, Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.devices import Device
 from compress.model.families import family_of
 from compress.searches.space import Space
+from compress.student.units import AXES
 
-Target = Literal["compress", "transformers", "vllm"]
+Target = Literal["vllm", "transformers", "llama.cpp", "compress"]
+EVERY_AXIS = tuple({axis: None for axes in AXES.values() for axis in axes})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loader:
-    """What a loader builds: weight and KV formats, and blocks that differ (``uneven``).
+    """What a target builds of a family.
 
-    ``kv_scope`` says whether its layout has a KV format for every block or one for all.
-    ``mtp`` says whether it drafts with layers that predict further tokens.
+    Attributes:
+        formats: of weights inside blocks.
+        head_formats: of the head, and of an embedding of its own.
+        kv_formats: of caches; ``kv_scope`` says whether every block has one or all the same.
+        uneven: axes whose sizes may differ from layer to layer.
+        removes: what may be gone as a whole: layers, or a half of one.
+        first: the kind of block that a student has to begin with.
+        multiple: of which widths are one, where a size of its own is not; 1 asks for nothing.
+        mtp: whether it drafts with layers that predict further tokens.
     """
 
     formats: tuple[Format, ...]
+    head_formats: tuple[Format, ...] = ("bf16",)
     kv_formats: tuple[KvFormat, ...]
-    uneven: bool
     kv_scope: Literal["global", "block"] = "global"
+    uneven: tuple[str, ...] = ()
+    removes: Literal["layer", "block"] = "layer"
+    first: str | None = None
+    multiple: int = 1
     mtp: bool = False
 
 
-# vLLM reads formats by its ModelOpt loader.
+# What each loads of any family.
 LOADERS: Mapping[Target, Loader] = {
-    "compress": Loader(
-        formats=tuple(FORMATS), kv_formats=KV_FORMATS, uneven=True, kv_scope="block"
-    ),
-    "transformers": Loader(formats=("bf16",), kv_formats=("bf16",), uneven=False),
     "vllm": Loader(
         formats=("bf16", *(name for name, row in FORMATS.items() if row.modelopt)),
         kv_formats=KV_FORMATS,
-        uneven=False,
         mtp=True,
     ),
+    "transformers": Loader(formats=("bf16",), kv_formats=("bf16",)),
+    "llama.cpp": Loader(formats=("bf16",), kv_formats=("bf16",)),
+    "compress": Loader(
+        formats=tuple(FORMATS),
+        head_formats=tuple(FORMATS),
+        kv_formats=KV_FORMATS,
+        kv_scope="block",
+        uneven=EVERY_AXIS,
+        removes="block",
+    ),
 }
+# What is otherwise of a family.
+FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {}
 
 
 def loader_of(target: Target, family: str) -> Loader:
-    """What a target loads of a family."""
-    loader = LOADERS[target]
+    """What a target loads of a family; InputError on a target that is none."""
+    if target not in LOADERS:
+        raise InputError(f"target {target!r} is not among {', '.join(LOADERS)}")
+    loader = replace(LOADERS[target], **FAMILIES.get((target, family), {}))
     if target == "compress" or family_of(family).served_quantized:
         return loader
     return replace(loader, formats=("bf16",))
@@ -54,18 +76,21 @@ def loader_of(target: Target, family: str) -> Loader:
 def restricted(space: Space, target: Target, family: str) -> Space:
     """The space with only what the target's loader builds from a config of a family.
 
-    Stock loaders want one value per width, whole layers and one KV format. A loader of BF16 only
-    leaves the other formats of a space out; InputError where a loader of several does not know one.
+    Axes that may not differ from layer to layer are one for all. A loader of BF16 only leaves the
+    other formats of a space out; InputError where a loader of several does not know one.
     """
     loader = loader_of(target, family)
     update: dict[str, object] = {}
     if loader.kv_scope == "global":
         update["kv_scope"] = "global"
-    if not loader.uneven:
-        whole = {"scope": "global"}
-        update["axes"] = {k: axis.model_copy(update=whole) for k, axis in space.axes.items()}
-        update["stock"] = True
+    whole = {"scope": "global"}
+    update["axes"] = {
+        k: axis if k in loader.uneven else axis.model_copy(update=whole)
+        for k, axis in space.axes.items()
+    }
+    if loader.removes == "layer":
         update["remove"] = "layer" if space.remove == "block" else space.remove
+    update["stock"] = space.stock or not loader.uneven
     if loader.formats == ("bf16",):
         kv_formats = tuple(f for f in space.kv_formats if f in loader.kv_formats)
         update |= {"formats": loader.formats, "kv_formats": kv_formats or loader.kv_formats[:1]}

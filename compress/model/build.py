@@ -79,10 +79,14 @@ def shared_settings(architecture: Architecture) -> dict[str, Any]:
 def is_plain(architecture: Architecture) -> bool:
     """Whether one config of the family describes every layer, so that stock loaders build it."""
     family, shared = family_of(architecture.family), shared_settings(architecture)
-    halves = len(places_of(family))
-    whole = all(len(blocks) == halves for blocks in layers_of(architecture).values())
     agree = (family.fixed(block).items() <= shared.items() for block in architecture.blocks)
-    return whole and all(agree) and family.stock(architecture)
+    return is_whole(architecture) and all(agree) and family.stock(architecture)
+
+
+def is_whole(architecture: Architecture) -> bool:
+    """Whether every layer has a block in all of its places."""
+    halves = len(places_of(family_of(architecture.family)))
+    return all(len(blocks) == halves for blocks in layers_of(architecture).values())
 
 
 def places_of(family: Family) -> list[tuple[str, ...]]:

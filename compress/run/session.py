@@ -11,7 +11,7 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.files import digests
-from compress.export.targets import LOADERS
+from compress.export.targets import loader_of
 from compress.measure.kl import Reference, reference
 from compress.memory.budget import Budget, resolve_budget, teacher_bytes
 from compress.memory.stored import AsStored, as_stored
@@ -89,7 +89,8 @@ class Session:
         architecture, asked = self.architecture, self.recipe.mtp
         if asked == "keep" and not architecture.mtp:
             raise InputError(f"--mtp keep: {self.path} has no layers that predict further tokens")
-        keep = LOADERS[self.recipe.target].mtp if asked is None else asked == "keep"
+        loader = loader_of(self.recipe.target, architecture.family)
+        keep = loader.mtp if asked is None else asked == "keep"
         return architecture if keep else replace(architecture, mtp=())
 
     @cached_property

@@ -1,0 +1,51 @@
+"""Whether a target loads a student that is there, by the table of targets."""
+
+from compress.core.errors import InputError
+from compress.export.targets import LOADERS, Loader, Target, loader_of
+from compress.model.architecture import Architecture, kv_text, sizes
+from compress.model.build import is_plain, is_whole, weight_formats
+from compress.student.units import AXES
+
+
+def check_target(architecture: Architecture, target: Target) -> None:
+    """InputError when the target does not load this student, with who does."""
+    reasons = {name: reason(architecture, loader_of(name, architecture.family)) for name in LOADERS}
+    if (refused := reason(architecture, loader_of(target, architecture.family))) is not None:
+        others = " or ".join(name for name, found in reasons.items() if found is None)
+        raise InputError(f"target {target!r} takes {refused}; use --target {others}")
+
+
+def differing(architecture: Architecture) -> list[str]:
+    """Axes whose sizes differ between blocks of one kind."""
+    first: dict[str, dict[str, int]] = {}
+    found: dict[str, None] = {}
+    for block in architecture.blocks:
+        own = sizes(block)
+        alike = first.setdefault(block.kind, own)
+        found |= {axis: None for axis in AXES[block.kind] if own[axis] != alike[axis]}
+    return list(found)
+
+
+def reason(architecture: Architecture, loader: Loader) -> str | None:
+    """What a loader takes, where this student is something else; None where it is that."""
+    if not is_plain(architecture):
+        if foreign := [axis for axis in differing(architecture) if axis not in loader.uneven]:
+            return f"blocks of one size of {foreign[0]}, which differs in this student"
+        if loader.removes == "layer" and not is_whole(architecture):
+            return "whole layers only, and this student has halves of some"
+        if not loader.uneven:
+            return f"what the config class of {architecture.family} expresses, not these sizes"
+    if loader.first and architecture.blocks[0].kind != loader.first:
+        kind = architecture.blocks[0].kind
+        return f"students that begin with {loader.first}, and this one begins with {kind}"
+    formats = set(weight_formats(architecture).values())
+    kv_formats = set(architecture.kv_formats.values())
+    told = len(kv_formats) <= 1 or loader.kv_scope == "block"
+    if not (formats <= set(loader.formats) and told and kv_formats <= set(loader.kv_formats)):
+        one = "a KV format for all blocks" if loader.kv_scope == "global" else "KV formats"
+        return (
+            f"{', '.join(loader.formats)} only, with {one} of {', '.join(loader.kv_formats)}; this "
+            f"student has {', '.join(sorted(formats | {'bf16'}))} weights and "
+            f"{kv_text(architecture)} KV"
+        )
+    return None
