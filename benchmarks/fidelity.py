@@ -31,6 +31,7 @@ from compress.core.files import read_json, write_json
 from compress.formats.fake import fake_quantize_block
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block, block_name, sizes
+from compress.model.families import in_one_format
 from compress.model.modules import weights_of
 from compress.run.recipe import Recipe, check
 from compress.run.score import scores_of
@@ -174,8 +175,9 @@ def decided(scores: Scores, architecture: Architecture) -> int:
                 continue
             for part in range(1, WIDTHS):
                 keep = choose(scores, block, {axis: size * part // WIDTHS})
-                costs.append(option_cost(scores, block, keep, "bf16"))
-        costs += [option_cost(scores, block, {}, format) for format in ("fp8", "nvfp4")]
+                costs.append(option_cost(scores, block, keep, ()))
+        whole = (in_one_format(block, architecture.family, f) for f in ("fp8", "nvfp4"))
+        costs += [option_cost(scores, block, {}, formats) for formats in whole]
     return len(costs)
 
 
@@ -229,8 +231,9 @@ def rounded(model: Any, architecture: Architecture, number: int, format: Format)
     weights = weights_of(model, architecture, architecture.blocks[number])
     plain = {name: weight.clone() for name, (weight, _) in weights.items()}
     fused = {name: slot.fused for name, (_, slot) in weights.items()}
+    formats = in_one_format(architecture.blocks[number], architecture.family, format)
     # A format is of the BF16 weights on disk, whose values these fp32 ones have.
-    for name, value in fake_quantize_block(plain, fused, format).items():
+    for name, value in fake_quantize_block(plain, fused, formats).items():
         weights[name][0].copy_(value)
     try:
         yield
@@ -257,7 +260,9 @@ def row(
             costs.append(
                 removed(each, block)
                 if keep is None
-                else option_cost(each, block, keep, stratum.format)
+                else option_cost(
+                    each, block, keep, in_one_format(block, architecture.family, stratum.format)
+                )
             )
         predicted.append(costs)
     same, fresh = ([exact[t][name][block_name(b)] for b in blocks] for t in ("same", "fresh"))

@@ -27,6 +27,7 @@ from compress.memory.machine import Machine
 from compress.model.architecture import block_name, sizes
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
+from compress.model.families import in_one_format
 from compress.model.modules import Head
 from compress.run.recipe import check
 from compress.run.work import works_of
@@ -79,7 +80,11 @@ def halved(stack: Stack) -> Candidate:
     for block in blocks:
         if axis := CUT.get(block.kind):
             keep[f"{block_name(block)}/{axis}"] = torch.arange(0, sizes(block)[axis], 2)
-    formats = {number: FORMATS_SCORED[number % 2] for number in range(len(blocks))}
+    family = stack.architecture.family
+    formats = {
+        number: in_one_format(block, family, FORMATS_SCORED[number % 2])
+        for number, block in enumerate(blocks)
+    }
     student = student_architecture(stack.architecture, keep, formats, {})
     return Candidate(id="half", kind="joint", architecture=student, keep=keep)
 

@@ -39,7 +39,7 @@ from compress.core.errors import Infeasible, InputError
 from compress.core.files import fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
-from compress.formats.table import FORMATS, Format
+from compress.formats.table import Format, formats_text
 from compress.measure.kl import Reference, mean_kl, measure, sequence_kl
 from compress.model.architecture import kv_text
 from compress.model.families import count_parameters
@@ -275,13 +275,13 @@ def values(model: Stack, final: Reference) -> Sequence[float]:
 def choice_of(session: Session, candidate: Candidate) -> dict[str, Any]:
     """What a kind chose, in short."""
     made, whole = candidate.architecture, session.architecture
-    formats = Counter(block.format for block in made.blocks)
+    formats = Counter(formats_text(block.formats) for block in made.blocks)
     return {
         "parameters": count_parameters(made),
         "blocks": f"{len(made.blocks)} of {len(whole.blocks)}",
         "hidden": f"{made.hidden} of {whole.hidden}",
         "KV cache": kv_text(made),
-        "formats": ", ".join(f"{formats[name]} {name}" for name in FORMATS if formats[name]),
+        "formats": "; ".join(f"{count} {text}" for text, count in formats.most_common()),
         "repaired": len(candidate.repaired),
     }
 

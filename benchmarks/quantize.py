@@ -9,7 +9,6 @@ the model takes are left out, blocks that do not take one stay BF16.
 """
 
 import tempfile
-from dataclasses import replace
 from pathlib import Path
 from typing import get_args
 
@@ -21,7 +20,7 @@ from compress.export.student import round_student
 from compress.formats.table import FORMATS, Rounding
 from compress.measure.estimates import difference, mean_of
 from compress.measure.kl import sequence_kl
-from compress.memory.footprint import block_takes
+from compress.memory.budget import in_format
 from compress.sweep.stack import stack_at
 
 
@@ -40,13 +39,7 @@ def main() -> None:
     final = found.reference(found.rows("final", settings.final_tokens))
     shown = []
     for format in (name for name in FORMATS if name in settings.formats.split(",")):
-        blocks = tuple(
-            replace(b, format=format)
-            if block_takes(b, teacher.hidden, teacher.family, format)
-            else b
-            for b in teacher.blocks
-        )
-        architecture, nearest = replace(teacher, blocks=blocks), None
+        architecture, nearest = in_format(teacher, format), None
         for rounding in get_args(Rounding):
             with tempfile.TemporaryDirectory() as folder:
                 out, clock = Path(folder) / "rounded", Clock()
@@ -58,7 +51,7 @@ def main() -> None:
             shown.append(
                 {
                     "format": format,
-                    "blocks": sum(block.format == format for block in blocks),
+                    "blocks": sum(bool(block.formats) for block in architecture.blocks),
                     "rounding": rounding,
                     "kl": kl.value,
                     "se": kl.stderr,

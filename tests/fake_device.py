@@ -26,6 +26,7 @@ from compress.formats.fake import shared
 from compress.formats.table import FORMATS, Format, KvFormat
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.measure.predictions import kl_gradient_to, kl_to, predictions
+from compress.memory.budget import in_format
 from compress.model.architecture import Architecture, in_kv_format
 from compress.model.build import set_kv_formats
 from compress.model.families import parameters, read_architecture
@@ -254,8 +255,8 @@ def export(stack: Stack) -> None:
     def moved(parameter: Parameter) -> Tensor:
         return stack.read(parameter).to(NAME)
 
-    first, *others = (replace(block, format="nvfp4") for block in stack.architecture.blocks)
-    architecture = replace(stack.architecture, blocks=(first, *others))
+    architecture = in_format(stack.architecture, "nvfp4")
+    first = architecture.blocks[0]
     give = rounded(moved, architecture)
     for parameter in parameters(architecture):
         at_home(give(parameter))

@@ -1,6 +1,7 @@
 """Students in several formats, and the logits that they have to have."""
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,18 +11,25 @@ from tiny_models import drawn
 from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block
-from compress.formats.table import Format
+from compress.formats.table import Format, by_group
 from compress.model.architecture import Architecture, Attention, Ffn, Mamba, Moe, to_json
 from compress.model.build import build_model, student_config
 from compress.model.checkpoint import open_checkpoint, write_checkpoint
-from compress.model.families import parameters, read_architecture, stored_parameters
+from compress.model.families import (
+    linear_groups,
+    parameters,
+    read_architecture,
+    stored_parameters,
+)
 
 
 def with_formats(architecture: Architecture, formats: Sequence[Format]) -> Architecture:
-    """The architecture with these formats on its blocks in turn."""
+    """The architecture with these formats on the linear groups of its blocks in turn."""
+    turn = itertools.cycle(formats)
+    groups = [linear_groups(block, architecture.family) for block in architecture.blocks]
     blocks = tuple(
-        dataclasses.replace(block, format=formats[number % len(formats)])
-        for number, block in enumerate(architecture.blocks)
+        dataclasses.replace(block, formats=by_group({group: next(turn) for group in own}))
+        for block, own in zip(architecture.blocks, groups, strict=True)
     )
     return dataclasses.replace(architecture, blocks=blocks)
 
@@ -65,7 +73,7 @@ def fake_quantized_logits(path: Path, architecture: Architecture, rows: Tensor) 
         tensors = {name: checkpoint[name].float() for name in own}
         if number is not None:
             fused = {name: p.slot.fused for name, p in own.items()}
-            tensors = fake_quantize_block(tensors, fused, architecture.blocks[number].format)
+            tensors = fake_quantize_block(tensors, fused, architecture.blocks[number].formats)
         found |= tensors
     logits: Tensor = build_model(checkpoint.config, architecture, found.items())(rows).logits
     return logits

@@ -2,14 +2,15 @@
 
 from pathlib import Path
 
-from compress.formats.table import Format
+from compress.formats.table import Format, by_group
 from compress.memory.footprint import Deployment
 from compress.model.architecture import Architecture, Ffn
 from compress.report.rows import Student, Teacher, write_students, write_teacher
 
 
 def architecture(ffn: int, format: Format = "bf16") -> Architecture:
-    block = Ffn(layer=0, ffn=ffn, gated=True, format=format)
+    formats = by_group({"gate_up": format, "down": format})
+    block = Ffn(layer=0, ffn=ffn, gated=True, formats=formats)
     return Architecture(family="llama", vocab=4, hidden=8, tied=True, blocks=(block,))
 
 

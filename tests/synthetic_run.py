@@ -10,6 +10,7 @@ import numpy as np
 import yaml
 from safetensors.numpy import save_file
 
+from compress.formats.table import by_group
 from compress.memory.footprint import Deployment, footprint
 from compress.model.architecture import (
     Architecture,
@@ -21,7 +22,7 @@ from compress.model.architecture import (
     block_name,
     to_json,
 )
-from compress.model.families import count_parameters
+from compress.model.families import count_parameters, linear_groups
 from compress.student.units import axes_in
 
 CONTEXT = 2048
@@ -73,7 +74,12 @@ def cut(teacher: Architecture, seed: int) -> tuple[Architecture, dict[str, np.nd
         block = teacher.blocks[number]
         changes: dict[str, object] = {
             "layer": layers.setdefault(block.layer, len(layers)),
-            "format": str(draw.choice(["bf16", "fp8", "nvfp4"])),
+            "formats": by_group(
+                {
+                    group: draw.choice(["bf16", "fp8", "nvfp4"]).item()
+                    for group in linear_groups(block, teacher.family)
+                }
+            ),
         }
         if block.kind == "attention":
             changes["kv_format"] = str(draw.choice(["bf16", "fp8"]))

@@ -185,7 +185,8 @@ def test_units_that_nothing_reads_are_worth_nothing(teacher: Checkpoint) -> None
     for block in architecture.blocks:
         for projection in projections(architecture, block):
             if projection.slot.fused:
-                assert found[f"{unit_key(block, projection.units)}/fp8"].any()
+                key = f"{unit_key(block, projection.units)}/{projection.slot.fused}/fp8"
+                assert found[key].any()
 
 
 def reads_latent(architecture: Architecture, parameter: Parameter) -> bool:

@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from compress.formats.table import formats_text
 from compress.model.architecture import (
     Architecture,
     Block,
@@ -65,7 +66,9 @@ def block_text(block: Block) -> str:
     """A block's formats and sizes."""
     kv_format = kv_format_of(block)
     held = "" if kv_format is None else f"{kv_format} KV; "
-    return f"{block.format}; {held}" + ", ".join(f"{a} {size}" for a, size in sizes(block).items())
+    return f"{formats_text(block.formats)}; {held}" + ", ".join(
+        f"{a} {size}" for a, size in sizes(block).items()
+    )
 
 
 def table(left: str, right: str, rows: Mapping[str, Any]) -> str:

@@ -6,7 +6,7 @@ from math import prod
 import torch
 from torch import Tensor
 
-from compress.formats.table import FORMATS, Format
+from compress.formats.table import FORMATS, Format, GroupFormats
 
 
 def group_amax(weights: Iterable[Tensor]) -> Tensor:
@@ -40,15 +40,16 @@ def fused_groups(names: Iterable[str], fused: Mapping[str, str | None]) -> Itera
 
 
 def fake_quantize_block(
-    tensors: Mapping[str, Tensor], fused: Mapping[str, str | None], format: Format
+    tensors: Mapping[str, Tensor], fused: Mapping[str, str | None], formats: GroupFormats
 ) -> dict[str, Tensor]:
-    """A block's tensors with every fused group in ``format``; norms, routers and conv stay.
+    """A block's tensors with every fused group in its format; norms, routers and conv stay.
 
     ``fused`` has the fused group of every name in ``tensors``, None where it is not quantized; the
     order of the names is kept.
     """
-    result = dict(tensors)
+    result, own = dict(tensors), dict(formats)
     for names in fused_groups(tensors, fused):
-        quantized = fake_quantize([tensors[name] for name in names], format)
+        group = fused[names[0]]
+        quantized = fake_quantize([tensors[name] for name in names], own.get(group or "", "bf16"))
         result.update(zip(names, quantized, strict=True))
     return result

@@ -17,6 +17,8 @@ from compress.core.errors import InputError
 
 Format = Literal["bf16", "fp8", "nvfp4", "mxfp4", "int4"]
 KvFormat = Literal["bf16", "fp8"]
+# The format of every linear group of a block, by the group's name; none: BF16 throughout.
+GroupFormats = tuple[tuple[str, Format], ...]
 # How weights come to the values of a format: ``student/rounding.py``.
 Rounding = Literal["nearest", "scales", "second-order"]
 
@@ -113,3 +115,19 @@ FORMATS: Mapping[Format, NumberFormat] = {row.name: row for row in ROWS}
 # Bytes of a number in a KV cache; the first is what a cache holds where nothing was decided.
 KV_BYTES: Mapping[KvFormat, int] = {"bf16": 2, "fp8": 1}
 KV_FORMATS: tuple[KvFormat, ...] = tuple(KV_BYTES)
+
+
+def by_group(formats: Mapping[str, Format]) -> GroupFormats:
+    """Formats of all linear groups of a block as blocks have them; equal ones are equal."""
+    return () if set(formats.values()) <= {"bf16"} else tuple(sorted(formats.items()))
+
+
+def used_in(formats: GroupFormats) -> set[Format]:
+    """The number formats of a block."""
+    return {format for _, format in formats} or {"bf16"}
+
+
+def formats_text(formats: GroupFormats) -> str:
+    """Formats in words: one where all groups agree, else ``down nvfp4, gate_up fp8``."""
+    used = used_in(formats)
+    return min(used) if len(used) == 1 else ", ".join(" ".join(pair) for pair in formats)

@@ -8,6 +8,7 @@ from compress.formats.table import Format
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, block_takes, footprint
 from compress.model.architecture import Architecture, without_formats
+from compress.model.families import in_one_format
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,7 +36,9 @@ def in_format(architecture: Architecture, format: Format) -> Architecture:
     """The architecture with every block in one format; blocks that cannot take it stay BF16."""
     hidden, family = architecture.hidden, architecture.family
     blocks = (
-        replace(block, format=format if block_takes(block, hidden, family, format) else "bf16")
+        replace(block, formats=in_one_format(block, family, format))
+        if block_takes(block, hidden, family, format)
+        else replace(block, formats=())
         for block in architecture.blocks
     )
     return replace(architecture, blocks=tuple(blocks))

@@ -27,11 +27,12 @@ from compress.model.architecture import (
     Mamba,
     ShortConv,
     cached,
+    group_format,
     kv_format_of,
     sizes,
     window,
 )
-from compress.model.families import experts_of, family_of, outside
+from compress.model.families import experts_of, family_of, linear_groups, outside
 from compress.model.layout import Slot, shape
 
 SsmFormat = Literal["fp32", "bf16"]
@@ -72,42 +73,57 @@ class Footprint:
         return self.weights + held + self.workspace + self.mtp
 
 
-def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format) -> int:
-    """Bytes of one tensor on disk; only slots with a fused group take the format."""
+def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format = "bf16") -> int:
+    """Bytes of one tensor on disk."""
     if slot.float32:
         return prod(dimensions) * FP32_BYTES
-    return FORMATS[format if slot.fused else "bf16"].bytes(dimensions)
+    return FORMATS[format].bytes(dimensions)
 
 
 # A search asks for the same few hundred blocks hundreds of thousands of times.
 @lru_cache(maxsize=2**16)
 def block_bytes(block: Block, hidden: int, family: str) -> int:
-    """Bytes of the weights of one block in its format."""
+    """Bytes of the weights of one block in its formats."""
     axis_sizes = {"hidden": hidden} | sizes(block)
     return sum(
         len(experts_of(name, block))
-        * tensor_bytes(slot, shape(slot.shape, axis_sizes), block.format)
+        * tensor_bytes(slot, shape(slot.shape, axis_sizes), group_format(block, slot.fused))
         for name, slot in family_of(family).tensors(block).items()
     )
 
 
+def group_bytes(block: Block, group: str, hidden: int, family: str, format: Format) -> int:
+    """Bytes of the weights of a linear group of a block in a format."""
+    axis_sizes = {"hidden": hidden} | sizes(block)
+    return sum(
+        len(experts_of(name, block)) * FORMATS[format].bytes(shape(slot.shape, axis_sizes))
+        for name, slot in family_of(family).tensors(block).items()
+        if slot.fused == group
+    )
+
+
 @lru_cache(maxsize=2**16)
-def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
-    """Whether every quantizable weight of a block can be stored in the format."""
+def group_takes(block: Block, group: str, hidden: int, family: str, format: Format) -> bool:
+    """Whether every weight of a linear group of a block can be stored in the format."""
     axis_sizes = {"hidden": hidden} | sizes(block)
     return all(
         FORMATS[format].takes(shape(slot.shape, axis_sizes))
         for slot in family_of(family).tensors(block).values()
-        if slot.fused
+        if slot.fused == group
     )
+
+
+def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
+    """Whether every linear group of a block can be stored in the format."""
+    groups = linear_groups(block, family)
+    return all(group_takes(block, group, hidden, family, format) for group in groups)
 
 
 def outside_bytes(architecture: Architecture) -> int:
     """Bytes of the tensors outside the blocks: embedding, head unless tied, final norm."""
     axis_sizes = {"hidden": architecture.hidden, "vocab": architecture.vocab}
     return sum(
-        tensor_bytes(slot, shape(slot.shape, axis_sizes), "bf16")
-        for _, slot in outside(architecture)
+        tensor_bytes(slot, shape(slot.shape, axis_sizes)) for _, slot in outside(architecture)
     )
 
 
@@ -123,7 +139,7 @@ def mtp_weight_bytes(architecture: Architecture) -> int:
     outside = {"hidden": architecture.hidden, "vocab": architecture.vocab}
     return sum(
         len(experts_of(name, block))
-        * tensor_bytes(slot, shape(slot.shape, outside | (sizes(block) if block else {})), "bf16")
+        * tensor_bytes(slot, shape(slot.shape, outside | (sizes(block) if block else {})))
         for _, table, block in family_of(architecture.family).mtp(architecture)
         for name, slot in table.items()
     )

@@ -11,8 +11,11 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import (
+    AfterValidator,
+    BeforeValidator,
     ConfigDict,
     Field,
+    PlainSerializer,
     TypeAdapter,
     ValidationError,
     with_config,
@@ -20,10 +23,17 @@ from pydantic import (
 
 from compress.core.errors import InputError
 from compress.core.settings import first_fault
-from compress.formats.table import KV_FORMATS, Format, KvFormat
+from compress.formats.table import KV_FORMATS, Format, GroupFormats, KvFormat, by_group, used_in
 
 # As JSON has them: a number is no text, and what is not known is an error.
 STRICT = ConfigDict(extra="forbid", strict=True)
+# An object in JSON.
+Formats = Annotated[
+    GroupFormats,
+    BeforeValidator(lambda found: tuple(found.items()) if isinstance(found, dict) else found),
+    AfterValidator(lambda found: by_group(dict(found))),
+    PlainSerializer(dict),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,8 +41,8 @@ class Attention:
     """Grouped-query attention: ``kv_head`` groups of ``query`` heads of ``head_dim``.
 
     ``window`` limits how many tokens it sees; without ``rope`` it knows no positions. ``qkv_bias``
-    and ``qk_norm`` say what a config may choose to have, in families where it may. ``kv_format`` is
-    that of its cache.
+    and ``qk_norm`` say what a config may choose to have, in families where it may. ``formats`` are
+    those of its linear groups, as of every block, ``kv_format`` is that of its cache.
     """
 
     kind: Literal["attention"] = "attention"
@@ -44,7 +54,7 @@ class Attention:
     rope: bool = True
     qkv_bias: bool = False
     qk_norm: bool = False
-    format: Format = "bf16"
+    formats: Formats = ()
     kv_format: KvFormat = "bf16"
 
 
@@ -65,7 +75,7 @@ class Mla:
     v_dim: int
     kv_rank: int
     q_rank: int | None
-    format: Format = "bf16"
+    formats: Formats = ()
     kv_format: KvFormat = "bf16"
 
 
@@ -77,7 +87,7 @@ class Ffn:
     layer: int
     ffn: int
     gated: bool
-    format: Format = "bf16"
+    formats: Formats = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +108,7 @@ class Moe:
     top_group: int = 1
     latent: int | None = None
     gated: bool = False
-    format: Format = "bf16"
+    formats: Formats = ()
 
     @property
     def fewest_experts(self) -> int:
@@ -118,7 +128,7 @@ class Mamba:
     channel: int
     state: int
     kernel: int
-    format: Format = "bf16"
+    formats: Formats = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,7 +145,7 @@ class DeltaNet:
     key_dim: int
     value_dim: int
     kernel: int
-    format: Format = "bf16"
+    formats: Formats = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -146,7 +156,7 @@ class ShortConv:
     layer: int
     inner: int
     kernel: int
-    format: Format = "bf16"
+    formats: Formats = ()
 
 
 Block = Attention | Mla | Ffn | Moe | Mamba | DeltaNet | ShortConv
@@ -177,7 +187,7 @@ class Architecture:
     @property
     def formats(self) -> set[Format]:
         """The number formats its blocks use."""
-        return {block.format for block in self.blocks}
+        return {format for block in self.blocks for format in used_in(block.formats)}
 
     @property
     def kv_formats(self) -> dict[int, KvFormat]:
@@ -205,8 +215,13 @@ def in_kv_format(architecture: Architecture, kv_format: KvFormat) -> Architectur
 
 def without_formats(architecture: Architecture) -> Architecture:
     """The architecture with all weights and KV caches in BF16."""
-    blocks = tuple(dataclasses.replace(block, format="bf16") for block in architecture.blocks)
+    blocks = tuple(dataclasses.replace(block, formats=()) for block in architecture.blocks)
     return in_kv_format(dataclasses.replace(architecture, blocks=blocks), KV_FORMATS[0])
+
+
+def group_format(block: Block, group: str | None) -> Format:
+    """The format of a linear group of a block; BF16 of what is in none."""
+    return dict(block.formats)[group] if group and block.formats else "bf16"
 
 
 def kv_format_of(block: Block) -> KvFormat | None:

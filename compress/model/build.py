@@ -20,7 +20,7 @@ from transformers.utils import logging as transformers_logging
 from compress.core.errors import InputError
 from compress.formats.kv import format_of, set_kv_format
 from compress.formats.table import Format
-from compress.model.architecture import Architecture, Block
+from compress.model.architecture import Architecture, Block, group_format
 from compress.model.checkpoint import GENERATION, open_checkpoint
 from compress.model.config import architecture_of, read_config
 from compress.model.families import family_of, parameters, settings_of
@@ -28,6 +28,7 @@ from compress.model.families.family import Family
 from compress.model.families.wrapper import text_config
 from compress.model.fill import fill, part_of, place_of, require_filled
 from compress.model.kernels import modeling
+from compress.model.layout import Parameter
 from compress.model.modules import attention_of
 
 
@@ -221,12 +222,14 @@ def disk_tensors(
 
 def weight_formats(architecture: Architecture) -> dict[str, Format]:
     """The format of every quantized weight, by its name on disk."""
-    formats = [block.format for block in architecture.blocks]
-    return {
-        each.name: formats[each.block]
-        for each in parameters(architecture)
-        if each.block is not None and each.slot.fused and formats[each.block] != "bf16"
-    }
+    formats = {each.name: weight_format(architecture, each) for each in parameters(architecture)}
+    return {name: format for name, format in formats.items() if format != "bf16"}
+
+
+def weight_format(architecture: Architecture, parameter: Parameter) -> Format:
+    """The format of one of an architecture's parameters."""
+    block = None if parameter.block is None else architecture.blocks[parameter.block]
+    return "bf16" if block is None else group_format(block, parameter.slot.fused)
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

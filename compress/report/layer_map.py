@@ -4,8 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from compress.formats.table import KV_BYTES, KV_FORMATS, Format
+from compress.formats.table import KV_BYTES, KV_FORMATS, Format, KvFormat, used_in
 from compress.model.architecture import Architecture, Block, block_name, kv_format_of, sizes
+from compress.report.figures import words
 from compress.student.units import AXES
 
 ROW_PIXELS, GAP_PIXELS, TOP_PIXELS = 30, 10, 4
@@ -13,8 +14,9 @@ ROW_PIXELS, GAP_PIXELS, TOP_PIXELS = 30, 10, 4
 
 @dataclass(frozen=True, kw_only=True)
 class Cell:
-    """One axis of one teacher block; ``format`` is None where the block was removed.
+    """One axis of one teacher block; ``formats`` are none where the block was removed.
 
+    Else the format of every linear group, or one where they agree, and ``text`` says it in words.
     Or its KV cache, in bits of a number.
     """
 
@@ -22,7 +24,8 @@ class Cell:
     block: str
     kept: int
     whole: int
-    format: Format | None
+    formats: tuple[Format | KvFormat, ...]
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,12 +75,18 @@ def layer_map(
 
 def cell_of(teacher: Block, student: Block | None, axis: str) -> Cell:
     """The cell of one block and axis."""
+    used = tuple(used_in(student.formats)) if student else ()
+    text = "".join(used).upper() or "removed"
+    if student and len(used) > 1:
+        used = tuple(format for _, format in student.formats)
+        text = ", ".join(f"{words(group)} {format.upper()}" for group, format in student.formats)
     return Cell(
         column=teacher.layer,
         block=block_name(teacher),
         kept=sizes(student)[axis] if student else 0,
         whole=sizes(teacher)[axis],
-        format=student.format if student else None,
+        formats=used,
+        text=text,
     )
 
 
@@ -89,5 +98,6 @@ def cache_cell(teacher: Block, student: Block | None) -> Cell:
         block=block_name(teacher),
         kept=8 * KV_BYTES[kv_format] if kv_format else 0,
         whole=8 * KV_BYTES[KV_FORMATS[0]],
-        format=kv_format,
+        formats=(kv_format,) if kv_format else (),
+        text=kv_format.upper() if kv_format else "removed",
     )

@@ -5,7 +5,7 @@ from itertools import pairwise
 
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
-from compress.formats.table import FORMATS, KV_FORMATS, KvFormat
+from compress.formats.table import FORMATS, KV_FORMATS, KvFormat, formats_text
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import (
     Deployment,
@@ -130,7 +130,7 @@ def block_rows(plan: Plan) -> Iterable[tuple[str, ...]]:
         text = ", ".join(f"{axis} {size}" for axis, size in sizes(block).items())
         kv_format = kv_format_of(block)
         cache = f", {kv_format} KV" if kv_format not in (None, KV_FORMATS[0]) else ""
-        alike.setdefault((block.kind, text, block.format + cache), []).append(number)
+        alike.setdefault((block.kind, text, formats_text(block.formats) + cache), []).append(number)
     for (kind, text, format), numbers in alike.items():
         blocks = [architecture.blocks[number] for number in numbers]
         held = sum(sum(state_bytes(block, deployment)) for block in blocks)

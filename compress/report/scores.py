@@ -4,12 +4,14 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
+from compress.core.quantities import format_bytes
 from compress.core.terminal import note, table
-from compress.formats.table import FORMATS, KV_FORMATS
+from compress.formats.table import KV_FORMATS
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import family_of
-from compress.scores.costs import Scores, change, importance, kl_of, removed
-from compress.student.units import AXES, axes_in, unit_key, units_in
+from compress.scores.costs import Scores, importance, removed
+from compress.scores.sensitivity import sensitivities
+from compress.student.units import AXES, axes_in
 
 
 def print_scores(architecture: Architecture, scores: Scores) -> None:
@@ -25,24 +27,15 @@ def print_scores(architecture: Architecture, scores: Scores) -> None:
         ["axis", "units", "least", "most"],
         unit_rows(scores, architecture),
     )
-    formats = []
-    for format in FORMATS:
-        costs = {
-            block_name(b): kl_of(change(scores, b, {}, format), scores.length)
-            for b in blocks
-            if f"{unit_key(b, units_in(b)[0])}/{format}" in scores.contributions
-        }
-        if costs:
-            low, high = min(costs, key=costs.__getitem__), max(costs, key=costs.__getitem__)
-            formats.append(
-                (format, f"{sum(costs.values()):.4f}", f"{costs[low]:.5f}", low,
-                 f"{costs[high]:.5f}", high)
-            )  # fmt: skip
+    found = sensitivities(architecture, scores)
     table(
-        "Number formats of a block (KL, nats per token)",
-        ["format", "sum of all", "least", "where", "most", "where "],
-        formats,
-    )
+        "Number formats of linear groups, all of a kind together (KL predicted, nats per token)",
+        ["group", "format", "blocks", "saves", "KL", "most of it", "where"],
+        [
+            (f"{each.kind} {each.group}", each.format, str(each.blocks), format_bytes(each.saved),
+             f"{each.kl:.5f}", f"{each.most:.5f}", each.where) for each in found
+        ],
+    )  # fmt: skip
     for format in KV_FORMATS[1:]:
         by_block = {k.rpartition("/")[0]: v for k, v in scores.kv.items() if k.endswith(format)}
         if by_block:

@@ -15,7 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from compress.formats.table import Format
+from compress.formats.table import Format, GroupFormats
 from compress.model.architecture import Block, block_name, sizes
 from compress.model.tensor_files import save_tensors
 from compress.scores.contributions import Contributions
@@ -174,23 +174,42 @@ def choose(
     return keep
 
 
-def change(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> Tensor:
-    """Summed contributions [rows] of cutting a block to ``keep`` and storing it in ``format``.
+def cut_rows(scores: Scores, block: Block, keep: Mapping[str, Tensor]) -> Tensor:
+    """Summed contributions [rows] of cutting a block to ``keep``: a unit that goes costs -C."""
+    total = torch.zeros(len(scores.contributions["hidden"]))
+    for units in units_in(block) if keep else ():
+        gone = 1 - alive(block, units, keep).flatten()
+        total -= scores.contributions[unit_key(block, units)].flatten(1) @ gone
+    return total
 
-    A unit that goes costs -C, one that stays its rounding: what is cut is not charged for bits.
+
+def rounding_rows(
+    scores: Scores, block: Block, keep: Mapping[str, Tensor], group: str, format: Format
+) -> Tensor:
+    """Summed contributions [rows] of storing a linear group of a block in a format.
+
+    Of units that ``keep`` leaves: what is cut is not charged for bits.
     """
-    found = scores.contributions
+    found, ending = scores.contributions, f"/{group}/{format}"
     total = torch.zeros(len(found["hidden"]))
     for units in units_in(block):
-        key = unit_key(block, units)
-        mask = alive(block, units, keep).flatten()
-        total -= found[key].flatten(1) @ (1 - mask)
-        # What only matrices that stay BF16 are made of has none.
-        rounding = found.get(f"{key}/{format}")
-        if rounding is not None:
-            total += rounding.flatten(1) @ mask
-    rest = found.get(f"{block_name(block)}/rest/{format}")
+        # What only other groups are made of has none.
+        rows = found.get(unit_key(block, units) + ending)
+        if rows is not None:
+            total += rows.flatten(1) @ alive(block, units, keep).flatten()
+    rest = found.get(f"{block_name(block)}/rest{ending}")
     return total if rest is None else total + rest
+
+
+def change(
+    scores: Scores, block: Block, keep: Mapping[str, Tensor], formats: GroupFormats
+) -> Tensor:
+    """Summed contributions [rows] of cutting a block to ``keep`` and storing it in ``formats``."""
+    total = cut_rows(scores, block, keep)
+    for group, format in formats:
+        if format != "bf16":
+            total += rounding_rows(scores, block, keep, group, format)
+    return total
 
 
 def removed(scores: Scores, block: Block) -> float:
@@ -205,23 +224,29 @@ def whole(scores: Scores, block: Block) -> Tensor:
     return torch.stack(rows).sum(0)
 
 
-def option_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor], format: Format) -> float:
+def option_cost(
+    scores: Scores, block: Block, keep: Mapping[str, Tensor], formats: GroupFormats
+) -> float:
     """Predicted KL of one option of a block, nats per token.
+
+    Rounding of what stays has nothing to do with what went: their product is noise, of which a
+    search over many options would find the most negative. So it is left out.
+    """
+    rounding = change(scores, block, keep, formats) - cut_rows(scores, block, keep)
+    return cut_cost(scores, block, keep) + kl_of(rounding, scores.length)
+
+
+def cut_cost(scores: Scores, block: Block, keep: Mapping[str, Tensor]) -> float:
+    """Predicted KL of cutting a block to ``keep``, nats per token.
 
     The second-order estimate is right for small cuts and low for whole blocks: the ratio of exact
     to estimated cost is interpolated linearly over the estimate, from a cut of nothing to the
     removal, and its root taken: of what makes a removal dearer than its estimate a cut has only a
     part (measured: runs/LOG.md, "Fidelity of scores"). None is dearer than the removal.
     """
-    cut = change(scores, block, keep, "bf16")
-    # Rounding of what stays has nothing to do with what went: their product is noise, of which a
-    # search over many options would find the most negative.
-    rounding = kl_of(change(scores, block, keep, format) - cut, scores.length)
-    if not keep:
-        return rounding
-    estimate = kl_of(cut, scores.length)
+    estimate = kl_of(cut_rows(scores, block, keep), scores.length)
     largest, exact = kl_of(whole(scores, block), scores.length), removed(scores, block)
     if largest > 0:
         ratio = 1 + (exact / largest - 1) * min(1.0, estimate / largest)
         estimate = min(exact, estimate * math.sqrt(ratio))
-    return estimate + rounding
+    return estimate

@@ -9,10 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from compress.formats.fake import fake_quantize_block
-from compress.formats.table import Format
-from compress.memory.footprint import block_takes
+from compress.formats.table import Format, GroupFormats, by_group
+from compress.memory.footprint import group_takes
 from compress.model.architecture import Architecture, Block
 from compress.model.experts import experts_of_block
+from compress.model.families import linear_groups
 from compress.model.modules import layer_of, slots_of, weights_of
 from compress.student.masks import Unmasked, masked, numbered
 from compress.student.units import projections
@@ -28,13 +29,14 @@ Refit = Callable[[int, Mapping[str, Tensor]], None]
 class Gated:
     """The teacher of a stack as the student that keeps ``keep``, its blocks in ``current`` formats.
 
-    ``current`` maps teacher block numbers to formats, BF16 where it has none; ``refit`` changes the
-    weights of the blocks ``refitted`` before they are rounded. Without any of it: the teacher.
+    ``current`` maps teacher block numbers to those of their groups, BF16 where it has none;
+    ``refit`` changes the weights of the blocks ``refitted`` before they are rounded. Without any
+    of it: the teacher.
     """
 
     stack: Stack
     keep: Mapping[str, Tensor] = field(default_factory=dict)
-    current: Mapping[int, Format] = field(default_factory=dict)
+    current: Mapping[int, GroupFormats] = field(default_factory=dict)
     refitted: frozenset[int] = frozenset()
     refit: Refit = lambda number, weights: None
 
@@ -44,26 +46,27 @@ class Gated:
     ) -> Iterator[tuple[Unmasked, dict[int, Errors]]]:
         """A layer as the student's, in its visit, and what ``formats`` add to its blocks.
 
-        Those are by block number, against BF16 weights, of the formats that a block's shapes take.
+        Those are by block number, against BF16 weights, of the linear groups that take a format.
         """
         model, architecture = self.stack.model, self.stack.architecture
         errors: dict[int, Errors] = {}
         with ExitStack() as inside:
             unmasked = inside.enter_context(masked(self.stack, layer, self.keep))
             for number, block in numbered(architecture, layer):
-                current = self.current.get(number, "bf16")
-                rounded = current != "bf16"
-                if rounded or number in self.refitted:
+                current = self.current.get(number, ())
+                if current or number in self.refitted:
                     inside.enter_context(copied(model, architecture, block))
                 named = weights_of(model, architecture, block)
                 weights = {name: weight for name, (weight, _) in named.items()}
                 if number in self.refitted:
                     self.refit(number, weights | output_weights(model, architecture, block))
-                asked = dict.fromkeys((*formats, current) if rounded else formats)
-                found = {f: rounding_errors(architecture, block, named, f) for f in asked}
-                for name, error in found[current].items() if rounded else ():
-                    weights[name].add_(error)
-                errors[number] = {f: found[f] for f in formats if found[f]}
+                errors[number] = {
+                    f: rounding_errors(architecture, block, named, f) for f in formats
+                }
+                fused = {name: slot.fused for name, (_, slot) in named.items()}
+                rounded = fake_quantize_block(weights, fused, current) if current else {}
+                for name, weight in rounded.items():
+                    weights[name].copy_(weight)
             yield unmasked, errors
 
 
@@ -100,10 +103,14 @@ def rounding_errors(
     weights: Mapping[str, tuple[Tensor, Any]],
     format: Format,
 ) -> dict[str, Tensor]:
-    """What a format adds to a block's weights, by module; empty if a shape refuses it."""
-    if not block_takes(block, architecture.hidden, architecture.family, format):
-        return {}
-    exact = {name: weight for name, (weight, _) in weights.items()}
+    """What a format adds to a block's weights, by module, of the groups that take it."""
+    hidden, family = architecture.hidden, architecture.family
+    taking = {
+        group: format
+        for group in linear_groups(block, family)
+        if group_takes(block, group, hidden, family, format)
+    }
     fused = {name: slot.fused for name, (_, slot) in weights.items()}
-    rounded = fake_quantize_block(exact, fused, format)
+    exact = {name: weight for name, (weight, _) in weights.items() if fused[name] in taking}
+    rounded = fake_quantize_block(exact, fused, by_group(taking))
     return {name: rounded[name] - exact[name] for name in exact}

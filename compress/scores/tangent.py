@@ -90,7 +90,7 @@ def gated_teacher(
     """The teacher that computes a candidate."""
     survivors = candidate.keep["blocks"].tolist()
     blocks = zip(survivors, candidate.architecture.blocks, strict=True)
-    current = {number: block.format for number, block in blocks}
+    current = {number: block.formats for number, block in blocks}
 
     def refit(number: int, weights: Mapping[str, Tensor]) -> None:
         """Put repaired columns into a block's output projections; dead ones stay."""

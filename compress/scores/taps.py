@@ -1,8 +1,8 @@
 """Gates and the contribution matrix: what every unit and every format is worth, in one pass.
 
-A gate is a multiplier at 1 on a unit's activation, or 0 -> 1 on a block's rounding error. Its
-gradient needs no gate in the graph: at an activation z it is the sum over tokens of z * dL/dz, at
-a linear layer y = W x with rounding error dW it is the sum of dL/dy * (dW x). So hooks read
+A gate is a multiplier at 1 on a unit's activation, or 0 -> 1 on a linear group's rounding error.
+Its gradient needs no gate in the graph: at an activation z it is the sum over tokens of z * dL/dz,
+at a linear layer y = W x with rounding error dW it is the sum of dL/dy * (dW x). So hooks read
 activations and their gradients, and one backward gives one row per sequence for every gate.
 """
 
@@ -41,10 +41,11 @@ class Taps:
     """Hooks on one layer of a gated teacher at a time, or on its final norm.
 
     ``backward`` maps every key of what they are on to [draws, sequences, *unit shape], in fp32:
-    ``hidden``, ``<block>/<units>``, and for each format whose errors are given
-    ``<block>/<units>/<format>`` and ``<block>/rest/<format>``. With ``squares`` also, for units
-    that are one number z per token, ``<block>/<units>/activation`` and ``.../slope``, the sums over
-    sequences, draws and tokens of the squares of z and of dL/dz, with ``.../tokens``, [1, *units];
+    ``hidden``, ``<block>/<units>``, and for each linear group and format whose errors are given
+    ``<block>/<units>/<group>/<format>`` and ``<block>/rest/<group>/<format>``. With ``squares``
+    also, for units that are one number z per token, ``<block>/<units>/activation`` and
+    ``.../slope``, the sums over sequences, draws and tokens of the squares of z and of dL/dz, with
+    ``.../tokens``, [1, *units];
     for the hidden channels at every norm, ``hidden@<number>/...``.
 
     Where the teacher computes a student, contributions are the derivatives there, of units that are
@@ -173,7 +174,7 @@ class Taps:
         self, block: Block, name: str, slot: Slot, errors: Errors
     ) -> Callable[..., None]:
         """Hook for a linear module, whose tokens are those of all sequences in turn."""
-        own = {format: error[name] for format, error in errors.items()}
+        own = {format: error[name] for format, error in errors.items() if name in error}
 
         def gather(values: Tensor) -> Tensor:
             return of_sequences(values.reshape(self.sequences, -1, values.shape[-1]))
@@ -229,7 +230,7 @@ class Taps:
         def rounding(grad: Tensor) -> None:
             for format, error in errors.items():
                 cost = value * (grad @ error) if by_input else grad * shifts[format]
-                add(int(by_input), gather(cost), f"/{format}")
+                add(int(by_input), gather(cost), f"/{slot.fused}/{format}")
 
         on_gradient(y, rounding)
 
@@ -283,7 +284,8 @@ class Taps:
                     name: str, slot: Slot, value: Tensor, seen: Tensor, put: Tensor,
                     expert: int = expert, gather: Gather = gather,
                 ) -> None:  # fmt: skip
-                    own = {f: error[name.format(expert=expert)] for f, error in errors.items()}
+                    module = name.format(expert=expert)
+                    own = {f: error[module] for f, error in errors.items() if module in error}
                     self.tap(block, slot, own, value, seen, put, gather, (expert, len(kept)))
 
                 seen = x[token]

@@ -145,7 +145,7 @@ def at_share(
         cut = Option(tuple(sorted(target.items())))
         [offered] = offered_formats(teacher, block, resized(block, cut), teacher.hidden, space)
         own = KV_FORMATS[0] if kv_format_of(block) is None else kv_format
-        options.append(replace(cut, format=offered, kv_format=own))
+        options.append(replace(cut, formats=offered, kv_format=own))
     return options
 
 

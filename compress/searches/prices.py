@@ -155,7 +155,7 @@ def option_rows(problem: Problem, scores: Scores, number: int, option: Option) -
     block = problem.teacher.blocks[number]
     if option.removed:
         return -whole(scores, block)
-    rows = change(scores, block, problem.keep_of(number, option), option.format)
+    rows = change(scores, block, problem.keep_of(number, option), option.formats)
     return rows * math.sqrt(problem.share_left_by_repair(number, option))
 
 

@@ -1,14 +1,15 @@
 """From scores and a space to knapsacks, and from a choice back to a candidate."""
 
 import itertools
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from compress.formats.table import KV_FORMATS, KvFormat
+from compress.formats.table import KV_FORMATS, Format, GroupFormats, KvFormat, used_in
 from compress.memory.footprint import (
     Deployment,
     block_bytes,
@@ -19,7 +20,16 @@ from compress.memory.footprint import (
 )
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import block_active, outside_count
-from compress.scores.costs import Scores, choose, kl_of, option_cost, priority, removed, top
+from compress.scores.costs import (
+    Scores,
+    choose,
+    cut_cost,
+    kl_of,
+    priority,
+    removed,
+    rounding_rows,
+    top,
+)
 from compress.searches.knapsack import Knapsack, Limit
 from compress.searches.space import (
     REMOVED,
@@ -35,6 +45,8 @@ from compress.student.candidate import Candidate, Ranking, student_architecture
 # The share of a block's squared error that repair leaves, from its number and kept indices; those
 # of its other cuts are made at once.
 Repairs = Callable[[int, Sequence[Mapping[str, Tensor]]], list[float]]
+# Counts of a cut by axis.
+Target = tuple[tuple[str, int], ...]
 # One option of a group: what each of its blocks does.
 Choice = tuple[tuple[int, Option], ...]
 
@@ -72,7 +84,9 @@ class Problem:
     repair_ratios: Repairs | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
-    ratios: dict[tuple[int, tuple[tuple[str, int], ...]], float] = field(default_factory=dict)
+    ratios: dict[tuple[int, Target], float] = field(default_factory=dict)
+    cuts: dict[tuple[int, Target], float] = field(default_factory=dict)
+    rows: dict[tuple[int, Target, str, Format], Tensor] = field(default_factory=dict)
 
     @property
     def known(self) -> Scores:
@@ -86,8 +100,12 @@ class Problem:
         size = self.teacher.hidden
         return size if share == 1 else counts("hidden", size, (share,))[-1]
 
-    def groups(self, globals_: Globals) -> list[list[Choice]]:
-        """Options of every group: a block, or a layer where only whole layers may go."""
+    def groups(self, globals_: Globals, here: Sequence[Option] = ()) -> list[list[Choice]]:
+        """Options of every group: a block, or a layer where only whole layers may go.
+
+        Of the formats of one cut those that cost less the more bytes they take, those where all
+        linear groups agree, and those of the options ``here`` of all blocks.
+        """
         hidden, members = self.hidden(globals_), dict[int, list[int]]()
         for number, block in enumerate(self.teacher.blocks):
             key = block.layer if self.space.remove == "layer" else number
@@ -95,7 +113,10 @@ class Problem:
 
         def kept(number: int) -> list[tuple[int, Option]]:
             chosen = globals_.shares, hidden, globals_.kv_format
-            options = block_options(self.teacher, number, self.space, *chosen)
+            options = list(block_options(self.teacher, number, self.space, *chosen))
+            if self.space.format_scope == "group":
+                always = set(here[number].formats for number in [number] if here)
+                options = self.undominated(number, options, globals_, always)
             return [(number, option) for option in options]
 
         found: list[list[Choice]] = []
@@ -103,6 +124,28 @@ class Problem:
             gone = [tuple((n, REMOVED) for n in numbers)] if self.space.remove != "none" else []
             found.append([*itertools.product(*map(kept, numbers)), *gone])
         return found
+
+    def undominated(
+        self, number: int, options: Sequence[Option], globals_: Globals, always: Set[GroupFormats]
+    ) -> list[Option]:
+        """Options of a block without those of which another of the same cut costs no more.
+
+        That is, of no more bytes.
+        """
+        cuts: dict[Option, list[tuple[int, float, int]]] = {}
+        for at, option in enumerate(options):
+            cost = self.cost(number, option)[1] if self.scores and option.formats else 0.0
+            taken = self.option_bytes(number, option, globals_)
+            cuts.setdefault(replace(option, formats=()), []).append((taken, cost, at))
+        kept = set[int]()
+        for found in cuts.values():
+            least = math.inf
+            for _, cost, at in sorted(found):
+                formats = options[at].formats
+                if cost < least or len(used_in(formats)) == 1 or formats in always:
+                    kept.add(at)
+                least = min(least, cost)
+        return [option for at, option in enumerate(options) if at in kept]
 
     def keep_of(self, number: int, option: Option) -> dict[str, Tensor]:
         """Kept indices of a block under an option."""
@@ -120,14 +163,32 @@ class Problem:
         if option.removed:
             structure = removed(self.known, block)
         else:
-            keep = self.keep_of(number, option)
-            cut = option_cost(self.known, block, keep, "bf16") if keep else 0.0
-            if option.format != "bf16":
-                rounding = option_cost(self.known, block, keep, option.format) - cut
-            structure = cut * self.share_left_by_repair(number, option)
-            structure += self.kv_cost(number, option)
+            structure = self.cut(number, option) + self.kv_cost(number, option)
+            rows = self.rounding(number, option)
+            if rows is not None:
+                rounding = kl_of(rows, self.known.length)
         self.costs[number, option] = structure, rounding
         return structure, rounding
+
+    def cut(self, number: int, option: Option) -> float:
+        """Predicted KL of an option's cut, as its repair leaves it."""
+        key = (number, option.target)
+        if key not in self.cuts:
+            keep = self.keep_of(number, option)
+            cost = cut_cost(self.known, self.teacher.blocks[number], keep) if keep else 0.0
+            self.cuts[key] = cost * self.share_left_by_repair(number, option)
+        return self.cuts[key]
+
+    def rounding(self, number: int, option: Option) -> Tensor | None:
+        """Summed contributions [rows] of an option's formats; None in BF16."""
+        found = []
+        for group, format in option.formats:
+            key = (number, option.target, group, format)
+            if format != "bf16" and key not in self.rows:
+                own = self.teacher.blocks[number], self.keep_of(number, option), group, format
+                self.rows[key] = rounding_rows(self.known, *own)
+            found += [self.rows[key]] if format != "bf16" else []
+        return torch.stack(found).sum(0) if found else None
 
     def kv_cost(self, number: int, option: Option) -> float:
         """Predicted KL of the KV format of an option."""
@@ -230,7 +291,7 @@ class Problem:
             prefix = block_name(self.teacher.blocks[number])
             own = self.keep_of(number, options[number])
             keep |= {f"{prefix}/{axis}": index for axis, index in own.items()}
-        formats = {number: options[number].format for number in alive}
+        formats = {number: options[number].formats for number in alive}
         kv_formats = {number: options[number].kv_format for number in alive}
         student = student_architecture(self.teacher, keep, formats, kv_formats)
         cut = frozenset(number for number in alive if options[number].target)

@@ -9,7 +9,7 @@ from optuna.trial import FrozenTrial, TrialState
 
 from compress.core.errors import Infeasible
 from compress.core.quantities import format_bytes, format_count
-from compress.formats.table import KV_FORMATS, KvFormat
+from compress.formats.table import KV_FORMATS, KvFormat, by_group
 from compress.searches.knapsack import Knapsack, Solution, diverse, smallest, solve
 from compress.searches.problem import Choice, Globals, Problem, taken
 from compress.searches.space import Option
@@ -65,7 +65,10 @@ def params_of(problem: Problem, globals_: Globals) -> dict[str, Any]:
 
 def attributes_of(proposal: Proposal) -> dict[str, Any]:
     """What the journal keeps of a proposal beside its parameters; needs nothing to be read."""
-    choice = [asdict(option) | {"target": dict(option.target)} for option in proposal.options]
+    choice = [
+        asdict(option) | {"target": dict(option.target), "formats": dict(option.formats)}
+        for option in proposal.options
+    ]
     return {"choice": choice, "predicted": proposal.predicted, "gap": proposal.gap}
 
 
@@ -73,7 +76,12 @@ def decode_trial(problem: Problem, trial: FrozenTrial) -> Proposal:
     """The proposal that a trial of the journal measures."""
     kept, globals_ = trial.user_attrs, globals_of(problem, trial.params)
     options = tuple(
-        Option(**found | {"target": tuple(sorted(found["target"].items()))})
+        Option(
+            tuple(sorted(found["target"].items())),
+            by_group(found["formats"]),
+            found["kv_format"],
+            found["removed"],
+        )
         for found in kept["choice"]
     )
     return Proposal(options, globals_, kept["predicted"], kept["gap"])

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError
 from compress.core.settings import read_settings
-from compress.formats.table import KV_FORMATS, Format, KvFormat
-from compress.memory.footprint import block_takes
+from compress.formats.table import KV_FORMATS, Format, GroupFormats, KvFormat, by_group
+from compress.memory.footprint import group_takes
 from compress.model.architecture import Architecture, Block, cached, kv_format_of, sizes
-from compress.model.families import family_of
+from compress.model.families import family_of, in_one_format, linear_groups
 from compress.model.find import shipped
 from compress.student.units import AXES, axes_in, mtp_axes, number_of
 
@@ -38,8 +38,9 @@ class Space(BaseModel):
     """What a search may change.
 
     ``remove`` says what may go as a whole; ``repair`` also offers every cut of a block with its
-    output projection refitted. ``kv_scope`` says whether every block has its own KV format.
-    ``stock`` leaves out what a family's config class refuses.
+    output projection refitted. ``format_scope`` says whether a
+    block has one format or each of its linear groups its own, ``kv_scope`` whether every block has
+    its own KV format. ``stock`` leaves out what a family's config class refuses.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -48,6 +49,7 @@ class Space(BaseModel):
     axes: Mapping[str, Axis]
     formats: tuple[Format, ...] = Field(min_length=1)
     kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
+    format_scope: Literal["block", "group"] = "block"
     kv_scope: Literal["global", "block"] = "block"
     repair: bool = False
     stock: bool = False
@@ -139,7 +141,7 @@ class Option:
     """One choice for a block: its counts by axis (whole axes left out) and formats; or removal."""
 
     target: tuple[tuple[str, int], ...] = ()
-    format: Format = "bf16"
+    formats: GroupFormats = ()
     kv_format: KvFormat = KV_FORMATS[0]
     removed: bool = False
 
@@ -183,9 +185,9 @@ def block_options(
         smaller = resized(block, cut)
         if space.stock and not is_stock(architecture.family, smaller, hidden):
             continue
-        formats = offered_formats(architecture, block, smaller, hidden, space)
-        for format, own in itertools.product(formats, kv_formats):
-            yield dataclasses.replace(cut, format=format, kv_format=own)
+        offered = offered_formats(architecture, block, smaller, hidden, space)
+        for formats, own in itertools.product(offered, kv_formats):
+            yield dataclasses.replace(cut, formats=formats, kv_format=own)
 
 
 # A search asks for the same few hundred blocks hundreds of thousands of times.
@@ -198,24 +200,34 @@ def is_stock(family: str, block: Block, hidden: int) -> bool:
 
 def offered_formats(
     teacher: Architecture, block: Block, smaller: Block, hidden: int, space: Space
-) -> list[Format]:
+) -> list[GroupFormats]:
     """Formats of the space for a cut of one of the teacher's blocks.
 
-    Its shapes take them, and so do those of the whole block: what is offered was scored. One that
-    can take none of them stays BF16.
+    Its shapes take them, and so do those of the whole block: what is offered was scored. What can
+    take none of them stays BF16.
     """
-    shapes = ((block, teacher.hidden), (smaller, hidden))
-    found = [
-        format
-        for format in space.formats
-        if all(block_takes(each, width, teacher.family, format) for each, width in shapes)
-    ]
-    return found or ["bf16"]
+    family = teacher.family
+    groups = linear_groups(block, family)
+
+    def taken(group: str) -> list[Format]:
+        shapes = ((block, teacher.hidden), (smaller, hidden))
+        return [
+            format
+            for format in space.formats
+            if all(group_takes(each, group, width, family, format) for each, width in shapes)
+        ]
+
+    by_each = {group: taken(group) for group in groups}
+    if space.format_scope == "block":
+        common = [f for f in space.formats if all(f in own for own in by_each.values())]
+        return [in_one_format(block, family, format) for format in common or ["bf16"]]
+    choices = itertools.product(*(own or ["bf16"] for own in by_each.values()))
+    return [by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices]
 
 
 def resized(block: Block, option: Option) -> Block:
     """The block with the sizes and formats of an option that keeps it."""
-    changes: dict[str, Any] = {**dict(option.target), "format": option.format}
+    changes: dict[str, Any] = {**dict(option.target), "formats": option.formats}
     if kv_format_of(block) is not None:
         changes["kv_format"] = option.kv_format
     return dataclasses.replace(block, **changes)

@@ -15,6 +15,7 @@ import numpy as np
 import optuna
 from optuna.trial import FrozenTrial
 
+from compress.formats.table import used_in
 from compress.searches.knapsack import Limit, Overlap, solve
 from compress.searches.prices import Pricing, apart
 from compress.searches.problem import Choice, Globals, Problem
@@ -74,7 +75,8 @@ def stepped(
     """A new proposal a few groups from the best trial; None if its global choice has no other."""
     problem, here = pricing.problem, decode_trial(pricing.problem, best)
     # With what the incumbent takes, should that not be offered any more.
-    groups = [[*dict.fromkeys([*o, own(o, here)])] for o in problem.groups(here.globals_)]
+    offered = problem.groups(here.globals_, here.options)
+    groups = [[*dict.fromkeys([*options, own(options, here)])] for options in offered]
     start = place(groups, here)
     assert start is not None
     known, seen, values = [], {}, best.user_attrs["values"]
@@ -123,13 +125,18 @@ def own(options: Sequence[Choice], proposal: Proposal) -> Choice:
 
 
 def formats_kept(groups: Sequence[Sequence[Choice]], here: Proposal) -> Limit:
-    """No block that stays may change its format; one that comes back takes one that is in use."""
-    used = {option.format for option in here.options if not option.removed}
+    """No block that stays may change its formats; one that comes back takes some in use."""
+    used = {f for o in here.options if not o.removed for f in used_in(o.formats)}
 
     def changes(choice: Choice) -> bool:
         pairs = [(here.options[number], option) for number, option in choice]
         return any(
-            not after.removed and after.format not in (used if before.removed else {before.format})
+            not after.removed
+            and (
+                not used_in(after.formats) <= used
+                if before.removed
+                else after.formats != before.formats
+            )
             for before, after in pairs
         )
 

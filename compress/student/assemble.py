@@ -70,7 +70,7 @@ class BlockStore:
             (
                 number,
                 units_of(block_keep(candidate.keep, self.teacher.architecture.blocks[number])),
-                block.format,
+                block.formats,
                 grams and number in candidate.repaired and (str(grams.file), grams.ridge),
             )
             for number, block in zip(
@@ -110,13 +110,13 @@ class BlockStore:
     ) -> Tensors:
         """The candidate's block ``at``, whose parameters are ``own``, by names in its layer."""
         architecture, place = candidate.architecture, self.stack.placement
-        number, format = candidate.keep["blocks"].tolist()[at], architecture.blocks[at].format
+        number, formats = candidate.keep["blocks"].tolist()[at], architecture.blocks[at].formats
         made = dict(cut_block(self.teacher, candidate, number, grams, place.device))
         known = {local_name(each, architecture): each for each in own}
-        if format != "bf16":
+        if formats:
             groups = {name: each.slot.fused for name, each in known.items()}
             wide = {name: tensor.float() for name, tensor in made.items()}
-            made = fake_quantize_block(wide, groups, format)
+            made = fake_quantize_block(wide, groups, formats)
         cast = [
             (each, made[name].to(torch.float32 if each.slot.float32 else place.dtype))
             for name, each in known.items()

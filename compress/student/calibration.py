@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from compress.formats.fake import fused_groups
 from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, INPUT_SCALE, Rounding
-from compress.model.architecture import Block
+from compress.model.architecture import Block, group_format
 from compress.model.experts import Experts, experts_of_block
 from compress.model.families import family_of
 from compress.model.layout import Parameter
@@ -72,7 +72,7 @@ def quantized(
     for number, layer in stack.visits(range(stack.layers)):
         written = set[str]()
         for block in architecture.blocks:
-            if block.layer == number and block.format != "bf16":
+            if block.layer == number and block.formats:
                 for name, tensor in round_block(stack, layer, block, hidden, rounding):
                     written.add(name)
                     yield name, tensor
@@ -88,7 +88,7 @@ def round_block(
 
     ``hidden`` is what enters the layer.
     """
-    architecture, row = stack.architecture, FORMATS[block.format]
+    architecture = stack.architecture
     weights = weights_of(stack.model, architecture, block)
     prefix = family_of(architecture.family).layer.format(layer=block.layer)
     experts = experts_of_block(stack.model, architecture, block)
@@ -99,20 +99,21 @@ def round_block(
                 stack.run(block.layer, layer, states)
 
     for names in fused_groups(weights, {name: slot.fused for name, (_, slot) in weights.items()}):
+        if (format := group_format(block, weights[names[0]][1].fused)) == "bf16":
+            continue
+        row = FORMATS[format]
         if weights[names[0]][1].place is None:
             inputs, amax = plain_inputs(layer_of(stack.model, block), names, run)
         else:
             assert experts is not None
             inputs, amax = expert_inputs(experts, names, run)
         group = [weights[name][0] for name in names]
-        for name, found in zip(
-            names, round_group(group, block.format, inputs, rounding), strict=True
-        ):
+        for name, found in zip(names, round_group(group, format, inputs, rounding), strict=True):
             weights[name][0].copy_(found.values)
             own = found.stored
             if INPUT_SCALE in row.suffixes:
                 own = (*own, row.numerics.tensor_scale(amax))
-            yield from zip(stored_names(f"{prefix}{name}.weight", block.format), own, strict=True)
+            yield from zip(stored_names(f"{prefix}{name}.weight", format), own, strict=True)
 
 
 def plain_inputs(

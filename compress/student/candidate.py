@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from compress.formats.table import KV_FORMATS, Format, KvFormat
+from compress.formats.table import KV_FORMATS, GroupFormats, KvFormat
 from compress.model.architecture import Architecture, Block, block_name, kv_format_of, sizes
 from compress.student.units import axes_in
 
@@ -54,7 +54,7 @@ def block_keep(keep: "Mapping[str, Tensor]", teacher_block: Block) -> "dict[str,
 def student_architecture(
     teacher: Architecture,
     keep: "Mapping[str, Tensor]",
-    formats: Mapping[int, Format],
+    formats: Mapping[int, GroupFormats],
     kv_formats: Mapping[int, KvFormat],
 ) -> Architecture:
     """The student that ``keep`` describes; teacher block numbers have ``formats``, else BF16.
@@ -67,7 +67,7 @@ def student_architecture(
         block = teacher.blocks[number]
         kept = {a: i.shape[-1] for a, i in block_keep(keep, block).items() if a != "hidden"}
         layer = layers.setdefault(block.layer, len(layers))
-        changes: dict[str, Any] = {"layer": layer, "format": formats.get(number, "bf16"), **kept}
+        changes: dict[str, Any] = {"layer": layer, "formats": formats.get(number, ()), **kept}
         if kv_format_of(block) is not None:
             changes["kv_format"] = kv_formats.get(number, KV_FORMATS[0])
         blocks.append(dataclasses.replace(block, **changes))

@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from compress.export.student import export_student, token_rows
 from compress.formats.fake import group_amax
 from compress.formats.table import INPUT_SCALE, Format
-from compress.model.architecture import Architecture
+from compress.model.architecture import Architecture, group_format
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import family_of, parameters
@@ -40,8 +40,8 @@ def modules(architecture: Architecture) -> Iterator[tuple[list[str], Format]]:
             groups.setdefault((each.block, each.slot.fused), []).append(
                 f"model.layers.{number}.{path}"
             )
-    for (number, _), names in groups.items():
-        if (format := architecture.blocks[number].format) != "bf16":
+    for (number, group), names in groups.items():
+        if (format := group_format(architecture.blocks[number], group)) != "bf16":
             yield names, format
 
 

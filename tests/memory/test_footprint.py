@@ -26,9 +26,10 @@ from compress.memory.footprint import (
     weight_bytes,
 )
 from compress.memory.plan import make_plan
-from compress.model.architecture import Architecture, Attention, in_kv_format
+from compress.model.architecture import Architecture, Attention, Block, in_kv_format
+from compress.model.build import weight_format
 from compress.model.config import architecture_of, read_config
-from compress.model.families import parameters, read_architecture
+from compress.model.families import in_one_format, parameters, read_architecture
 
 LONG = Deployment(context=131072)
 
@@ -82,7 +83,7 @@ def test_blocks_and_the_rest_add_up_to_the_parameters(name: str, format: Format)
         tensor_bytes(
             parameter.slot,
             parameter.shape,
-            "bf16" if parameter.block is None else architecture.blocks[parameter.block].format,
+            weight_format(architecture, parameter),
         )
         for parameter in parameters(architecture)
     )
@@ -93,13 +94,14 @@ def test_blocks_and_the_rest_add_up_to_the_parameters(name: str, format: Format)
     assert one_by_one == blocks + outside_bytes(architecture) == weight_bytes(architecture)
 
 
+def in_one(block: Block, format: Format) -> Block:
+    return dataclasses.replace(block, formats=in_one_format(block, "llama", format))
+
+
 def test_formats_take_the_bytes_of_the_formula() -> None:
     ffn = read_architecture(LLAMA_8B).blocks[1]
     elements, norm = 3 * 4096 * 14336, 4096 * 2
-    taken = {
-        format: block_bytes(dataclasses.replace(ffn, format=format), 4096, "llama")
-        for format in FORMATS
-    }
+    taken = {format: block_bytes(in_one(ffn, format), 4096, "llama") for format in FORMATS}
     assert taken["bf16"] == 2 * elements + norm
     assert taken["fp8"] == elements + 3 * 8 + norm
     assert taken["nvfp4"] == elements * 9 // 16 + 3 * 8 + norm
@@ -111,9 +113,9 @@ def test_a_shape_that_cannot_take_a_format_is_never_given_it() -> None:
     ffn = architecture.blocks[1]
     assert not block_takes(ffn, 4096, "llama", "nvfp4")
     assert block_takes(ffn, 4096, "llama", "fp8")
-    assert {block.format for block in in_format(architecture, "nvfp4").blocks} == {"bf16", "nvfp4"}
+    assert in_format(architecture, "nvfp4").formats == {"bf16", "nvfp4"}
     with pytest.raises(InputError, match="14328 inputs are not a multiple of 16"):
-        block_bytes(dataclasses.replace(ffn, format="nvfp4"), 4096, "llama")
+        block_bytes(in_one(ffn, "nvfp4"), 4096, "llama")
 
 
 def test_every_part_grows_as_its_deployment() -> None:

@@ -10,12 +10,14 @@ from safetensors import safe_open
 from tiny_models import EVERY
 
 from compress.core.errors import InputError
+from compress.formats.table import by_group
 from compress.model.architecture import Mamba, from_json, in_kv_format, to_json
 from compress.model.build import skeleton
 from compress.model.families import (
     count_active,
     count_parameters,
     family_of,
+    linear_groups,
     parameters,
     read_architecture,
 )
@@ -70,8 +72,10 @@ def test_what_is_written_reads_as_the_same_architecture(name: str) -> None:
 def test_json_gives_an_architecture_back_without_loss(name: str) -> None:
     architecture = read_architecture(PUBLISHED[name][0])
     first, *others = architecture.blocks
+    mixed = zip(linear_groups(first, architecture.family), ("nvfp4", "bf16", "fp8"), strict=False)
+    formats = by_group(dict(mixed))
     changed = dataclasses.replace(
-        architecture, blocks=(dataclasses.replace(first, format="nvfp4"), *others)
+        architecture, blocks=(dataclasses.replace(first, formats=formats), *others)
     )
     changed = in_kv_format(changed, "fp8")
     assert from_json(to_json(architecture)) == architecture

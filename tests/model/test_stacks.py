@@ -1,5 +1,6 @@
 """Experts that a checkpoint stacks in one tensor: read one by one, quantized or not."""
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from compress.memory.footprint import block_bytes
 from compress.model.architecture import Moe
 from compress.model.build import load_model
 from compress.model.checkpoint import open_checkpoint
-from compress.model.families import count_active, count_parameters, read_architecture
+from compress.model.families import count_active, count_parameters, in_one_format, read_architecture
 
 AUTO: Any = AutoModelForCausalLM
 TOKENS = torch.randint(1, 128, (2, 30), generator=torch.Generator().manual_seed(1))
@@ -46,7 +47,8 @@ def test_a_token_uses_its_experts_of_a_stack_and_each_has_scales(family: str) ->
     assert count_parameters(architecture) - count_active(architecture) == idle
     block = Moe(layer=0, expert=4, expert_ffn=32, shared_ffn=None, top_k=2, gated=True)
     formats: list[Any] = ["bf16", "fp8", "nvfp4"]
-    taken = [block_bytes(Moe(**{**vars(block), "format": f}), 64, "gpt_oss") for f in formats]
+    stored = [dataclasses.replace(block, formats=in_one_format(block, "gpt_oss", f)) for f in formats]
+    taken = [block_bytes(each, 64, "gpt_oss") for each in stored]
     weights, matrices = 4 * 3 * 32 * 64, 4 * 3
     assert taken[0] - taken[1] == weights - matrices * 8
     assert taken[0] - taken[2] == 2 * weights - (weights // 2 + weights // 16 + matrices * 8)

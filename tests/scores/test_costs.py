@@ -17,6 +17,7 @@ from compress.measure.losses import kl_from_hidden
 from compress.model.architecture import Architecture, Block, block_name, sizes
 from compress.model.build import load_model
 from compress.model.checkpoint import Checkpoint, open_checkpoint
+from compress.model.families import in_one_format
 from compress.model.modules import final_hidden, head_of, weights_of
 from compress.scores.contributions import contributions
 from compress.scores.costs import (
@@ -91,15 +92,16 @@ def test_format_contributions_predict_the_kl_of_rounding(scored) -> None:
     model, architecture, scores = scored
     teacher = hidden_of(model)
     for block in architecture.blocks:
+        formats = in_one_format(block, architecture.family, "fp8")
         weights = weights_of(model, architecture, block)
         exact_weights = {name: weight.clone() for name, (weight, _) in weights.items()}
         fused = {name: slot.fused for name, (_, slot) in weights.items()}
-        for name, value in fake_quantize_block(exact_weights, fused, "fp8").items():
+        for name, value in fake_quantize_block(exact_weights, fused, formats).items():
             weights[name][0].lerp_(value, 0.03)
         measured = exact(model, teacher)
         for name, value in exact_weights.items():
             weights[name][0].copy_(value)
-        predicted = 0.03**2 * kl_of(change(scores, block, {}, "fp8"), LENGTH)
+        predicted = 0.03**2 * kl_of(change(scores, block, {}, formats), LENGTH)
         assert predicted == pytest.approx(measured, rel=0.35), block_name(block)
 
 
@@ -167,7 +169,7 @@ def test_silenced_units_rank_last_and_cost_nothing(tmp_path: Path) -> None:
     assert importance(scores, moe, "shared_ffn").argmin() == 9
     keep = choose(scores, ffn, {"ffn": 95})
     assert 5 not in keep["ffn"]
-    assert option_cost(scores, ffn, keep, "bf16") == 0
+    assert option_cost(scores, ffn, keep, ()) == 0
 
 
 def test_a_removal_costs_what_was_replayed_and_cuts_lead_there(scored) -> None:
@@ -175,19 +177,20 @@ def test_a_removal_costs_what_was_replayed_and_cuts_lead_there(scored) -> None:
     block = next(block for block in architecture.blocks if block.kind == "ffn")
     name = block_name(block)
     keeps = {count: choose(scores, block, {"ffn": count}) for count in (16, 32, 48, 64, 80)}
-    plain = {count: option_cost(scores, block, keep, "bf16") for count, keep in keeps.items()}
+    plain = {count: option_cost(scores, block, keep, ()) for count, keep in keeps.items()}
     whole_block = kl_of(whole(scores, block), LENGTH)
     anchored = replace(scores, removals={name: 3 * whole_block})
     assert removed(anchored, block) == 3 * whole_block
-    cost = {count: option_cost(anchored, block, keep, "bf16") for count, keep in keeps.items()}
+    cost = {count: option_cost(anchored, block, keep, ()) for count, keep in keeps.items()}
     for count, kept in keeps.items():
         share = plain[count] / whole_block
         assert cost[count] == pytest.approx(plain[count] * math.sqrt(1 + 2 * share), rel=1e-5)
-        assert option_cost(replace(scores, removals={name: 0.0}), block, kept, "bf16") == 0
+        assert option_cost(replace(scores, removals={name: 0.0}), block, kept, ()) == 0
     assert cost[80] < cost[64] < cost[48] < cost[32] < cost[16] < 3 * whole_block
     # What a format adds is not scaled: it is the estimate's own.
-    added = option_cost(anchored, block, keeps[64], "fp8") - cost[64]
-    unscaled = option_cost(scores, block, keeps[64], "fp8") - plain[64]
+    fp8 = in_one_format(block, architecture.family, "fp8")
+    added = option_cost(anchored, block, keeps[64], fp8) - cost[64]
+    unscaled = option_cost(scores, block, keeps[64], fp8) - plain[64]
     assert added == pytest.approx(unscaled, rel=1e-3)
 
 

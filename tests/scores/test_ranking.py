@@ -178,7 +178,7 @@ def test_a_search_keeps_what_its_ranking_puts_first(scored: Any, ranking: Rankin
         keep = problem.keep_of(number or 0, option)
         assert torch.equal(keep[axis], top(priority(scores, block, axis, ranking), count))
         # What they cost is the same estimate, whoever chose them.
-        assert problem.cost(number or 0, option)[0] == option_cost(scores, block, keep, "bf16")
+        assert problem.cost(number or 0, option)[0] == option_cost(scores, block, keep, ())
 
 
 def test_router_saliency_does_not_count_how_often_an_expert_is_chosen(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from tiny_models import EVERY, write_tiny
 
 from compress.measure.kl import Reference, measure, reference
 from compress.measure.losses import kl_from_hidden
+from compress.memory.budget import in_format
 from compress.model.architecture import block_name, in_kv_format
 from compress.model.build import build_model, load_model, student_config
 from compress.model.checkpoint import open_checkpoint
@@ -132,8 +133,7 @@ def test_a_streamed_tangent_is_the_resident_one_bit_for_bit(case: str, tmp_path:
 
 def rounded(student: Candidate) -> Candidate:
     """The candidate with every block in FP8, its KV cache too."""
-    blocks = tuple(replace(block, format="fp8") for block in student.architecture.blocks)
-    architecture = in_kv_format(replace(student.architecture, blocks=blocks), "fp8")
+    architecture = in_kv_format(in_format(student.architecture, "fp8"), "fp8")
     return replace(student, architecture=architecture)
 
 

@@ -78,7 +78,7 @@ def test_a_space_for_stock_loaders_has_students_of_one_config_only(family: str) 
         if not all(any(not option.removed for _, option in choice[:1]) for choice, *_ in groups):
             continue
         kept = [pair for choice, *_ in groups for pair in choice]
-        blocks = tuple(resized(teacher.blocks[n], replace(o, format="bf16")) for n, o in kept)
+        blocks = tuple(resized(teacher.blocks[n], replace(o, formats=())) for n, o in kept)
         student = replace(teacher, hidden=problem.hidden(globals_), blocks=blocks)
         assert is_plain(student)
         found.add(student)

@@ -183,7 +183,7 @@ def test_a_step_that_keeps_formats_changes_none_of_a_block_that_stays(hybrid: Te
     problem = hybrid.problem("joint", 0.5)
     found = whole_teacher(problem)
     here = replace(found, options=(REMOVED, *found.options[1:]))
-    assert len({option.format for option in here.options[1:]}) > 1
+    assert len({option.formats for option in here.options[1:]}) > 1
     groups = problem.groups(here.globals_)
     picked = [
         options.index(((number, here.options[number]),)) for number, options in enumerate(groups)
@@ -199,9 +199,9 @@ def test_a_step_that_keeps_formats_changes_none_of_a_block_that_stays(hybrid: Te
         assert solution is not None
         options = taken(groups, solution.choice)
         pairs = zip(here.options, options, strict=True)
-        assert all(a.format == b.format for a, b in pairs if not (a.removed or b.removed))
+        assert all(a.formats == b.formats for a, b in pairs if not (a.removed or b.removed))
         structures.add(options)
-        back.add(options[0].format)
+        back.add(options[0].formats)
     assert len(structures) > 20
     # A block that comes back takes any that is in use.
     assert len(back) > 1
@@ -219,7 +219,7 @@ def test_proposals_are_new_and_every_other_step_changes_cuts_alone(hybrid: Teach
         assert proposal.options not in {decode_trial(problem, t).options for t in done}
         if params_of(problem, proposal.globals_) == params_of(problem, here.globals_):
             pairs = zip(here.options, proposal.options, strict=True)
-            changed = any(a.format != b.format for a, b in pairs if not (a.removed or b.removed))
+            changed = any(a.formats != b.formats for a, b in pairs if not (a.removed or b.removed))
             assert not changed or number % 2 == 0
             rounded.append(changed)
         done.append(trial(problem, number, proposal, None))

@@ -85,7 +85,7 @@ def test_an_assembled_student_is_that_of_surgery(
 def with_room(student: Candidate) -> Candidate:
     """The student with the blocks in BF16 that its format does not take."""
     architecture = student.architecture
-    fits = in_format(architecture, architecture.blocks[0].format)
+    fits = in_format(architecture, min(architecture.formats))
     return replace(student, architecture=fits)
 
 

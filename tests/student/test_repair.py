@@ -26,6 +26,7 @@ from compress.measure.kl import measure, reference, sequence_kl
 from compress.memory.budget import teacher_bytes
 from compress.memory.footprint import Deployment
 from compress.model.checkpoint import open_checkpoint
+from compress.model.families import in_one_format
 from compress.run.bench import Bench
 from compress.run.directory import Run
 from compress.run.recipe import Recipe
@@ -166,7 +167,7 @@ def test_a_repaired_candidate_measures_as_the_student_written_and_loaded(
     number, keep = (3, {"ffn": torch.arange(48)})
     repaired = cut_candidate(checkpoint, number, keep, repaired=True)
     blocks = list(repaired.architecture.blocks)
-    blocks[number] = replace(blocks[number], format="fp8")
+    blocks[number] = replace(blocks[number], formats=in_one_format(blocks[number], "llama", "fp8"))
     repaired = replace(repaired, architecture=replace(repaired.architecture, blocks=tuple(blocks)))
     prune(checkpoint, repaired, tmp_path / "student", grams)
     written = open_checkpoint(tmp_path / "student")

@@ -7,6 +7,7 @@ from math import prod
 from typing import Any
 
 from compress.core.errors import InputError
+from compress.formats.table import Format, GroupFormats, by_group
 from compress.model.architecture import Architecture, Block, sizes
 from compress.model.families.deepseek_v3 import DEEPSEEK_V3
 from compress.model.families.family import Family, Section
@@ -163,6 +164,18 @@ def count_parameters(architecture: Architecture) -> int:
 
 
 # A search asks for the same few hundred blocks hundreds of thousands of times.
+@lru_cache(maxsize=2**16)
+def linear_groups(block: Block, family: str) -> tuple[str, ...]:
+    """The groups of a block's linear layers that share a format, in the order of the table."""
+    slots = family_of(family).tensors(block).values()
+    return tuple(dict.fromkeys(slot.fused for slot in slots if slot.fused))
+
+
+def in_one_format(block: Block, family: str, format: Format) -> GroupFormats:
+    """The formats of a block of which all groups have the same."""
+    return by_group(dict.fromkeys(linear_groups(block, family), format))
+
+
 @lru_cache(maxsize=2**16)
 def block_count(block: Block, hidden: int, family: str) -> int:
     """Parameters of one block."""
