@@ -47,7 +47,8 @@ def test_a_token_uses_its_experts_of_a_stack_and_each_has_scales(family: str) ->
     assert count_parameters(architecture) - count_active(architecture) == idle
     block = Moe(layer=0, expert=4, expert_ffn=32, shared_ffn=None, top_k=2, gated=True)
     formats: list[Any] = ["bf16", "fp8", "nvfp4"]
-    stored = [dataclasses.replace(block, formats=in_one_format(block, "gpt_oss", f)) for f in formats]
+    own = (in_one_format(block, "gpt_oss", f) for f in formats)
+    stored = [dataclasses.replace(block, formats=each) for each in own]
     taken = [block_bytes(each, 64, "gpt_oss") for each in stored]
     weights, matrices = 4 * 3 * 32 * 64, 4 * 3
     assert taken[0] - taken[1] == weights - matrices * 8
