@@ -22,7 +22,7 @@ def differing(architecture: Architecture) -> list[str]:
     for block in architecture.blocks:
         own = sizes(block)
         alike = first.setdefault(block.kind, own)
-        found |= {axis: None for axis in AXES[block.kind] if own[axis] != alike[axis]}
+        found |= {axis: None for axis in AXES[block.kind] if own.get(axis) != alike.get(axis)}
     return list(found)
 
 

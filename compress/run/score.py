@@ -51,7 +51,7 @@ def score_inputs(session: Session) -> dict[str, object]:
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
         "replay": recipe.replay_tokens,
         "formats": scored_formats(recipe),
-        "version": 3,
+        "version": 4,
     }
 
 

@@ -113,7 +113,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": recipe.active,
         "deployment": asdict(session.recipe.deployment),
-        "version": 3,
+        "version": 4,
         **{key: getattr(recipe, key) for key in keys},
     }
 
