@@ -24,7 +24,7 @@ from compress.model.modules import final_hidden, head_of
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.stack import stack_of
 from compress.sweep.states import stored_states
-from compress.train.distill import DistillSettings, Teacher, distill, kl
+from compress.train.distill import DistillSettings, Lesson, Teacher, distill
 from compress.train.optimizers import BETAS
 
 LENGTH = 2048
@@ -117,7 +117,7 @@ def differences(teacher: Checkpoint, student: Path, home: Path) -> dict[str, flo
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, weights)])
     facts: dict[str, float] = {}
     for name, states in (("live", live), ("stored in BF16", stored)):
-        found = kl(Teacher(states, head), model, index, rows, REFERENCE)
+        found = Lesson(model, head, REFERENCE)(rows, states[index])
         own = torch.cat([g.flatten() for g in torch.autograd.grad(found, weights)])
         facts[f"KL, {name}, relative difference"] = abs(found.item() / expected.item() - 1)
         facts[f"gradient, {name}, relative difference"] = float(

@@ -5,6 +5,8 @@ Nothing here imports torch; a stage does when it runs.
 
 import errno
 import json as jsonlib
+import os
+import signal
 import sys
 from io import TextIOWrapper
 from pathlib import Path
@@ -16,6 +18,7 @@ from typer.exceptions import TyperException
 
 from compress import flags
 from compress.core.errors import CompressError, InputError
+from compress.core.signals import interrupt
 from compress.core.terminal import command, note
 from compress.flags import Json, Model, Planned, PrintConfig, RunName, Target
 from compress.formats.table import Format, KvFormat
@@ -301,10 +304,11 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             # UTF-8 as in the files, whatever the locale; the bytes of a path stay what they are.
             stream.reconfigure(encoding="utf-8", errors="surrogateescape")
+    signal.signal(signal.SIGTERM, interrupt)
     # Without arguments typer takes help for a usage error.
     arguments = sys.argv[1:] or ["--help"]
     try:
-        code = app(arguments, prog_name="compress", standalone_mode=False)
+        code = run_command(arguments)
     except CompressError as error:
         code = failed(str(error), error.exit_code)
     except TyperException as error:
@@ -322,6 +326,19 @@ def main() -> None:
     if code == INTERRUPTED:
         failed("interrupted; the same command continues", code)
     sys.exit(code)
+
+
+def run_command(arguments: list[str]) -> Any:
+    """Run a command, in a world of several processes with those that join it; its exit code."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return app(arguments, prog_name="compress", standalone_mode=False)
+    from compress.run import joining
+
+    if joining.joins():
+        return 0
+    code = app(arguments, prog_name="compress", standalone_mode=False)
+    joining.end()
+    return code
 
 
 def failed(message: str, code: int) -> int:

@@ -47,7 +47,7 @@ from compress.student.rounded import rounded
 from compress.student.rounding import Inputs, round_group
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
-from compress.train.distill import Teacher, kl, recompute
+from compress.train.distill import Lesson, Teacher, recompute
 from compress.train.local import block_error, watched
 
 # "linear_attention", "full_attention", "mlp": all kinds but the routed experts.
@@ -290,7 +290,7 @@ def distillation(stack: Stack) -> None:
         student.model.requires_grad_(True)
         for again in (False, True):
             recompute(student.model, again)
-            kl(teacher, student.model, torch.arange(SHAPE[0]), rows(), whole).backward()
+            Lesson(student.model, teacher.head, whole)(rows(), teacher.states).backward()
     for parameter in student.model.parameters():
         at_home(parameter.grad)
 

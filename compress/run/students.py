@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,13 @@ from compress.student.candidate import Candidate
 from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
 from compress.sweep.stack import Stack, stack_at
 from compress.sweep.states import StoredStates, stored_states
+from compress.train.checkpoints import forget
 from compress.train.distill import DistillSettings
 from compress.train.distill import Teacher as Lesson
 from compress.train.distill import distill as train_on_teacher
-from compress.train.loop import digest, forget
+from compress.train.loop import digest
 from compress.train.optimizers import weights_dtype
+from compress.train.world import world
 
 # Directories of a run with one directory per candidate.
 PER_CANDIDATE = ("candidates", "distill", "rounded", "export")
@@ -229,6 +232,13 @@ def trained_tensors(
     recipe, placement = session.recipe, session.placement
     rows = session.training_rows(settings.tokens, recipe.distill_length)
     states = teacher_states(session, rows)
+    if (ours := world()).leads:
+        told = {
+            "run": str(session.run.path), "recipe": recipe.model_dump(), "candidate": candidate.id,
+            "kind": candidate.kind, "settings": asdict(settings), "begins": str(begins),
+            "directory": str(directory),
+        }  # fmt: skip
+        ours.told({"distill": told})
     # From here on the student is alone in memory.
     session.stack.release()
     session.store.clear()

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.core.errors import InputError
@@ -22,6 +22,7 @@ from compress.sweep.states import StoredStates
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
 from compress.train.optimizers import bytes_of
 from compress.train.recipes import OptimizerName
+from compress.train.world import world
 
 # Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
 MICRO_TOKENS = 1024
@@ -59,6 +60,22 @@ class Teacher:
     head: Head
 
 
+class Lesson(nn.Module):
+    """A student before its teacher's head: the forward pass gives the loss."""
+
+    def __init__(self, student: PreTrainedModel, head: Head, placement: Placement) -> None:
+        super().__init__()
+        self.student, self.head, self.placement = student, head, placement
+
+    def forward(self, ids_BT: Tensor, teacher_BTD: Tensor) -> Tensor:
+        """Mean KL(teacher || student) over all positions of rows, nats per token."""
+        device, dtype = self.placement.device, self.placement.dtype
+        teacher_ND = teacher_BTD.to(device, dtype).flatten(0, 1)
+        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+            student_ND = final_hidden(self.student, ids_BT.to(device)).flatten(0, 1)
+            return mean_kl_from_hidden(student_ND, head_of(self.student), teacher_ND, self.head)
+
+
 def distill(
     teacher: Teacher,
     student: PreTrainedModel,
@@ -75,10 +92,13 @@ def distill(
     and frozen. Where activations would take too much of the placement's memory, layers are computed
     again in the backward pass, which changes nothing else. With a directory, checkpoints and the
     curve are kept there and an interrupted distillation of the same settings and rows continues,
-    on a CPU bit for bit. InputError on ``rows`` or settings that give no step, vocabularies that
+    on a CPU bit for bit. Several processes take a part of every batch each. InputError on ``rows``
+    or settings that give no step, a batch that does not divide among processes, vocabularies that
     differ, or a loss that is not finite.
     """
     batch, _ = schedule(rows, settings)
+    ours = world()
+    ours.require(batch, settings.optimizer)
     if len(teacher.head.weight) != student.config.vocab_size:
         raise InputError(
             f"the teacher's vocabulary is {len(teacher.head.weight)}, "
@@ -92,19 +112,19 @@ def distill(
     recompute(student, is_tight(student, micro * rows.shape[1], settings.optimizer, placement))
     numbers = torch.arange(len(rows))[:, None]
 
-    def loss_of(step: int) -> Iterator[Tensor]:
+    def loss_of(lesson: nn.Module, step: int) -> Iterator[Tensor]:
         whole = batch_at(numbers, step, batch, settings.seed).flatten()
-        for part in torch.split(whole, micro):
-            share = len(part) / len(whole)
-            yield kl(teacher, student, part, rows[part], placement) * share
+        for part in torch.split(ours.share(whole), micro):
+            yield lesson(rows[part], teacher.states[part]) * (len(part) / len(whole))
 
     curve = train(
-        student,
+        Lesson(student, teacher.head, placement),
         loss_of,
         train_settings(rows, settings),
         what="distill",
         directory=directory,
         progress=progress,
+        world=ours,
     )
     recompute(student, False)
     student.train(False)
@@ -139,17 +159,6 @@ def train_settings(rows: Tensor, settings: DistillSettings) -> TrainSettings:
         data=digest(rows),
         start=settings.start,
     )
-
-
-def kl(
-    teacher: Teacher, student: PreTrainedModel, index: Tensor, ids_BT: Tensor, placement: Placement
-) -> Tensor:
-    """Mean KL(teacher || student) over all positions of these rows, nats per token."""
-    device, dtype = placement.device, placement.dtype
-    teacher_ND = teacher.states[index].to(device, dtype).flatten(0, 1)
-    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        student_ND = final_hidden(student, ids_BT.to(device)).flatten(0, 1)
-        return mean_kl_from_hidden(student_ND, head_of(student), teacher_ND, teacher.head)
 
 
 def is_tight(student: Any, tokens: int, optimizer: OptimizerName, placement: Placement) -> bool:

@@ -6,7 +6,6 @@ random is a function of (seed, step), so that a resumed run is the uninterrupted
 
 import dataclasses
 import hashlib
-import json
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -16,19 +15,17 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from compress.core import terminal
 from compress.core.errors import InputError
-from compress.core.files import fingerprint, read_json, write_json, write_text
-from compress.model.tensor_files import save_tensors
-from compress.train.optimizers import Optimizer, optimizer_of, restore, set_rate, state_of
+from compress.core.files import fingerprint
+from compress.core.signals import stoppable
+from compress.train.checkpoints import resume, save
+from compress.train.optimizers import Optimizer, optimizer_of, set_rate
 from compress.train.recipes import OptimizerName
+from compress.train.world import ALONE, World, give_back, sharded, tensors_of
 
-STATE = "training.json"
-CURVE = "curve.jsonl"
 CLIP = 1.0
 
 Progress = Callable[[int, int, dict[str, float]], None]
@@ -73,64 +70,79 @@ class CurvePoint:
 
 def train(
     model: nn.Module,
-    loss_of: Callable[[int], Loss],
+    loss_of: Callable[[nn.Module, int], Loss],
     settings: TrainSettings,
     *,
     what: str = "train",
     directory: Path | None = None,
     progress: Progress | None = None,
-    after_step: Callable[[int], Mapping[str, float] | None] | None = None,
+    after_step: Callable[[nn.Module, int], Mapping[str, float] | None] | None = None,
+    world: World = ALONE,
 ) -> list[CurvePoint]:
     """Train what requires a gradient in ``model``, in place; the curve, a point per step.
 
     With a directory there are checkpoints, the last one at the end, and an unfinished training of
-    the same start and settings continues bit for bit; any other is started over.
-    ``loss_of`` gives a step's loss, or parts that add up to it, for batches larger than memory.
+    the same start and settings continues bit for bit (to rounding with another number of
+    processes); any other is started over. Asked to end by SIGINT or SIGTERM, it writes one after
+    its step and raises KeyboardInterrupt.
+    ``loss_of`` gives a step's loss, or parts that add up to it, for batches larger than memory; in
+    a world of several processes each gives its part of it. It is given the module that trains,
+    which then is a sharded copy of ``model`` and computes in its forward pass alone.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change buffers of the
-    model, which checkpoints keep, and nothing else. InputError names the step where the loss is not
-    finite.
+    module, which checkpoints keep, and nothing else. InputError names the step where the loss is
+    not finite.
     """
     rates = settings.learning_rate, settings.weight_decay
-    optimizer = optimizer_of(model, settings.optimizer, *rates)
     # Taken before a checkpoint is loaded: the same start, settings and text are the same training.
     identity = identity_of(model, settings) if directory else ""
-    losses = resume(directory, model, optimizer, identity) if directory else []
+    trained = sharded(model, world)
+    optimizer = optimizer_of(trained, settings.optimizer, *rates)
+    losses = resume(directory, trained, optimizer, identity, world) if directory else []
     left = settings.steps - len(losses)
     written, cost = time.monotonic(), 0.0
-    with nullcontext(progress) if progress else shown(what, left) as report:
+    reporting = nullcontext(progress) if progress else shown(what, left if world.leads else 0)
+    with stoppable() as asked, reporting as report:
         for step in range(len(losses), settings.steps):
-            losses.append(update(model, optimizer, loss_of(step), step, settings))
+            loss = update(trained, optimizer, loss_of(trained, step), step, settings, world)
+            losses.append(loss)
             done = step + 1
-            figures = after_step(done) if after_step else None
+            figures = after_step(trained, done) if after_step else None
             pause = settings.checkpoint_seconds * max(1.0, cost)
             due = done % settings.checkpoint_every == 0 and time.monotonic() - written >= pause
-            if directory and (due or done == settings.steps):
+            ending, due = world.any(asked(), due and world.leads)
+            if directory and (due or ending or done == settings.steps):
                 begun = time.monotonic()
-                save(directory, model, optimizer, curve_of(losses, settings), identity)
+                points = [dataclasses.asdict(point) for point in curve_of(losses, settings)]
+                save(directory, trained, optimizer, points, identity, world)
                 written = time.monotonic()
                 cost = written - begun
             rate = rate_at(step, settings)
             report(done, settings.steps, {"loss": losses[-1], "lr": rate, **(figures or {})})
+            if ending:
+                raise KeyboardInterrupt
+    give_back(trained, model)
     return curve_of(losses, settings)
 
 
 def update(
-    model: nn.Module, optimizer: Optimizer, loss: Loss, step: int, settings: TrainSettings
-) -> float:
-    """One step down the gradient; the loss, which must be finite.
+    model: nn.Module, optimizer: Optimizer, loss: Loss, step: int, settings: TrainSettings,
+    world: World = ALONE,
+) -> float:  # fmt: skip
+    """One step down the gradient; the loss of all processes, which must be finite.
 
     Of a loss in parts, only one part's graph is in memory at a time.
     """
     value = 0.0
     for part in (loss,) if isinstance(loss, Tensor) else loss:
         value += part.item()
-        if not math.isfinite(value):
-            raise InputError(
-                f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
-                f"learning_rate (now {settings.learning_rate:g}) usually helps"
-            )
         torch.autograd.backward(part)
+    value = world.sum(torch.tensor(value, dtype=torch.float64)).item()
+    if not math.isfinite(value):
+        raise InputError(
+            f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
+            f"learning_rate (now {settings.learning_rate:g}) usually helps"
+        )
     set_rate(optimizer, rate_at(step, settings))
     nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     if settings.optimizer == "adamw8bit":
@@ -175,68 +187,6 @@ def batch_at(rows: Tensor, step: int, batch: int, seed: int, shift: bool = False
     return rows.reshape(-1)[positions % rows.numel()]
 
 
-def save(
-    directory: Path,
-    model: nn.Module,
-    optimizer: Optimizer,
-    curve: list[CurvePoint],
-    identity: str,
-) -> None:
-    """Write a checkpoint: tensors first, then the JSON that makes it the current one."""
-    directory.mkdir(parents=True, exist_ok=True)
-    tensors = {f"model.{name}": tensor for name, tensor in kept(model).items()}
-    for name, parameter in model.named_parameters():
-        for key, tensor in state_of(optimizer, parameter).items():
-            tensors[f"{name}/{key}"] = tensor
-    file = f"training-{len(curve):07}.safetensors"
-    save_tensors(tensors, directory / file)
-    points = map(dataclasses.asdict, curve)
-    write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in points))
-    losses = [point.loss for point in curve]
-    write_json(directory / STATE, {"file": file, "identity": identity, "losses": losses})
-    for old in directory.glob("training-*"):
-        if old.name != file:
-            old.unlink()
-
-
-def resume(directory: Path, model: nn.Module, optimizer: Optimizer, identity: str) -> list[float]:
-    """Load the directory's checkpoint into model and optimizer; the losses so far, else none."""
-    if not (directory / STATE).is_file():
-        return []
-    state = read_json(directory / STATE)
-    if state["identity"] != identity:
-        return []
-    try:
-        tensors = load_file(directory / state["file"])
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"the checkpoint in {directory} is broken ({error}); delete it") from error
-    model.load_state_dict({name: tensors[f"model.{name}"] for name in kept(model)}, strict=False)
-    for name, parameter in model.named_parameters():
-        prefix = f"{name}/"
-        own = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
-        restore(optimizer, parameter, own)
-    losses: list[float] = state["losses"]
-    return losses
-
-
-def kept(model: nn.Module) -> dict[str, Tensor]:
-    """Parameters and persistent buffers by name, tied ones once."""
-    seen: set[int] = set()
-    tensors = {}
-    for name, tensor in model.state_dict().items():
-        if tensor.data_ptr() not in seen:
-            seen.add(tensor.data_ptr())
-            tensors[name] = tensor.contiguous()
-    return tensors
-
-
-def forget(directory: Path) -> None:
-    """Delete the checkpoint of a finished training; the curve stays."""
-    (directory / STATE).unlink(missing_ok=True)
-    for file in directory.glob("training-*"):
-        file.unlink()
-
-
 def identity_of(model: nn.Module, settings: TrainSettings) -> str:
     """What recognizes the same training again: its settings and the weights it starts from.
 
@@ -244,7 +194,7 @@ def identity_of(model: nn.Module, settings: TrainSettings) -> str:
     """
     asked = dataclasses.asdict(settings)
     asked = {key: value for key, value in asked.items() if not key.startswith("checkpoint")}
-    weights = {} if settings.start else {name: digest(w) for name, w in kept(model).items()}
+    weights = {} if settings.start else {name: digest(w) for name, w in tensors_of(model).items()}
     return fingerprint({"settings": asked, "weights": weights})
 
 

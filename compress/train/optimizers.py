@@ -132,7 +132,7 @@ def state_of(optimizer: Optimizer, parameter: Tensor) -> dict[str, Tensor]:
     state = optimizer.state.get(parameter) or {}
     for key in MOMENTS if state else ():
         value = state[key]
-        if hasattr(value, "__tensor_flatten__"):
+        if hasattr(value, "codes"):
             found |= {f"{key}.{part}": getattr(value, part) for part in ("codes", "scale")}
         else:
             found[key] = value

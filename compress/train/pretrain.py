@@ -3,7 +3,6 @@
 import math
 import shutil
 import tempfile
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +26,14 @@ from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import split_documents
 from compress.text.tokenizer import load_tokenizer
-from compress.train.loop import STATE, Progress, TrainSettings, batch_at, digest, forget, train
+from compress.train.checkpoints import FILES, forget
+from compress.train.loop import Progress, TrainSettings, batch_at, digest, train
 from compress.train.recipes import PretrainRecipe
+from compress.train.world import ALONE, World, world
 
 EOS = "<|endoftext|>"
 BIAS = "e_score_correction_bias"
+LOAD = "load_since_balance"
 BALANCE_RATE = 1e-3
 HELD_OUT_TOKENS = 16_384
 RECIPE, METRICS = "recipe.yaml", "metrics.json"
@@ -42,29 +44,36 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
 
     Interrupted, it continues from its last checkpoint (beside ``out``); finished with the same
     recipe, it does nothing. ``out`` becomes a Hugging Face directory in bf16 with tokenizer and
-    recipe, and replaces what an earlier recipe left there. InputError on a recipe, config, text or
-    tokenizer that cannot be used, a loss that is not finite, or an ``out`` of something else.
+    recipe, and replaces what an earlier recipe left there. Of several processes the first writes
+    and has figures. InputError on a recipe, config, text or tokenizer that cannot be used, a batch
+    that does not divide among processes, a loss that is not finite, or an ``out`` of something
+    else.
     """
-    settings = read_settings(recipe, PretrainRecipe, "pretraining recipe")
-    if (finished := metrics_of(recipe, out)) is not None:
-        return finished
+    settings, ours = read_settings(recipe, PretrainRecipe, "pretraining recipe"), world()
+    if ours.leads:
+        if (finished := metrics_of(recipe, out)) is not None:
+            return finished
+        ours.told({"pretrain": [str(recipe), str(out)]})
+    ours.require(settings.batch, "adamw")
     splits = split_documents(read_documents(settings.data))
     tokenizer = tokenizer_of(settings, splits["train"])
     model = new_model(settings, tokenizer)
     rows = pack(splits["train"], tokenizer, settings.length, seed=settings.seed)
     held_out = HeldOut(splits["select"], tokenizer, settings.length)
-    balance = Balance(model)
+    count_loads(model)
 
-    def loss_of(step: int) -> Tensor:
-        return nll(model, batch_at(rows, step, settings.batch, settings.seed, shift=True)).mean()
+    def loss_of(reader: nn.Module, step: int) -> Tensor:
+        whole = batch_at(rows, step, settings.batch, settings.seed, shift=True)
+        loss: Tensor = reader(ours.share(whole)).mean() / ours.size
+        return loss
 
-    def after_step(step: int) -> dict[str, float] | None:
-        balance.update()
+    def after_step(reader: nn.Module, step: int) -> dict[str, float] | None:
+        balance(reader, ours)
         due = step % settings.checkpoint_every == 0 or step == settings.steps
-        return held_out.measure(model) if due else None
+        return held_out.measure(reader) if due else None
 
     curve = train(
-        model,
+        Reader(model),
         loss_of,
         TrainSettings(
             steps=settings.steps,
@@ -81,10 +90,13 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         directory=work_of(out),
         progress=progress,
         after_step=after_step,
+        world=ours,
     )
+    if not ours.leads:
+        return {}
     write_teacher(model, tokenizer, out)
     counts = {"steps": settings.steps, "tokens": curve[-1].tokens}
-    metrics = counts | held_out.measure(load_model(out))
+    metrics = counts | held_out.measure(Reader(load_model(out)))
     write_json(out / METRICS, metrics)
     shutil.copyfile(recipe, out / RECIPE)
     forget(work_of(out))
@@ -104,7 +116,7 @@ def metrics_of(recipe: Path, out: Path) -> dict[str, float] | None:
     """Figures of a finished training of this very recipe in ``out``; None if there is none."""
     if not out.exists() or (out.is_dir() and not any(out.iterdir())):
         return None
-    interrupted = (work_of(out) / STATE).is_file()
+    interrupted = any(work_of(out).glob(FILES))
     if not (out / METRICS).is_file() and not interrupted:
         raise InputError(f"{out} exists and is no teacher of ours; choose another directory")
     if not (out / RECIPE).is_file() or (out / RECIPE).read_bytes() != recipe.read_bytes():
@@ -167,35 +179,50 @@ def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> P
     return model
 
 
-def nll(model: PreTrainedModel, ids_BT: Tensor) -> Tensor:
-    """Nats of every token that has one before it, flat."""
-    ids_BT = ids_BT.to(model.device)
-    hidden_BTD = final_hidden(model, ids_BT)
-    hidden_ND, targets = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-    return nll_from_hidden(hidden_ND, head_of(model), targets)
+class Reader(nn.Module):
+    """A model that reads text: the forward pass gives the nats of every token but a row's first."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, ids_BT: Tensor) -> Tensor:
+        """Nats of the tokens of rows, flat."""
+        ids_BT = ids_BT.to(next(self.model.parameters()).device)
+        hidden_BTD = final_hidden(self.model, ids_BT)
+        hidden_ND, targets = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+        return nll_from_hidden(hidden_ND, head_of(self.model), targets)
 
 
-class Balance:
-    """Loss-free expert balancing: every step moves the correction bias against the last load."""
+def count_loads(model: nn.Module) -> None:
+    """Have the routers of a model count, beside their correction bias, what each expert is sent."""
+    for router in routers_of(model):
+        router.register_buffer(LOAD, torch.zeros_like(getattr(router, BIAS)), persistent=False)
+        router.register_forward_hook(count_load)
 
-    def __init__(self, model: nn.Module) -> None:
-        self.routers = [module for module in model.modules() if hasattr(module, BIAS)]
-        self.loads = [torch.zeros_like(getattr(router, BIAS)) for router in self.routers]
-        for router, load in zip(self.routers, self.loads, strict=True):
-            router.register_forward_hook(partial(self.count, load))
 
-    @staticmethod
-    def count(load: Tensor, router: nn.Module, _: object, output: tuple[Tensor, ...]) -> None:
-        """Add the tokens that this forward pass sent to each expert."""
-        if router.training:
-            load += output[2].flatten().bincount(minlength=len(load))
+def count_load(router: nn.Module, _: object, output: tuple[Tensor, ...]) -> None:
+    """Add the tokens that this forward pass sent to each expert."""
+    if router.training:
+        load = router.get_buffer(LOAD)
+        load += output[2].flatten().bincount(minlength=len(load))
 
-    @torch.no_grad()
-    def update(self) -> None:
-        """One step towards equal loads."""
-        for router, load in zip(self.routers, self.loads, strict=True):
-            getattr(router, BIAS).add_(BALANCE_RATE * (load.mean() - load).sign())
-            load.zero_()
+
+@torch.no_grad()
+def balance(model: nn.Module, world: World = ALONE) -> None:
+    """Loss-free expert balancing: a step of the correction biases against the loads since the last.
+
+    The loads are those of all processes.
+    """
+    for router in routers_of(model):
+        load = world.sum(router.get_buffer(LOAD))
+        router.get_buffer(BIAS).add_(BALANCE_RATE * (load.mean() - load).sign())
+        load.zero_()
+
+
+def routers_of(model: nn.Module) -> list[nn.Module]:
+    """The routers with a correction bias."""
+    return [module for module in model.modules() if hasattr(module, BIAS)]
 
 
 class HeldOut:
@@ -210,12 +237,12 @@ class HeldOut:
         self.bytes = sum(len(text.encode()) for text in texts)
 
     @torch.no_grad()
-    def measure(self, model: PreTrainedModel) -> dict[str, float]:
-        """Nats per token and bits per byte; the model keeps its mode."""
-        training = model.training
-        model.train(False)
-        nats = torch.cat([nll(model, rows) for rows in torch.split(self.rows, 8)]).double()
-        model.train(training)
+    def measure(self, reader: nn.Module) -> dict[str, float]:
+        """Nats per token and bits per byte that a ``Reader`` gives; it keeps its mode."""
+        training = reader.training
+        reader.train(False)
+        nats = torch.cat([reader(rows) for rows in torch.split(self.rows, 8)]).double()
+        reader.train(training)
         bits = nats.sum().item() / math.log(2)
         return {"nats_per_token": nats.mean().item(), "bits_per_byte": bits / self.bytes}
 

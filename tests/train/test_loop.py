@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import signal
 from pathlib import Path
 
 import pytest
@@ -9,15 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.errors import InputError
-from compress.train.loop import (
-    CurvePoint,
-    Progress,
-    TrainSettings,
-    batch_at,
-    forget,
-    rate_at,
-    train,
-)
+from compress.train.checkpoints import KEPT, forget
+from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, rate_at, train
 
 SETTINGS = TrainSettings(
     steps=12, batch_tokens=4, learning_rate=0.05, warmup=3, decay=4, weight_decay=0.1, seed=0,
@@ -52,17 +47,20 @@ def problem() -> tuple[nn.Module, Tensor, Tensor]:
     return model, x, x.sum(-1, keepdim=True)
 
 
-def fit(directory: Path | None, settings: TrainSettings = SETTINGS, stop: int = 0) -> Fitted:
+def fit(
+    directory: Path | None, settings: TrainSettings = SETTINGS, stop: int = 0,
+    progress: Progress = quiet,
+) -> Fitted:  # fmt: skip
     model, x, y = problem()
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(trained: nn.Module, step: int) -> Tensor:
         picked = batch_at(torch.arange(30).view(30, 1), step, 4, settings.seed).flatten()
-        return ((model(x[picked]) - y[picked]) ** 2).mean()
+        return ((trained(x[picked]) - y[picked]) ** 2).mean()
 
-    def count(step: int) -> None:
-        model.get_buffer("counted").add_(1)
+    def count(trained: nn.Module, step: int) -> None:
+        trained.get_buffer("counted").add_(1)
 
-    progress = stop_at(stop) if stop else quiet
+    progress = stop_at(stop) if stop else progress
     curve = train(
         model, loss_of, settings, directory=directory, progress=progress, after_step=count
     )
@@ -94,36 +92,60 @@ def test_a_checkpoint_of_another_model_is_not_continued(tmp_path: Path) -> None:
     fit(tmp_path)
     wider = nn.Linear(6, 7)
     curve = train(
-        wider, lambda step: wider.weight.square().sum(), SETTINGS, directory=tmp_path,
+        wider, lambda model, step: wider.weight.square().sum(), SETTINGS, directory=tmp_path,
         progress=quiet,
     )  # fmt: skip
     assert len(curve) == SETTINGS.steps
     assert curve[0].loss > curve[-1].loss
 
 
-def test_checkpoints_leave_one_file_of_tensors_and_the_curve_survives_them(tmp_path: Path) -> None:
+def test_the_last_checkpoints_stay_and_the_curve_survives_them(tmp_path: Path) -> None:
     _, curve = fit(tmp_path)
-    assert [path.name for path in tmp_path.glob("*.safetensors")] == [
-        "training-0000012.safetensors"
-    ]
+    assert [path.name for path in sorted(tmp_path.glob("training-*"))] == [
+        "training-0000010.safetensors", "training-0000012.safetensors"
+    ][-KEPT:]  # fmt: skip
     lines = (tmp_path / "curve.jsonl").read_text().splitlines()
     assert [json.loads(line) for line in lines] == [dataclasses.asdict(point) for point in curve]
     forget(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["curve.jsonl"]
 
 
-def test_a_broken_checkpoint_is_one_clear_line(tmp_path: Path) -> None:
-    fit(tmp_path)
-    (tmp_path / "training-0000012.safetensors").write_bytes(b"nothing")
-    with pytest.raises(InputError, match="is broken"):
+def test_a_truncated_checkpoint_falls_back_to_the_one_before_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole, whole_curve = fit(tmp_path)
+    newest, before = sorted(tmp_path.glob("training-*"), reverse=True)
+    newest.write_bytes(newest.read_bytes()[:-8])
+    resumed, curve = fit(tmp_path)
+    assert "is broken" in capsys.readouterr().err
+    assert curve == whole_curve
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
+    for file in (newest, before):
+        file.write_bytes(b"nothing")
+    with pytest.raises(InputError, match=r"is broken .* there is no other"):
         fit(tmp_path)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_a_checkpoint_of_its_step(tmp_path: Path, number: signal.Signals) -> None:
+    def send(done: int, steps: int, figures: dict[str, float]) -> None:
+        if done == 6:
+            os.kill(os.getpid(), number)
+
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path, progress=send)
+    # The one that is asked for in a step ends with the next one.
+    assert (tmp_path / "training-0000007.safetensors").is_file()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    whole, resumed = fit(None)[0], fit(tmp_path)[0]
+    assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
 def test_a_loss_that_is_not_finite_names_its_step() -> None:
     model, _, _ = problem()
     weight = next(model.parameters())
 
-    def loss_of(step: int) -> Tensor:
+    def loss_of(trained: nn.Module, step: int) -> Tensor:
         return weight.sum() * (float("nan") if step == 2 else 1.0)
 
     with pytest.raises(InputError, match=r"nan at step 3 of 12"):

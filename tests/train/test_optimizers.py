@@ -32,8 +32,8 @@ def fit(
     model: nn.Module = nn.Sequential(nn.Linear(64, 64), nn.Tanh(), nn.Linear(64, 1)).to(dtype)
     x = torch.randn(6, 30, 64).to(dtype)
 
-    def loss_of(step: int) -> Tensor:
-        return (model(x[step]).float() - x[step].float().sum(-1, keepdim=True)).square().mean()
+    def loss_of(trained: nn.Module, step: int) -> Tensor:
+        return (trained(x[step]).float() - x[step].float().sum(-1, keepdim=True)).square().mean()
 
     def stopped(done: int, steps: int, figures: dict[str, float]) -> None:
         if done == stop:
