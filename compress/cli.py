@@ -8,6 +8,7 @@ import json as jsonlib
 import os
 import signal
 import sys
+from functools import partial
 from io import TextIOWrapper
 from pathlib import Path
 from typing import Annotated, Any
@@ -329,16 +330,13 @@ def main() -> None:
 
 
 def run_command(arguments: list[str]) -> Any:
-    """Run a command, in a world of several processes with those that join it; its exit code."""
+    """Run a command, the first of several processes with those that join it; its exit code."""
+    run = partial(app, arguments, prog_name="compress", standalone_mode=False)
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        return app(arguments, prog_name="compress", standalone_mode=False)
-    from compress.run import joining
+        return run()
+    from compress.run.joining import led
 
-    if joining.joins():
-        return 0
-    code = app(arguments, prog_name="compress", standalone_mode=False)
-    joining.end()
-    return code
+    return led(run)
 
 
 def failed(message: str, code: int) -> int:

@@ -6,6 +6,7 @@ teacher's states, the recipe of a teacher.
 """
 
 import os
+from collections.abc import Callable
 from contextlib import redirect_stderr
 from pathlib import Path
 from typing import Any
@@ -20,10 +21,18 @@ from compress.train.pretrain import pretrain
 from compress.train.world import world
 
 
-def joins() -> bool:
-    """Whether this process only joins; then it has done so until the first one's command ended."""
-    if world().leads:
-        return False
+def led(run: Callable[[], Any]) -> Any:
+    """What a command returns in the first process; 0 in the others, which join its trainings."""
+    if not world().leads:
+        join()
+        return 0
+    code = run()
+    world().told({})
+    return code
+
+
+def join() -> None:
+    """Join what the first process trains until its command ends."""
     with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the first one speaks
         while True:
             try:
@@ -36,7 +45,7 @@ def joins() -> bool:
             elif "distill" in told:
                 distill(**told["distill"])
             else:
-                return True
+                return
 
 
 def distill(
@@ -48,9 +57,3 @@ def distill(
     found = load_candidate(session.run.path / "candidates" / candidate, kind)
     asked = DistillSettings(**settings), Path(begins), Path(directory)
     trained_tensors(session, found, *asked)
-
-
-def end() -> None:
-    """Let the others end too."""
-    if world().leads:
-        world().told({})
