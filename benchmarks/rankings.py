@@ -51,7 +51,7 @@ def scored(what: Subject) -> Scores:
     rows = what.rows("score", settings.score_tokens)
     found = contributions(what.stack, rows, settings.draws, [], settings.seed)
     rankings = activation_scores(what.stack, rows)
-    return Scores(found, {}, {}, rows.shape[1], rankings)
+    return Scores(found, {}, {}, rows.shape[1], rankings=rankings)
 
 
 def compared(

@@ -110,7 +110,7 @@ def prepared(found: Subject) -> Iterator[tuple[Scores, float, Grams]]:
         save_grams(found.stack, halves, file)
         rankings = activation_scores(found.stack, rows)
         yield (
-            Scores(made, exact, {}, settings.score_length, rankings),
+            Scores(made, exact, {}, settings.score_length, rankings=rankings),
             cost.token_forwards,
             Grams(file),
         )

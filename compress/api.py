@@ -26,12 +26,17 @@ def plan(model: str, **settings: Any) -> dict[str, Any]:
 
 
 def planned(
-    model: str, recipe: Recipe, format: Format | None = None, kv_format: KvFormat | None = None
+    model: str,
+    recipe: Recipe,
+    format: Format | None = None,
+    kv_format: KvFormat | None = None,
+    head_format: Format | None = None,
 ) -> Plan:
     """The plan of a model under a recipe, or of it in other formats."""
     return make_plan(
         resolve_model(model, config_only=True), recipe.deployment, budget=recipe.limit,
-        device=recipe.preset, format=format, kv_format=kv_format, mtp=recipe.mtp != "drop",
+        device=recipe.preset, format=format, kv_format=kv_format, head_format=head_format,
+        mtp=recipe.mtp != "drop",
     )  # fmt: skip
 
 

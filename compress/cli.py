@@ -45,6 +45,9 @@ def plan(
     models: Planned,
     *,
     format: Annotated[Format | None, typer.Option(help="Format of every block.")] = None,
+    head_format: Annotated[
+        Format | None, typer.Option(help="Format of the head and of the embedding.")
+    ] = None,
     kv_format: Annotated[KvFormat | None, typer.Option(help="Format of the KV cache.")] = None,
     max_batch: Annotated[
         bool, typer.Option("--max-batch", help="How many sequences of the context fit, too.")
@@ -72,7 +75,9 @@ def plan(
 
     flags.require_comparable(models, compare, work or on is not None)
     recipes = {model: check({"model": model} | given, "command line") for model in models}
-    plans = {name: planned(name, each, format, kv_format) for name, each in recipes.items()}
+    plans = {
+        name: planned(name, each, format, kv_format, head_format) for name, each in recipes.items()
+    }
     if compare:
         print_comparison(plans, json)
         return

@@ -17,6 +17,7 @@ from compress.model.build import build_model, student_config
 from compress.model.checkpoint import open_checkpoint, write_checkpoint
 from compress.model.families import (
     linear_groups,
+    outside_groups,
     parameters,
     read_architecture,
     stored_parameters,
@@ -32,6 +33,13 @@ def with_formats(architecture: Architecture, formats: Sequence[Format]) -> Archi
         for block, own in zip(architecture.blocks, groups, strict=True)
     )
     return dataclasses.replace(architecture, blocks=blocks)
+
+
+def with_outside(architecture: Architecture, *formats: Format) -> Architecture:
+    """The architecture with these formats on its embedding and its head, if it has one."""
+    groups = outside_groups(architecture)
+    made = by_group(dict(zip(groups, formats, strict=False)))
+    return dataclasses.replace(architecture, outside_formats=made)
 
 
 def uneven(config: dict[str, object]) -> Architecture:

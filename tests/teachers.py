@@ -18,6 +18,7 @@ from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.scores.contributions import contributions
 from compress.scores.costs import Scores
 from compress.scores.kv import kv_costs
+from compress.scores.outside import outside_costs
 from compress.scores.replay import removal_costs
 from compress.searches.problem import Problem
 from compress.searches.proposals import candidate_of, seeds
@@ -42,7 +43,8 @@ class Teacher:
         found = contributions(stack_of(self.checkpoint), TOKENS[:4], 2, formats)
         exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])
         kv = kv_costs(stack_of(self.checkpoint), TOKENS[:4])
-        self.scores = Scores(found, exact, kv, LENGTH)
+        beside = outside_costs(stack_of(self.checkpoint), TOKENS[:4], ["fp8", "nvfp4"])
+        self.scores = Scores(found, exact, kv, LENGTH, beside)
         self.text: Reference = reference(self.checkpoint, stack_of(self.checkpoint), TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)
 
@@ -51,7 +53,7 @@ class Teacher:
 
     def within(self, space: str, budget: int, target: Target = "compress") -> Problem:
         offered, _ = of_teacher(load_space(space), self.architecture)
-        loaded = restricted(offered, target, self.architecture.family)
+        loaded = restricted(offered, target, self.architecture.family, tied=self.architecture.tied)
         return Problem(self.architecture, self.scores, loaded, DEPLOYMENT, budget)
 
     def measure(self, candidate: Candidate) -> Iterator[Tensor]:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import Keep, candidate
-from quantized import with_formats
+from quantized import with_formats, with_outside
 from safetensors import safe_open
 from students import cuts_of, student_model, uneven, without
 from tiny_models import EVERY, write_tiny
@@ -203,7 +203,7 @@ def test_a_student_in_formats_is_exported_and_read_back(
     student = candidate(teacher.architecture, uneven(teacher.architecture))
     prune(teacher, student, tmp_path / "student")
     formats: list[Format] = ["nvfp4", "fp8", "bf16"]
-    architecture = with_formats(student.architecture, formats)
+    architecture = with_outside(with_formats(student.architecture, formats), "nvfp4", "fp8")
     # It is read back and compared with the student whose weights are rounded.
     export_student(tmp_path / "student", tmp_path / "export", architecture, "compress", {})
     assert load_model(tmp_path / "export")(TOKENS).logits.isfinite().all()

@@ -2,6 +2,7 @@
 
 from compress.core.errors import InputError
 from compress.export.targets import LOADERS, Loader, Target, loader_of
+from compress.formats.table import used_in
 from compress.model.architecture import Architecture, kv_text, sizes
 from compress.model.build import is_plain, is_whole, weight_formats
 from compress.student.units import AXES
@@ -48,4 +49,7 @@ def reason(architecture: Architecture, loader: Loader) -> str | None:
             f"student has {', '.join(sorted(formats | {'bf16'}))} weights and "
             f"{kv_text(architecture)} KV"
         )
+    known = loader.tied_formats if architecture.tied else loader.head_formats
+    if foreign_head := used_in(architecture.outside_formats) - {*known}:
+        return f"an embedding and a head of {', '.join(known)} only, not {min(foreign_head)}"
     return None

@@ -22,6 +22,7 @@ class Loader:
     Attributes:
         formats: of weights inside blocks.
         head_formats: of the head, and of an embedding of its own.
+        tied_formats: of an embedding that is the head too.
         kv_formats: of caches; ``kv_scope`` says whether every block has one or all the same.
         uneven: axes whose sizes may differ from layer to layer.
         removes: what may be gone as a whole: layers, or a half of one.
@@ -32,6 +33,7 @@ class Loader:
 
     formats: tuple[Format, ...]
     head_formats: tuple[Format, ...] = ("bf16",)
+    tied_formats: tuple[Format, ...] = ("bf16",)
     kv_formats: tuple[KvFormat, ...]
     kv_scope: Literal["global", "block"] = "global"
     uneven: tuple[str, ...] = ()
@@ -53,6 +55,7 @@ LOADERS: Mapping[Target, Loader] = {
     "compress": Loader(
         formats=tuple(FORMATS),
         head_formats=tuple(FORMATS),
+        tied_formats=tuple(FORMATS),
         kv_formats=KV_FORMATS,
         kv_scope="block",
         uneven=EVERY_AXIS,
@@ -73,14 +76,18 @@ def loader_of(target: Target, family: str) -> Loader:
     return replace(loader, formats=("bf16",))
 
 
-def restricted(space: Space, target: Target, family: str) -> Space:
+def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Space:
     """The space with only what the target's loader builds from a config of a family.
 
-    Axes that may not differ from layer to layer are one for all. A loader of BF16 only leaves the
-    other formats of a space out; InputError where a loader of several does not know one.
+    Axes that may not differ from layer to layer are one for all. Formats of the head that the
+    loader does not know are left out, which it has from the embedding where they are ``tied``. A
+    loader of BF16 only leaves the other formats of a space out; InputError where a loader of
+    several does not know one.
     """
     loader = loader_of(target, family)
-    update: dict[str, object] = {}
+    known = loader.tied_formats if tied else loader.head_formats
+    heads = tuple(format for format in space.head_formats if format in known)
+    update: dict[str, object] = {"head_formats": heads or known[:1]}
     if loader.kv_scope == "global":
         update["kv_scope"] = "global"
     whole = {"scope": "global"}

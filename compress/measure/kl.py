@@ -101,6 +101,7 @@ def measure(candidate: Candidate, text: Reference, grams: Grams | None = None) -
     state_bytes = text.tokens.numel() * candidate.architecture.hidden * text.hidden.itemsize
     walk = text.best.begin(text.store.layer_keys(candidate, grams), state_bytes)
     parts, values = list(text.batches()), list[Tensor]()
+    own = bool(candidate.architecture.outside_formats)
     first = max((layer for _, layer in walk.states), default=0)
     for batches in sweeps(stack, len(parts)):
         hidden = {
@@ -115,7 +116,7 @@ def measure(candidate: Candidate, text: Reference, grams: Grams | None = None) -
             for at, states in hidden.items():
                 walk.keep(at, stack.layers, states)
                 states_ND = stack.normed(states).flatten(0, 1)
-                kl = kl_of_student(states_ND, head, parts[at], kept)
+                kl = kl_of_student(states_ND, head, parts[at], kept, own=own)
                 found.append(by_sequence(kl, parts[at], f"candidate {candidate.id}"))
         values += found
         yield from found
@@ -130,11 +131,19 @@ def sweeps(stack: Stack, batches: int) -> list[range]:
 
 
 def kl_of_student(
-    hidden_ND: Tensor, head: Head, part: Reference, kept: Tensor | None = None
+    hidden_ND: Tensor,
+    head: Head,
+    part: Reference,
+    kept: Tensor | None = None,
+    *,
+    own: bool = False,
 ) -> Tensor:
-    """KL(teacher || student) of every token; ``head`` is the teacher's, or of ``kept`` channels."""
+    """KL(teacher || student) of every token.
+
+    ``head`` is the teacher's, or of ``kept`` channels, or one of the student's ``own``.
+    """
     scaled = kept is not None and folds_head(part.teacher.architecture)
-    if part.predicted is None or scaled:
+    if part.predicted is None or scaled or own:
         return kl_from_hidden(hidden_ND, head, part.hidden.flatten(0, 1), part.head)
     return kl_to(part.predicted.channels(kept), hidden_ND, head)
 

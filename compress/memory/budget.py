@@ -4,11 +4,11 @@ from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from compress.core.quantities import format_bytes
-from compress.formats.table import Format
+from compress.formats.table import FORMATS, Format, by_group
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, block_takes, footprint
 from compress.model.architecture import Architecture, without_formats
-from compress.model.families import in_one_format
+from compress.model.families import in_one_format, outside_groups
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +42,13 @@ def in_format(architecture: Architecture, format: Format) -> Architecture:
         for block in architecture.blocks
     )
     return replace(architecture, blocks=tuple(blocks))
+
+
+def in_head_format(architecture: Architecture, format: Format) -> Architecture:
+    """The architecture with its head and its embedding in a format; InputError if they refuse."""
+    FORMATS[format].require((architecture.vocab, architecture.hidden))
+    formats = by_group(dict.fromkeys(outside_groups(architecture), format))
+    return replace(architecture, outside_formats=formats)
 
 
 def teacher_bytes(architecture: Architecture, deployment: Deployment) -> int:

@@ -122,8 +122,10 @@ def block_takes(block: Block, hidden: int, family: str, format: Format) -> bool:
 def outside_bytes(architecture: Architecture) -> int:
     """Bytes of the tensors outside the blocks: embedding, head unless tied, final norm."""
     axis_sizes = {"hidden": architecture.hidden, "vocab": architecture.vocab}
+    formats = dict(architecture.outside_formats)
     return sum(
-        tensor_bytes(slot, shape(slot.shape, axis_sizes)) for _, slot in outside(architecture)
+        tensor_bytes(slot, shape(slot.shape, axis_sizes), formats.get(slot.fused or "", "bf16"))
+        for _, slot in outside(architecture)
     )
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
-from compress.memory.budget import Budget, in_format, resolve_budget
+from compress.memory.budget import Budget, in_format, in_head_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import (
     Deployment,
@@ -142,13 +142,14 @@ def make_plan(
     device: Device | None = None,
     format: Format | None = None,
     kv_format: KvFormat | None = None,
+    head_format: Format | None = None,
     mtp: bool = True,
 ) -> Plan:
     """Plan the model of a directory or a config.json.
 
-    ``format`` and ``kv_format`` ask what it would take in another precision than its files say,
-    without ``mtp`` what it takes where nobody predicts further tokens; InputError where the device
-    does not run it.
+    ``format``, ``head_format`` and ``kv_format`` ask what it would take in another precision than
+    its files say, without ``mtp`` what it takes where nobody predicts further tokens; InputError
+    where the device does not run it.
     """
     if device and kv_format and kv_format not in device.kv_formats:
         raise InputError(
@@ -162,6 +163,8 @@ def make_plan(
     stored = as_stored(model, config)
     limit = resolve_budget(architecture, deployment, budget, device)
     planned = architecture if format is None else in_format(architecture, format)
+    if head_format is not None:
+        planned = in_head_format(planned, head_format)
     if kv_format is not None:
         planned = in_kv_format(planned, kv_format)
     longest = largest_context(planned, deployment, limit.bytes) if limit else 0

@@ -168,7 +168,8 @@ class Architecture:
     """Everything that search, memory, surgery, model building and export have to agree on.
 
     ``blocks`` are in the order of execution; ``layer`` of a block is the number its tensors carry
-    on disk, so that a llama layer is two blocks of one number. ``mtp`` are those of layers that
+    on disk, so that a llama layer is two blocks of one number. ``outside_formats`` are those of the
+    embedding and of a head of its own. ``mtp`` are those of layers that
     predict further tokens (MTP), if it has them: servers draft with them, nothing of ours does.
     """
 
@@ -177,6 +178,7 @@ class Architecture:
     hidden: int
     tied: bool
     blocks: tuple[Annotated[Block, Field(discriminator="kind")], ...]
+    outside_formats: Formats = ()
     mtp: tuple[Annotated[Block, Field(discriminator="kind")], ...] = ()
 
     @property
@@ -186,8 +188,9 @@ class Architecture:
 
     @property
     def formats(self) -> set[Format]:
-        """The number formats its blocks use."""
-        return {format for block in self.blocks for format in used_in(block.formats)}
+        """The number formats its blocks use, and those of embedding and head that are not BF16."""
+        inside = {format for block in self.blocks for format in used_in(block.formats)}
+        return inside | used_in(self.outside_formats) - {"bf16"}
 
     @property
     def kv_formats(self) -> dict[int, KvFormat]:
@@ -216,7 +219,8 @@ def in_kv_format(architecture: Architecture, kv_format: KvFormat) -> Architectur
 def without_formats(architecture: Architecture) -> Architecture:
     """The architecture with all weights and KV caches in BF16."""
     blocks = tuple(dataclasses.replace(block, formats=()) for block in architecture.blocks)
-    return in_kv_format(dataclasses.replace(architecture, blocks=blocks), KV_FORMATS[0])
+    plain = dataclasses.replace(architecture, blocks=blocks, outside_formats=())
+    return in_kv_format(plain, KV_FORMATS[0])
 
 
 def group_format(block: Block, group: str | None) -> Format:

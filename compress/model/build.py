@@ -228,8 +228,9 @@ def weight_formats(architecture: Architecture) -> dict[str, Format]:
 
 def weight_format(architecture: Architecture, parameter: Parameter) -> Format:
     """The format of one of an architecture's parameters."""
-    block = None if parameter.block is None else architecture.blocks[parameter.block]
-    return "bf16" if block is None else group_format(block, parameter.slot.fused)
+    if parameter.block is None:
+        return dict(architecture.outside_formats).get(parameter.slot.fused or "", "bf16")
+    return group_format(architecture.blocks[parameter.block], parameter.slot.fused)
 
 
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -56,8 +56,8 @@ WHOLE = Part()
 class Slot:
     """One weight as a family's table declares it.
 
-    ``fused`` names the scale group of a quantizable linear layer: the block's weights of one group
-    share format and tensor scale (q/k/v, gate/up, the experts). None: stays BF16. ``normalizes``
+    ``fused`` names the linear group of a quantizable weight: the block's weights of one group share
+    format and tensor scale (q/k/v, gate/up, the experts). None: stays BF16. ``normalizes``
     are the axes a norm averages over, so that surgery can fold the changed width into the weight,
     which acts as ``offset`` + weight; one ``over_heads`` of queries or keys is read by no
     projection. ``times_root`` are axes by the root of whose sizes the model multiplies it.

@@ -147,7 +147,8 @@ def outside_row(architecture: Architecture) -> tuple[str, ...]:
     what = "tied" if architecture.tied else "untied"
     text = f"vocab {architecture.vocab}, hidden {architecture.hidden}, {what}"
     weights = format_bytes(outside_bytes(architecture))
-    return ("embedding, head", text, "bf16", "", "", format_count(count), weights, "-")
+    formats = formats_text(architecture.outside_formats)
+    return ("embedding, head", text, formats, "", "", format_count(count), weights, "-")
 
 
 def mtp_rows(architecture: Architecture, served: Deployment) -> Iterable[tuple[str, ...]]:

@@ -23,6 +23,7 @@ from compress.run.work import require_stage
 from compress.scores.contributions import Progress, contributions
 from compress.scores.costs import Scores, load_scores
 from compress.scores.kv import kv_costs
+from compress.scores.outside import outside_costs
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
 from compress.searches.space import load_space
@@ -123,7 +124,9 @@ def scores_of(stack: Stack, rows: Tensor, recipe: Recipe, directory: Path) -> Sc
     with progress("score: exact costs of KV formats", blocks) as advance:
         known, step = directory / "kv.json", stepwise(advance, blocks)
         kv = kv_costs(stack, replayed, STOP, step, known)
-    return Scores(found, removals, kv, rows.shape[1])
+    with progress("score: exact costs of embedding and head formats", blocks) as advance:
+        beside = outside_costs(stack, replayed, formats, stepwise(advance, blocks))
+    return Scores(found, removals, kv, rows.shape[1], beside)
 
 
 def replay_rows(architecture: Architecture, rows: Tensor, tokens: int) -> int:

@@ -53,6 +53,7 @@ def comparisons(session: Session, space: Space) -> tuple[dict[str, Space], list[
             space.model_copy(update={"formats": formats}),
             recipe.target,
             session.architecture.family,
+            tied=session.architecture.tied,
         )
     named = baselines.variants(space, offered.formats, space.kv_formats)
     asked = recipe.baselines or (None if recipe.space else "all")
@@ -91,9 +92,9 @@ def loaded(session: Session, name: str) -> Space:
     space, lines = of_teacher(load_space(name), session.whole)
     for line in lines:
         note(line)
-    space, missing = served_by(
-        restricted(space, session.recipe.target, session.architecture.family), session.recipe.preset
-    )
+    architecture = session.architecture
+    space = restricted(space, session.recipe.target, architecture.family, tied=architecture.tied)
+    space, missing = served_by(space, session.recipe.preset)
     if missing is not None:
         note(missing)
     return space

@@ -31,8 +31,8 @@ class Scores:
     """Contributions [rows, *units] of sequences of ``length`` tokens, and exact costs.
 
     ``removals`` is the KL of removing a block alone by its name, ``kv`` that of storing a block's
-    KV cache in a format (``layers.3.attention/fp8``), nats per token; what costs nothing is left
-    out.
+    KV cache in a format (``layers.3.attention/fp8``), ``outside`` that of the embedding or the head
+    in one (``head/nvfp4``), nats per token; what costs nothing is left out.
     ``rankings`` is what ``activation_scores`` gives, for the other rankings; no part of the file.
     """
 
@@ -40,6 +40,7 @@ class Scores:
     removals: Mapping[str, float]
     kv: Mapping[str, float]
     length: int
+    outside: Mapping[str, float] = field(default_factory=dict)
     rankings: Mapping[str, Tensor] = field(default_factory=dict)
 
     def save(self, file: Path) -> None:
@@ -47,21 +48,23 @@ class Scores:
         tensors = {f"contributions/{k}": v.contiguous() for k, v in self.contributions.items()}
         for block, kl in self.removals.items():
             tensors[f"removals/{block}"] = torch.tensor(kl, dtype=torch.float64)
-        tensors |= {f"kv/{format}": torch.tensor(kl) for format, kl in self.kv.items()}
+        for kind, costs in (("kv", self.kv), ("outside", self.outside)):
+            tensors |= {f"{kind}/{key}": torch.tensor(kl) for key, kl in costs.items()}
         save_tensors(tensors | {"length": torch.tensor(self.length)}, file)
 
 
 def load_scores(file: Path) -> Scores:
     """Read what ``Scores.save`` wrote."""
-    groups: dict[str, dict[str, Tensor]] = {"contributions": {}, "removals": {}, "kv": {}}
+    exact = ("removals", "kv", "outside")
+    groups: dict[str, dict[str, Tensor]] = {name: {} for name in ("contributions", *exact)}
     with safe_open(file, framework="pt") as reader:
         length = int(reader.get_tensor("length"))
         for key in reader.offset_keys():
             group, _, name = key.partition("/")
             if group in groups:
                 groups[group][name] = reader.get_tensor(key)
-    removals, kv = ({k: float(v) for k, v in groups[name].items()} for name in ("removals", "kv"))
-    return Scores(groups["contributions"], removals, kv, length)
+    removals, kv, outside = ({k: float(v) for k, v in groups[name].items()} for name in exact)
+    return Scores(groups["contributions"], removals, kv, length, outside)
 
 
 def kl_of(rows: Tensor, length: int) -> float:

@@ -55,7 +55,10 @@ def variants(space: Space, offered: Sequence[Format], kv: Sequence[KvFormat]) ->
     whole = {"axes": {}, "remove": "none"}
 
     def stored(formats: Sequence[Format], structure: Mapping[str, object]) -> Space:
-        found = {"formats": tuple(formats), "kv_formats": tuple(kv), **structure}
+        heads = tuple(f for f in space.head_formats if f in {"bf16", *formats}) or ("bf16",)
+        found = {
+            "formats": tuple(formats), "kv_formats": tuple(kv), "head_formats": heads, **structure
+        }  # fmt: skip
         return space.model_copy(update=found)
 
     cut = {} if space.prunes else {"remove": "block"}

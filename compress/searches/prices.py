@@ -118,12 +118,13 @@ class Pricing:
     def slope_of(self, choice: Choice) -> float:
         """First-order change of the KL around the anchor, from whole blocks to an option.
 
-        Of its KV format what the scores say: a tangent has no gate for it.
+        Of formats of caches, embedding and head what the scores say: a tangent has no gate for
+        them.
         """
         if choice not in self.slopes:
             assert self.tangent is not None
             rows = [option_rows(self.problem, self.tangent, *pair) for pair in choice]
-            held = sum(self.problem.kv_cost(*pair) for pair in choice)
+            held = sum(self.problem.exact_cost(*pair) for pair in choice)
             self.slopes[choice] = float(torch.cat(rows).sum()) / self.tangent.length + held
         return self.slopes[choice]
 
@@ -152,6 +153,8 @@ def option_rows(problem: Problem, scores: Scores, number: int, option: Option) -
 
     Of a cut as much as its repair leaves of the block's error.
     """
+    if number == problem.outside:
+        return torch.zeros(len(scores.contributions["hidden"]))
     block = problem.teacher.blocks[number]
     if option.removed:
         return -whole(scores, block)

@@ -38,6 +38,7 @@ from compress.searches.space import (
     block_options,
     counts,
     last_attention_must_stay,
+    outside_options,
     resized,
 )
 from compress.student.candidate import Candidate, Ranking, student_architecture
@@ -94,6 +95,11 @@ class Problem:
         assert self.scores is not None
         return self.scores
 
+    @property
+    def outside(self) -> int:
+        """The number that embedding and head have among the blocks, where they have a choice."""
+        return len(self.teacher.blocks)
+
     def hidden(self, globals_: Globals) -> int:
         """Hidden size under its share."""
         share = globals_.shares.get("hidden", 1.0)
@@ -123,6 +129,10 @@ class Problem:
         for numbers in members.values():
             gone = [tuple((n, REMOVED) for n in numbers)] if self.space.remove != "none" else []
             found.append([*itertools.product(*map(kept, numbers)), *gone])
+        beside = outside_options(self.teacher, hidden, self.space)
+        # BF16 alone is no choice.
+        if len(beside) > 1 or beside[0].formats:
+            found.append([((self.outside, option),) for option in beside])
         return found
 
     def undominated(
@@ -159,11 +169,13 @@ class Problem:
         """Predicted KL of an option's structure and cache, and what its weights' format adds."""
         if (number, option) in self.costs:
             return self.costs[number, option]
-        block, rounding = self.teacher.blocks[number], 0.0
-        if option.removed:
-            structure = removed(self.known, block)
+        structure = rounding = 0.0
+        if number == self.outside:
+            structure = self.exact_cost(number, option)
+        elif option.removed:
+            structure = removed(self.known, self.teacher.blocks[number])
         else:
-            structure = self.cut(number, option) + self.kv_cost(number, option)
+            structure = self.cut(number, option) + self.exact_cost(number, option)
             rows = self.rounding(number, option)
             if rows is not None:
                 rounding = kl_of(rows, self.known.length)
@@ -190,8 +202,11 @@ class Problem:
             found += [self.rows[key]] if format != "bf16" else []
         return torch.stack(found).sum(0) if found else None
 
-    def kv_cost(self, number: int, option: Option) -> float:
-        """Predicted KL of the KV format of an option."""
+    def exact_cost(self, number: int, option: Option) -> float:
+        """Measured KL of the KV format of an option, or of the formats of embedding and head."""
+        if number == self.outside:
+            asked = (f"{group}/{format}" for group, format in option.formats if format != "bf16")
+            return sum(self.known.outside[key] for key in asked)
         if option.removed or option.kv_format == KV_FORMATS[0]:
             return 0.0
         return self.known.kv[f"{block_name(self.teacher.blocks[number])}/{option.kv_format}"]
@@ -222,6 +237,9 @@ class Problem:
         """Bytes that a block takes under an option: weights, KV cache and states."""
         if option.removed:
             return 0
+        if number == self.outside:
+            narrow = replace(self.teacher, hidden=self.hidden(globals_))
+            return outside_bytes(replace(narrow, outside_formats=option.formats))
         block = resized(self.teacher.blocks[number], option)
         held = sum(state_bytes(block, self.deployment))
         return block_bytes(block, self.hidden(globals_), self.teacher.family) + held
@@ -231,7 +249,9 @@ class Problem:
     ) -> Knapsack:
         """The inner problem under a global choice; not ``priced``, with bytes only."""
         narrow = replace(self.teacher, hidden=self.hidden(globals_))
-        beside = outside_bytes(narrow) + mtp_bytes(narrow, self.deployment)
+        beside = mtp_bytes(narrow, self.deployment)
+        if not any(choice[0][0] == self.outside for choice in groups[-1]):
+            beside += outside_bytes(narrow)
         attention = set(last_attention_must_stay(self.teacher))
         survivors = [
             (g, o)
@@ -261,7 +281,7 @@ class Problem:
             return sum(
                 block_active(resized(self.teacher.blocks[n], o), hidden, family)
                 for n, o in choice
-                if not o.removed
+                if not o.removed and n < self.outside
             )
 
         fixed = outside_count(replace(self.teacher, hidden=hidden))
@@ -283,7 +303,8 @@ class Problem:
         self, name: str, kind: str, options: Sequence[Option], globals_: Globals
     ) -> Candidate:
         """The candidate of an option for every block, by number."""
-        alive = [n for n, option in enumerate(options) if not option.removed]
+        inside, beside = options[: self.outside], options[self.outside :]
+        alive = [n for n, option in enumerate(inside) if not option.removed]
         keep: dict[str, Tensor] = {"blocks": torch.tensor(alive, dtype=torch.long)}
         if (hidden := self.hidden(globals_)) < self.teacher.hidden:
             keep["hidden"] = self.hidden_keep(hidden)
@@ -294,6 +315,8 @@ class Problem:
         formats = {number: options[number].formats for number in alive}
         kv_formats = {number: options[number].kv_format for number in alive}
         student = student_architecture(self.teacher, keep, formats, kv_formats)
+        if beside:
+            student = replace(student, outside_formats=beside[0].formats)
         cut = frozenset(number for number in alive if options[number].target)
         repaired = cut if self.repair_ratios else frozenset()
         return Candidate(id=name, kind=kind, architecture=student, keep=keep, repaired=repaired)

@@ -11,10 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from compress.core.errors import InputError
 from compress.core.settings import read_settings
-from compress.formats.table import KV_FORMATS, Format, GroupFormats, KvFormat, by_group
+from compress.formats.table import FORMATS, KV_FORMATS, Format, GroupFormats, KvFormat, by_group
 from compress.memory.footprint import group_takes
 from compress.model.architecture import Architecture, Block, cached, kv_format_of, sizes
-from compress.model.families import family_of, in_one_format, linear_groups
+from compress.model.families import family_of, in_one_format, linear_groups, outside_groups
 from compress.model.find import shipped
 from compress.student.units import AXES, axes_in, mtp_axes, number_of
 
@@ -38,7 +38,8 @@ class Space(BaseModel):
     """What a search may change.
 
     ``remove`` says what may go as a whole; ``repair`` also offers every cut of a block with its
-    output projection refitted. ``format_scope`` says whether a
+    output projection refitted. ``head_formats`` are those of the head and of the embedding, each
+    its own unless they are tied. ``format_scope`` says whether a
     block has one format or each of its linear groups its own, ``kv_scope`` whether every block has
     its own KV format. ``stock`` leaves out what a family's config class refuses.
     """
@@ -48,6 +49,7 @@ class Space(BaseModel):
     remove: Literal["none", "layer", "block"]
     axes: Mapping[str, Axis]
     formats: tuple[Format, ...] = Field(min_length=1)
+    head_formats: tuple[Format, ...] = Field(("bf16",), min_length=1)
     kv_formats: tuple[KvFormat, ...] = Field(min_length=1)
     format_scope: Literal["block", "group"] = "block"
     kv_scope: Literal["global", "block"] = "block"
@@ -223,6 +225,16 @@ def offered_formats(
         return [in_one_format(block, family, format) for format in common or ["bf16"]]
     choices = itertools.product(*(own or ["bf16"] for own in by_each.values()))
     return [by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices]
+
+
+def outside_options(architecture: Architecture, hidden: int, space: Space) -> list[Option]:
+    """Every option of the embedding and the head: formats of the space that their shape takes."""
+    shape = architecture.vocab, hidden
+    taken = [format for format in space.head_formats if FORMATS[format].takes(shape)] or ["bf16"]
+    groups = outside_groups(architecture)
+    choices = itertools.product(taken, repeat=len(groups))
+    found = (by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices)
+    return [Option(formats=formats) for formats in found]
 
 
 def resized(block: Block, option: Option) -> Block:

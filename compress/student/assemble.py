@@ -80,8 +80,9 @@ class BlockStore:
 
     def layer_keys(self, candidate: Candidate, grams: Grams | None = None) -> list[Hashable]:
         """Of every layer of a candidate what decides what it computes."""
-        found: dict[int, list[Hashable]] = {}
-        blocks = candidate.architecture.blocks
+        blocks, formats = candidate.architecture.blocks, candidate.architecture.outside_formats
+        # What enters the first layer decides it too.
+        found: dict[int, list[Hashable]] = {0: [dict(formats).get("embedding")]}
         for block, key in zip(blocks, self.keys(candidate, grams), strict=True):
             found.setdefault(block.layer, []).append((key, kv_format_of(block)))
         return [tuple(keys) for keys in found.values()]
@@ -124,20 +125,28 @@ class BlockStore:
         return dict(zip(known, fused(cast, architecture), strict=True))
 
     def outside(self, candidate: Candidate) -> Tensors:
-        """Embedding, final norm and head: the teacher's own, or their kept hidden channels."""
-        stack = self.stack
+        """Embedding, final norm and head: the teacher's own, or their kept hidden channels.
+
+        In the candidate's formats.
+        """
+        stack, formats = self.stack, candidate.architecture.outside_formats
+        fused = {each.name: each.slot.fused for each in stack.parts[None]}
 
         def make() -> Tensors:
-            if "hidden" not in candidate.keep:
+            place = stack.placement
+            if "hidden" not in candidate.keep and not formats:
                 with stack.head():
                     return {
                         each.name: inside(stack.model, place_of(each, stack.architecture))[2]
                         for each in stack.parts[None]
                     }
-            found = cut_outside(self.teacher, candidate, stack.placement.device)
-            return {name: tensor.to(stack.placement.dtype) for name, tensor in found}
+            found = dict(cut_outside(self.teacher, candidate, place.device))
+            if formats:
+                wide = {name: tensor.float() for name, tensor in found.items()}
+                found = fake_quantize_block(wide, fused, formats)
+            return {name: tensor.to(place.dtype) for name, tensor in found.items()}
 
-        return self.get(units_of(candidate.keep, "hidden"), make)
+        return self.get((units_of(candidate.keep, "hidden"), formats), make)
 
 
 def units_of(keep: Tensors, *axes: str) -> Hashable:

@@ -16,13 +16,13 @@ from torch import Tensor, nn
 
 from compress.formats.fake import fused_groups
 from compress.formats.packed import stored_names
-from compress.formats.table import FORMATS, INPUT_SCALE, Rounding
+from compress.formats.table import FORMATS, INPUT_SCALE, Format, Rounding
 from compress.model.architecture import Block, group_format
 from compress.model.experts import Experts, experts_of_block
 from compress.model.families import family_of
 from compress.model.layout import Parameter
 from compress.model.modules import layer_of, weights_of
-from compress.student.rounding import Inputs, round_group
+from compress.student.rounding import Inputs, Rounded, round_group
 from compress.sweep.stack import Stack
 
 # Sequences that go through a layer together.
@@ -66,9 +66,19 @@ def quantized(
     ``stack`` is the student in BF16 with the formats in its architecture, ``stored`` gives what is
     written of a parameter that keeps BF16. ``progress`` is called with every layer done.
     """
-    architecture = stack.architecture
-    hidden = [stack.embed(rows) for rows in torch.split(rows_RT, BATCH)]
-    yield from ((each.name, stored(each)) for each in stack.parts[None])
+    architecture, formats = stack.architecture, dict(stack.architecture.outside_formats)
+    outside = {each.name: stored(each) for each in stack.parts[None]}
+    table, embedding = None, stack.outside("embedding")
+    if (format := formats.get("embedding", "bf16")) != "bf16":
+        # Rows are looked up, not multiplied: there is nothing that some of its inputs count for.
+        nothing = Inputs(lambda: torch.empty(0), 0)
+        found = round_group([outside.pop(embedding.name)], format, [nothing], rounding)[0]
+        table, one = found.values, found.values.new_ones(())
+        yield from as_named(embedding.name, format, found, one)
+    hidden = [stack.embed(rows, table) for rows in torch.split(rows_RT, BATCH)]
+    if (format := formats.get("head", "bf16")) != "bf16":
+        head = outside.pop(stack.outside("head").name)
+    yield from outside.items()
     for number, layer in stack.visits(range(stack.layers)):
         written = set[str]()
         for block in architecture.blocks:
@@ -79,6 +89,26 @@ def quantized(
         yield from ((e.name, stored(e)) for e in stack.parts[number] if e.name not in written)
         hidden = [stack.run(number, layer, states) for states in hidden]
         progress(1)
+    if format != "bf16":
+        with stack.head():
+            states = [stack.normed(states).flatten(0, -2) for states in hidden]
+        width = head.shape[1]
+        read = Read(states[0].new_zeros(width, width, dtype=torch.float32))
+        for x_ND in states:
+            read.add(x_ND)
+        found = round_group([head], format, [Inputs(read.matrix, read.tokens)], rounding)[0]
+        amax = torch.stack(read.largest).amax()
+        yield from as_named(stack.outside("head").name, format, found, amax)
+
+
+def as_named(
+    name: str, format: Format, found: Rounded, amax: Tensor
+) -> Iterator[tuple[str, Tensor]]:
+    """A rounded weight as it is stored, under its names; ``amax`` is of what it reads."""
+    row, own = FORMATS[format], found.stored
+    if INPUT_SCALE in row.suffixes:
+        own = (*own, row.numerics.tensor_scale(amax))
+    yield from zip(stored_names(name, format), own, strict=True)
 
 
 def round_block(
@@ -101,7 +131,6 @@ def round_block(
     for names in fused_groups(weights, {name: slot.fused for name, (_, slot) in weights.items()}):
         if (format := group_format(block, weights[names[0]][1].fused)) == "bf16":
             continue
-        row = FORMATS[format]
         if weights[names[0]][1].place is None:
             inputs, amax = plain_inputs(layer_of(stack.model, block), names, run)
         else:
@@ -110,10 +139,7 @@ def round_block(
         group = [weights[name][0] for name in names]
         for name, found in zip(names, round_group(group, format, inputs, rounding), strict=True):
             weights[name][0].copy_(found.values)
-            own = found.stored
-            if INPUT_SCALE in row.suffixes:
-                own = (*own, row.numerics.tensor_scale(amax))
-            yield from zip(stored_names(f"{prefix}{name}.weight", format), own, strict=True)
+            yield from as_named(f"{prefix}{name}.weight", format, found, amax)
 
 
 def plain_inputs(

@@ -18,7 +18,7 @@ from compress.model.architecture import Architecture
 from compress.model.build import generates, set_kv_formats, skeleton
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, beside, read_config
-from compress.model.families import family_of, parameters
+from compress.model.families import parameters
 from compress.model.fill import empty, fill
 from compress.model.layout import Parameter
 from compress.model.modules import Head, final_norm, head_of, scaled_embeddings
@@ -136,11 +136,17 @@ class Stack:
         tensors = ((each, self.read(each)) for each in self.parts[number])
         return [(each, t.pin_memory() if on_cuda and t.is_cpu else t) for each, t in tensors]
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
-        """What enters the first layer, [B, T, D]; only the rows that are asked for are read."""
-        name = family_of(self.architecture.family).embedding
-        [parameter] = [each for each in self.parts[None] if each.name == name]
-        table = self.read(parameter)
+    def outside(self, group: str) -> Parameter:
+        """The embedding, or the head where it is one of its own."""
+        [parameter] = [each for each in self.parts[None] if each.slot.fused == group]
+        return parameter
+
+    def embed(self, ids_BT: Tensor, table: Tensor | None = None) -> Tensor:
+        """What enters the first layer, [B, T, D]; only the rows that are asked for are read.
+
+        ``table`` [V, D] is another embedding than its own.
+        """
+        table = self.read(self.outside("embedding")) if table is None else table
         ids, places = torch.unique(ids_BT.to(table.device), return_inverse=True)
         place = self.placement
         rows = table[ids].to(place.device, place.dtype)

@@ -33,7 +33,7 @@ def test_transformers_takes_no_quantized_student(tiny: Path, tmp_path: Path) -> 
 
 def test_servers_take_no_quantized_experts_that_they_know_stacked_only(tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m", EVERY["gpt_oss"])
-    space = restricted(load_space("joint"), "vllm", "gpt_oss")
+    space = restricted(load_space("joint"), "vllm", "gpt_oss", tied=False)
     assert space.formats == ("bf16",)
     with pytest.raises(InputError, match=r"'vllm' takes bf16 only.*use --target compress$"):
         export_student(path, tmp_path / "out", architecture_of(path, ["fp8"]), "vllm", CARD)
@@ -87,8 +87,8 @@ def test_kv_formats_that_differ_are_exported_for_us_alone(
 
 def test_spaces_offer_the_kv_formats_that_target_and_device_take() -> None:
     joint = load_space("joint")
-    assert restricted(joint, "compress", "llama").kv_scope == "block"
-    assert restricted(joint, "vllm", "llama").kv_scope == "global"
+    assert restricted(joint, "compress", "llama", tied=False).kv_scope == "block"
+    assert restricted(joint, "vllm", "llama", tied=False).kv_scope == "global"
     assert served_by(joint, None) == (joint, None)
     assert served_by(joint, find_device("l4")) == (joint, None)
     space, line = served_by(joint, find_device("8xa100-80"))

@@ -70,7 +70,7 @@ def test_a_router_is_left_enough_experts_of_every_group() -> None:
 @pytest.mark.parametrize("family", ["llama", "phi3", "glm4_moe", "granitemoehybrid"])
 def test_a_space_for_stock_loaders_has_students_of_one_config_only(family: str) -> None:
     teacher = read_architecture(EVERY[family])
-    space = restricted(load_space("joint"), "vllm", teacher.family)
+    space = restricted(load_space("joint"), "vllm", teacher.family, tied=False)
     problem = Problem(teacher, None, space, Deployment(context=64), 10**9)
     found = set()
     for globals_ in variants(problem):

@@ -171,6 +171,11 @@ def linear_groups(block: Block, family: str) -> tuple[str, ...]:
     return tuple(dict.fromkeys(slot.fused for slot in slots if slot.fused))
 
 
+def outside_groups(architecture: Architecture) -> tuple[str, ...]:
+    """The embedding, and a head of its own: what outside the blocks has a format."""
+    return tuple(slot.fused for _, slot in outside(architecture) if slot.fused)
+
+
 def in_one_format(block: Block, family: str, format: Format) -> GroupFormats:
     """The formats of a block of which all groups have the same."""
     return by_group(dict.fromkeys(linear_groups(block, family), format))

@@ -19,9 +19,9 @@ from compress.model.families.settings import Kind
 from compress.model.layout import Part, Slot
 
 MODEL = {
-    "model.embed_tokens.weight": Slot(shape="vocab hidden"),
+    "model.embed_tokens.weight": Slot(shape="vocab hidden", fused="embedding"),
     "model.norm.weight": Slot(shape="hidden", normalizes=("hidden",)),
-    "lm_head.weight": Slot(shape="vocab hidden"),
+    "lm_head.weight": Slot(shape="vocab hidden", fused="head"),
 }
 ATTENTION = {
     "input_layernorm.weight": Slot(shape="hidden", normalizes=("hidden",)),

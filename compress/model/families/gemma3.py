@@ -18,7 +18,11 @@ def norm(name: str, axis: str = "hidden") -> dict[str, Slot]:
 
 MODEL = (
     shared.MODEL
-    | {"model.embed_tokens.weight": Slot(shape="vocab hidden", times_root=("hidden",))}
+    | {
+        "model.embed_tokens.weight": Slot(
+            shape="vocab hidden", fused="embedding", times_root=("hidden",)
+        )
+    }
     | norm("model.norm")
 )
 ATTENTION = (

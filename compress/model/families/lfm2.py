@@ -127,9 +127,9 @@ LFM2 = Family(
     refused={"conv_bias": True},
     read=read,
     model={
-        "model.embed_tokens.weight": Slot(shape="vocab hidden"),
+        "model.embed_tokens.weight": Slot(shape="vocab hidden", fused="embedding"),
         "model.embedding_norm.weight": NORM,
-        "lm_head.weight": Slot(shape="vocab hidden"),
+        "lm_head.weight": Slot(shape="vocab hidden", fused="head"),
     },
     head="lm_head.weight",
     embedding="model.embed_tokens.weight",

@@ -12,9 +12,9 @@ from compress.model.layout import Slot
 
 NORM = {"norm.weight": Slot(shape="hidden", normalizes=("hidden",))}
 MODEL = {
-    "backbone.embeddings.weight": Slot(shape="vocab hidden"),
+    "backbone.embeddings.weight": Slot(shape="vocab hidden", fused="embedding"),
     "backbone.norm_f.weight": Slot(shape="hidden", normalizes=("hidden",)),
-    "lm_head.weight": Slot(shape="vocab hidden"),
+    "lm_head.weight": Slot(shape="vocab hidden", fused="head"),
 }
 ATTENTION = NORM | {
     "mixer.q_proj.weight": Slot(shape="(kv_head query head_dim) hidden", fused="qkv"),
