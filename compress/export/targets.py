@@ -62,8 +62,21 @@ LOADERS: Mapping[Target, Loader] = {
         removes="block",
     ),
 }
-# What is otherwise of a family.
-FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {}
+# What is otherwise of a family. Uneven students are DeciLM, whose query heads are one number and
+# whose first layer has attention, and Nemotron-H Puzzle (``layouts/uneven.py``).
+DECILM: Mapping[str, Any] = {"uneven": ("ffn",), "removes": "block", "first": "attention"}
+PUZZLE: Mapping[str, Any] = {"uneven": ("ffn",)}
+SERVERS: tuple[Target, ...] = ("vllm", "transformers")
+FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {
+    (target, family): row
+    for target in SERVERS
+    for family, row in {
+        "llama": DECILM,
+        "mistral": DECILM,
+        "qwen2": DECILM,
+        "nemotron_h": PUZZLE,
+    }.items()
+}
 
 
 def loader_of(target: Target, family: str) -> Loader:

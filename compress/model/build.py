@@ -58,7 +58,7 @@ class Removed(nn.Module):
 # Keys of a teacher's config that a student's would not be true of, or that say how somebody ran it.
 ELSEWHERE = (
     *("auto_map", "quantization_config", "compression_config", "quantization", "torch_dtype"),
-    "per_layer_config",
+    *("per_layer_config", "block_configs"),
     *("attn_implementation", "_attn_implementation", "_attn_implementation_autoset"),
     *("_attn_implementation_internal", "output_attentions", "output_hidden_states", "return_dict"),
     *("use_return_dict", "transformers_weights", "_name_or_path", "time_step_limit"),
@@ -98,7 +98,7 @@ def places_of(family: Family) -> list[tuple[str, ...]]:
 def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> dict[str, Any]:
     """config.json of a BF16 student: the family's own if it can express it, else nested in ours."""
     family = family_of(student.family)
-    base = family.normal(text_config(teacher_config.get("base_config", teacher_config)))
+    base = family.normal(own_config(teacher_config, student))
     written = shared_settings(student) | family.write(base, student) | family.lists(student)
     written["tie_word_embeddings"] = student.tied
     written["architectures"] = base.get("architectures") or [family.modules[1]]
@@ -111,6 +111,15 @@ def student_config(teacher_config: Mapping[str, Any], student: Architecture) -> 
     if is_plain(student):
         return base
     return {"model_type": "compress", "architectures": base["architectures"], "base_config": base}
+
+
+def own_config(config: Mapping[str, Any], architecture: Architecture) -> dict[str, Any]:
+    """The config of an architecture's family in one that nests it or is written for a server.
+
+    Servers have model types of their own for layers that differ.
+    """
+    own = text_config(config.get("base_config", config))
+    return {**own, "model_type": architecture.family}
 
 
 def build_model(
@@ -144,7 +153,7 @@ def skeleton(config: Mapping[str, Any], architecture: Architecture) -> PreTraine
     family = family_of(architecture.family)
     model_name = family.modules[1]
     stock: type[PreTrainedModel] = getattr(modeling(architecture.family), model_name)
-    built = built_config(config.get("base_config", config), architecture)
+    built = built_config(own_config(config, architecture), architecture)
     built.architectures = [model_name]
     with torch.device("meta"), no_init_weights():
         model: Any = stock(built)

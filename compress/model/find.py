@@ -45,8 +45,8 @@ OURS = ("embedded", *FETCHABLE)
 def shipped(*parts: str) -> Path:
     """A file or directory that comes with the package, in a wheel or in a source tree.
 
-    The wheel holds ``search_spaces``, ``evals`` and ``teachers`` inside the package; a source tree
-    has them beside it.
+    The wheel holds ``search_spaces``, ``evals``, ``teachers`` and ``remote_code`` inside the
+    package; a source tree has them beside it.
     """
     package = Path(str(files("compress")))
     for root in (package, package.parent):

@@ -21,7 +21,7 @@ from compress.searches.space import load_space
 
 
 def test_transformers_takes_no_quantized_student(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"bf16 only.*nvfp4.*--target compress or vllm"):
+    with pytest.raises(InputError, match=r"bf16 only.*nvfp4.*--target vllm or compress"):
         export_student(
             tiny, tmp_path / "out", architecture_of(tiny, ["nvfp4"]), "transformers", CARD
         )

@@ -8,6 +8,7 @@ from compress.export.layouts.directory import PLAIN, Quantization, Structure, wr
 from compress.export.layouts.modelopt import MODELOPT
 from compress.export.layouts.stock import OWN, OWN_FORMATS, STOCK
 from compress.export.layouts.student import Student
+from compress.export.layouts.uneven import DECILM, PUZZLE
 from compress.export.targets import Target
 from compress.model.architecture import Architecture
 from compress.model.build import is_plain, weight_formats
@@ -16,7 +17,12 @@ from compress.model.build import is_plain, weight_formats
 Layout = Callable[[Student, Path], None]
 
 # Of students that no stock class builds, by family; the target table lists the same families.
-UNEVEN: Mapping[str, Structure] = {}
+UNEVEN: Mapping[str, Structure] = {
+    "llama": DECILM,
+    "mistral": DECILM,
+    "qwen2": DECILM,
+    "nemotron_h": PUZZLE,
+}
 
 
 def layout_of(target: Target, architecture: Architecture) -> Layout:
