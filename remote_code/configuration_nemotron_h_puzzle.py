@@ -16,8 +16,12 @@ class NemotronHPuzzleConfig(NemotronHConfig):
     block_configs: list[dict[str, Any]] | None = None
 
     def get_nemotron_h_config_for_layer(self, layer: int) -> "NemotronHPuzzleConfig":
-        """The settings of one layer; vLLM asks for them by this name."""
+        """The settings of one layer; vLLM asks for them by this name.
+
+        Layers beyond the last, which predict further tokens, have the common ones.
+        """
         own = copy.copy(self)
-        for key, value in self.block_configs[layer].items():
-            setattr(own, key, value)
+        for entry in self.block_configs[layer : layer + 1]:
+            for key, value in entry.items():
+                setattr(own, key, value)
         return own

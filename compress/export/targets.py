@@ -100,7 +100,7 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
     loader = loader_of(target, family)
     known = loader.tied_formats if tied else loader.head_formats
     heads = tuple(format for format in space.head_formats if format in known)
-    update: dict[str, object] = {"head_formats": heads or known[:1]}
+    update: dict[str, object] = {"head_formats": heads or known[:1], "first": loader.first}
     if loader.kv_scope == "global":
         update["kv_scope"] = "global"
     whole = {"scope": "global"}

@@ -106,6 +106,11 @@ class Problem:
         size = self.teacher.hidden
         return size if share == 1 else counts("hidden", size, (share,))[-1]
 
+    def may_go(self, numbers: Sequence[int]) -> bool:
+        """Whether the space offers to remove these blocks, which go together."""
+        begins = numbers == [0] and self.teacher.blocks[0].kind == self.space.first
+        return self.space.remove != "none" and not begins
+
     def groups(self, globals_: Globals, here: Sequence[Option] = ()) -> list[list[Choice]]:
         """Options of every group: a block, or a layer where only whole layers may go.
 
@@ -127,7 +132,7 @@ class Problem:
 
         found: list[list[Choice]] = []
         for numbers in members.values():
-            gone = [tuple((n, REMOVED) for n in numbers)] if self.space.remove != "none" else []
+            gone = [tuple((n, REMOVED) for n in numbers)] if self.may_go(numbers) else []
             found.append([*itertools.product(*map(kept, numbers)), *gone])
         beside = outside_options(self.teacher, hidden, self.space)
         # BF16 alone is no choice.

@@ -42,6 +42,7 @@ class Space(BaseModel):
     its own unless they are tied. ``format_scope`` says whether a
     block has one format or each of its linear groups its own, ``kv_scope`` whether every block has
     its own KV format. ``stock`` leaves out what a family's config class refuses.
+    A block of the kind ``first`` stays where the model begins with it.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -55,6 +56,7 @@ class Space(BaseModel):
     kv_scope: Literal["global", "block"] = "block"
     repair: bool = False
     stock: bool = False
+    first: str | None = None
 
     @property
     def prunes(self) -> bool:

@@ -12,7 +12,7 @@ from compress.memory.footprint import Deployment
 from compress.model.architecture import Moe
 from compress.model.build import is_plain
 from compress.model.families import read_architecture
-from compress.searches.problem import Problem
+from compress.searches.problem import Globals, Problem
 from compress.searches.proposals import variants
 from compress.searches.space import admissible, load_space, of_teacher, resized
 
@@ -92,3 +92,15 @@ def test_layers_that_predict_further_tokens_keep_their_widths() -> None:
     assert joint.axes.keys() - space.axes.keys() == {*whole}
     assert line.startswith(f"{', '.join(whole)} stay whole")
     assert of_teacher(joint, replace(teacher, mtp=())) == (joint, [])
+
+
+def test_a_space_for_servers_keeps_the_attention_that_the_model_begins_with() -> None:
+    teacher = read_architecture(EVERY["llama"])
+    space = restricted(load_space("joint"), "vllm", teacher.family, tied=True)
+    groups = Problem(teacher, None, space, Deployment(context=64), 10**9).groups(Globals())
+    removable = [
+        any(option.removed for choice in group for _, option in choice) for group in groups
+    ]
+    assert removable[: len(teacher.blocks)] == [False] + [True] * (len(teacher.blocks) - 1)
+    widths = {dict(option.target).get("ffn") for [(_, option)] in groups[1]}
+    assert len(widths) > 2
