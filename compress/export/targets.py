@@ -46,11 +46,11 @@ class Loader:
 # What each loads of any family.
 LOADERS: Mapping[Target, Loader] = {
     "vllm": Loader(
-        formats=("bf16", *(name for name, row in FORMATS.items() if row.modelopt)),
+        formats=("bf16", "fp8", "nvfp4", "int4"),
         kv_formats=KV_FORMATS,
         mtp=True,
     ),
-    "transformers": Loader(formats=("bf16",), kv_formats=("bf16",)),
+    "transformers": Loader(formats=("bf16", "fp8", "nvfp4", "int4"), kv_formats=KV_FORMATS),
     "llama.cpp": Loader(formats=("bf16",), kv_formats=("bf16",)),
     "compress": Loader(
         formats=tuple(FORMATS),

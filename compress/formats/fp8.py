@@ -1,11 +1,13 @@
-"""FP8 in plain torch: E4M3 values with one FP32 scale a tensor.
+"""FP8 in plain torch: E4M3 values with one scale a tensor, which kernels in BF16 read unrounded.
 
 The specification of every faster path. With ``amax`` the largest magnitude of the tensor (of its
 fused group, where weights share the scale)::
 
-    s_tensor = amax / 448              fp32
+    s_tensor = bf16up( amax / 448 )    the next BF16 number that is not below
     code     = e4m3( x / s_tensor )    nearest, ties to even
     x'       = code * s_tensor
+
+Kernels that multiply in BF16 (Marlin) round the scale to it: one that is a BF16 number stays.
 """
 
 import torch
@@ -17,8 +19,9 @@ E4M3_MAX = 448.0
 
 
 def tensor_scale(amax: Tensor) -> Tensor:
-    """The FP32 scale of a tensor; 1 where ``amax`` is zero or too small to be scaled by."""
-    scale = amax.float() / E4M3_MAX
+    """The scale of a tensor, as FP32; 1 where ``amax`` is zero or too small to be scaled by."""
+    bits = (amax.float() / E4M3_MAX).view(torch.int32)
+    scale = ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
     return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 

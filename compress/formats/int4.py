@@ -1,8 +1,8 @@
-"""INT4 in plain torch: whole numbers from -8 to 7 in groups of 128, an FP16 scale a group.
+"""INT4 in plain torch: whole numbers from -8 to 7 in groups of 128, a BF16 scale a group.
 
 Symmetric, without a zero point::
 
-    s_group = fp16( max(|group|) / 7 )        2^-24 to 65504; 1 for a group of zeros
+    s_group = bf16( max(|group|) / 7 )        at least 2^-126; 1 for a group of zeros
     code    = round( x / s_group )            nearest, ties to even, from -8 to 7
     x'      = code * s_group
 
@@ -17,18 +17,18 @@ from compress.formats.table import FORMATS
 
 GROUP = FORMATS["int4"].group
 LEAST, MOST = -8, 7
-FP16_TINY, FP16_MAX = 2.0**-24, 65504.0
+BF16_TINY = 2.0**-126
 
 
 def group_scale(groups: Tensor, ratio: float | Tensor = 1.0) -> Tensor:
-    """The FP16 scale of every row of 128, as [rows, 1], for ``ratio`` times its largest value."""
+    """The BF16 scale of every row of 128, as [rows, 1], for ``ratio`` times its largest value."""
     found = largest(groups).float() * ratio / MOST
     found = torch.where(found == 0, torch.ones_like(found), found)
-    return found.clamp_(FP16_TINY, FP16_MAX).half()
+    return found.clamp_(min=BF16_TINY).bfloat16()
 
 
 def scales(weight: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor]:
-    """FP16 scales [..., in/128], as they are stored."""
+    """BF16 scales [..., in/128], as they are stored."""
     rows = weight.reshape(-1, GROUP)
     return (group_scale(rows, ratio).view(*weight.shape[:-1], -1),)
 
@@ -56,7 +56,7 @@ def encode(weight: Tensor, scales: Tensor) -> Tensor:
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """The stored form: codes in pairs, U8 [..., in/2], and FP16 scales [..., in/128]."""
+    """The stored form: codes in pairs, U8 [..., in/2], and BF16 scales [..., in/128]."""
     (found,) = scales(weight)
     return encode(weight, found), found
 

@@ -3,12 +3,14 @@
 The specification of every faster path. With ``amax`` the largest magnitude of the tensor (of its
 fused group, where weights share the scale)::
 
-    s_tensor = amax / (6 * 448)                           fp32
-    s_block  = e4m3( max(|block|) / (6 * s_tensor) )      at least 2^-9; 1 for a block of zeros
+    s_tensor = 1 / (1 / (amax / (6 * 448)))               fp32
+    s_block  = e4m3( max(|block|) / (6 * s_tensor) )      at least 2^-6; 1 for a block of zeros
     code     = e2m1( x / (s_block * s_tensor) )           nearest, ties to the even code
     x'       = code * (s_block * s_tensor)
 
-The order of the operations is ModelOpt's packer's, so that codes and scales agree bit for bit.
+The order of the operations is ModelOpt's packer's, so that codes and scales agree bit for bit, but
+for two that readers would change: layouts with the reciprocal of the tensor scale give it back
+whole, and no block scale is subnormal, which kernels (Marlin) take for zero.
 """
 
 import torch
@@ -27,14 +29,14 @@ from compress.formats.fp8 import E4M3_MAX
 from compress.formats.table import FORMATS
 
 GROUP = FORMATS["nvfp4"].group
-E4M3_TINY = 2.0**-9
+E4M3_TINY = 2.0**-6
 round_ = round_e2m1_
 
 
 def tensor_scale(amax: Tensor) -> Tensor:
     """The FP32 scale of a tensor; 1 where ``amax`` is zero or too small to be scaled by."""
-    scale = amax.float() / (E2M1_MAX * E4M3_MAX)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    inverse = 1 / (amax.float() / (E2M1_MAX * E4M3_MAX))
+    return torch.where(inverse.isinf(), torch.ones_like(inverse), 1 / inverse)
 
 
 def block_scale(blocks: Tensor, scale: Tensor, ratio: float | Tensor = 1.0) -> Tensor:

@@ -3,10 +3,10 @@
 ========  =================  ======================  ================
 format    ``weight``         ``weight_scale``        beside them
 ========  =================  ======================  ================
-FP8       E4M3 [out, in]     F32 []                  input_scale
-NVFP4     U8 [out, in/2]     E4M3 [out, in/16]       weight_scale_2, input_scale
+FP8       E4M3 [out, in]     F32 []
+NVFP4     U8 [out, in/2]     E4M3 [out, in/16]       weight_scale_2
 MXFP4     U8 [out, in/2]     U8 (E8M0) [out, in/32]
-INT4      U8 [out, in/2]     F16 [out, in/128]
+INT4      U8 [out, in/2]     BF16 [out, in/128]
 ========  =================  ======================  ================
 
 The names and the first two rows are ModelOpt's layout. ``input_scale`` F32 [] is for servers that

@@ -51,7 +51,7 @@ class NumberFormat:
         codes: torch's name of what the stored weight is made of; codes of 4 bits come in pairs.
         scales: what is stored beside the weight, in the order of ``unpack``.
         shared: fused groups (q/k/v, gate/up, a layer's experts) have one tensor scale.
-        modelopt: the loaders of ModelOpt's layout know it, in capitals.
+        shape_bytes: of the shape, which is stored beside codes in words that do not tell it.
     """
 
     name: Format
@@ -61,7 +61,7 @@ class NumberFormat:
     kind: Literal["float", "int"] = "float"
     scales: tuple[Scale, ...] = ()
     shared: bool = False
-    modelopt: bool = False
+    shape_bytes: int = 0
 
     @property
     def numerics(self) -> Any:
@@ -90,7 +90,8 @@ class NumberFormat:
         self.require(shape)
         count = prod(shape)
         scales = ((s.bytes, count // self.group if s.per_group else 1) for s in self.scales)
-        return count * self.bits // 8 + sum(size * numbers for size, numbers in scales)
+        scale_bytes = sum(size * numbers for size, numbers in scales)
+        return count * self.bits // 8 + scale_bytes + self.shape_bytes
 
 
 WHOLE = Scale(suffix="weight_scale", dtype="float32", bytes=4)
@@ -98,23 +99,21 @@ SECOND = Scale(suffix="weight_scale_2", dtype="float32", bytes=4)
 INPUT = Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4)
 E4M3 = Scale(suffix="weight_scale", dtype="float8_e4m3fn", bytes=1, per_group=True)
 E8M0 = Scale(suffix="weight_scale", dtype="uint8", bytes=1, per_group=True)
-FP16 = Scale(suffix="weight_scale", dtype="float16", bytes=2, per_group=True)
+BF16 = Scale(suffix="weight_scale", dtype="bfloat16", bytes=2, per_group=True)
 ROWS = (
     NumberFormat(name="bf16", bits=16, codes="bfloat16"),
-    NumberFormat(
-        name="fp8", bits=8, codes="float8_e4m3fn", scales=(WHOLE, INPUT), shared=True, modelopt=True
-    ),
-    NumberFormat(
-        name="nvfp4", bits=4, group=16, scales=(E4M3, SECOND, INPUT), shared=True, modelopt=True
-    ),
+    NumberFormat(name="fp8", bits=8, codes="float8_e4m3fn", scales=(WHOLE,), shared=True),
+    NumberFormat(name="nvfp4", bits=4, group=16, scales=(E4M3, SECOND), shared=True),
     NumberFormat(name="mxfp4", bits=4, group=32, scales=(E8M0,)),
-    NumberFormat(name="int4", bits=4, group=128, kind="int", scales=(FP16,)),
+    NumberFormat(name="int4", bits=4, group=128, kind="int", scales=(BF16,), shape_bytes=16),
 )
 FORMATS: Mapping[Format, NumberFormat] = {row.name: row for row in ROWS}
 
 # Bytes of a number in a KV cache; the first is what a cache holds where nothing was decided.
 KV_BYTES: Mapping[KvFormat, int] = {"bf16": 2, "fp8": 1}
 KV_FORMATS: tuple[KvFormat, ...] = tuple(KV_BYTES)
+# Bytes of the scales of keys and of values that are stored with the weights of a block.
+KV_SCALE_BYTES: Mapping[KvFormat, int] = {"bf16": 0, "fp8": 8}
 
 
 def by_group(formats: Mapping[str, Format]) -> GroupFormats:

@@ -19,7 +19,7 @@ from functools import lru_cache
 from math import prod
 from typing import Literal
 
-from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, Format
+from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, KV_SCALE_BYTES, Format
 from compress.model.architecture import (
     Architecture,
     Block,
@@ -83,9 +83,11 @@ def tensor_bytes(slot: Slot, dimensions: tuple[int, ...], format: Format = "bf16
 # A search asks for the same few hundred blocks hundreds of thousands of times.
 @lru_cache(maxsize=2**16)
 def block_bytes(block: Block, hidden: int, family: str) -> int:
-    """Bytes of the weights of one block in its formats."""
+    """Bytes of the weights of one block in its formats, with the scales of its KV cache."""
     axis_sizes = {"hidden": hidden} | sizes(block)
-    return sum(
+    kv_format = kv_format_of(block)
+    beside = 0 if kv_format is None else KV_SCALE_BYTES[kv_format]
+    return beside + sum(
         len(experts_of(name, block))
         * tensor_bytes(slot, shape(slot.shape, axis_sizes), group_format(block, slot.fused))
         for name, slot in family_of(family).tensors(block).items()

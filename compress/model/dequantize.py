@@ -81,13 +81,12 @@ def int8(parts: Parts, _: Shape, block: Shape) -> "Tensor":
 
 def nvfp4(codes: str, parts: Parts, _: Shape, __: Shape) -> "Tensor":
     """NVFP4, with codes under a name."""
-    import torch
-
     from compress.formats.nvfp4 import unpack
 
     if SECOND in parts:
         return of_inputs(unpack(parts[codes], parts[SCALE], parts[SECOND]), parts)
-    return unpack(parts[codes], parts[SCALE].float() / parts[GLOBAL], torch.ones(()))
+    # Ours is one whose reciprocal gives it back.
+    return unpack(parts[codes], parts[SCALE], (1 / parts[GLOBAL]).reshape(()))
 
 
 def mxfp4(codes: str, parts: Parts, _: Shape, __: Shape) -> "Tensor":

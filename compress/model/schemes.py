@@ -221,7 +221,7 @@ SCHEMES = (
         format="INT4",
         methods=("compress",),
         parts={CODES: ("U8",), SCALE: FLOATS},
-        optional={},
+        optional={SHAPE: WHOLE},
         fits=partial(pairs_fit, CODES),
         values=ours,
     ),

@@ -5,16 +5,23 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.core.files import write_text
 from compress.export.layouts.student import Student, Weight, weight_specs
 from compress.formats.packed import stored_names
-from compress.formats.table import Format
+from compress.formats.table import FORMATS, KV_FORMATS, Format
 from compress.model.architecture import Architecture, to_json
 from compress.model.build import weight_formats
 from compress.model.checkpoint import write_files
 from compress.model.families import family_of, stored_parameters
+
+
+def in_memory(name: str, architecture: Architecture) -> str:
+    """What transformers' and vLLM's models call a module, by its name on disk."""
+    own = family_of(architecture.family).embedding.partition(".")[0] + "."
+    return "model." + name.removeprefix(own) if name.startswith(own) else name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +40,7 @@ class Structure:
 
     config: Callable[[Mapping[str, Any], Architecture], dict[str, Any]]
     weight: Callable[[Weight, Architecture], Weight | None] = lambda weight, _: weight
-    module: Callable[[str], str] = lambda name: name
+    module: Callable[[str, Architecture], str] = in_memory
     files: Callable[[Architecture], Mapping[str, str]] = lambda _: {}
 
 
@@ -55,7 +62,23 @@ class Quantization:
 
 def as_stored(weight: Weight) -> dict[str, Tensor]:
     """The tensors of a weight under our own names, which BF16 has everywhere."""
-    return dict(zip(stored_names(weight.name, weight.format), weight.parts, strict=True))
+    found = dict(zip(stored_names(weight.name, weight.format), weight.parts, strict=True))
+    return found | shape_of(weight)
+
+
+def shape_of(weight: Weight) -> dict[str, Tensor]:
+    """The tensor with a weight's shape, of formats that store it; codes are two a byte."""
+    if not FORMATS[weight.format].shape_bytes:
+        return {}
+    rows, pairs = (codes := weight.parts[0]).shape
+    return {f"{weight.name}_shape": torch.tensor([rows, 2 * pairs], device=codes.device)}
+
+
+def is_told(architecture: Architecture) -> bool:
+    """Whether weights or caches are in formats that a directory has to tell of."""
+    return bool(weight_formats(architecture)) or bool(
+        set(architecture.kv_formats.values()) - {KV_FORMATS[0]}
+    )
 
 
 PLAIN = Quantization(tensors=as_stored, config=lambda *_: {})
@@ -75,7 +98,10 @@ def module_formats(architecture: Architecture, structure: Structure) -> dict[str
         if each.expert is not None:
             module = module.rpartition(f".{each.expert}.")[0]
         found[module] = formats.get(each.name, "bf16")
-    return {structure.module(n.removesuffix(".weight")): f for n, f in found.items()}
+    return {
+        structure.module(name.removesuffix(".weight"), architecture): format
+        for name, format in found.items()
+    }
 
 
 def write_directory(

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.export.layouts.directory import Quantization, as_stored
-from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, Format, KvFormat
+from compress.formats.table import FORMATS, INPUT_SCALE, KV_BYTES, KV_FORMATS, Format, KvFormat
 from compress.model.architecture import Architecture
 from compress.model.quantized import QUANT_CONFIG
 
@@ -44,7 +44,7 @@ def config_group(format: Format, targets: list[str]) -> dict[str, Any]:
     row = FORMATS[format]
     group = {"group_size": row.group} if row.group > 1 else {}
     numbers = {"dynamic": False, "num_bits": row.bits, "type": row.kind} | group
-    inputs = {"input_activations": numbers} if row.modelopt else {}
+    inputs = {"input_activations": numbers} if INPUT_SCALE in row.suffixes else {}
     return {**inputs, "weights": numbers, "targets": targets}
 
 

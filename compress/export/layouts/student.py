@@ -9,14 +9,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from compress.formats.packed import stored_names, stored_specs
-from compress.formats.table import Format
+from compress.formats.table import KV_SCALE_BYTES, Format
 from compress.model.architecture import Architecture
 from compress.model.build import weight_formats
 from compress.model.checkpoint import plain_specs
-from compress.model.families import parameters
+from compress.model.families import family_of, parameters
 from compress.model.stacks import stacked
 
 
@@ -53,7 +54,11 @@ class Student:
 def weights_of(
     tensors: Iterable[tuple[str, Tensor]], architecture: Architecture
 ) -> Iterator[Weight]:
-    """Weights of tensors by the tables' names, those of a quantized weight one after another."""
+    """Weights of tensors by the tables' names, those of a quantized weight one after another.
+
+    What tables do not have, scales of caches, comes first.
+    """
+    yield from kv_scales(architecture)
     formats = weight_formats(architecture)
     owners = {part: n for n, format in formats.items() for part in stored_names(n, format)}
     parts: dict[str, Tensor] = {}
@@ -68,8 +73,25 @@ def weights_of(
     assert not parts, f"{next(iter(parts))} is not whole"
 
 
+def kv_scales(architecture: Architecture, device: str = "cpu") -> Iterator[Weight]:
+    """The scales of FP8 caches, of keys and of values, beside the attention that they are of.
+
+    They are 1, as caches are measured (``formats/kv.py``): E4M3 has a range of 2^17.
+    """
+    family = family_of(architecture.family)
+    for number, kv_format in architecture.kv_formats.items():
+        if KV_SCALE_BYTES[kv_format]:
+            block = architecture.blocks[number]
+            table = family.tensors(block)
+            linear = next(name for name, slot in table.items() if slot.fused)
+            module = family.layer.format(layer=block.layer) + linear.rsplit(".", 2)[0]
+            for name in ("k_scale", "v_scale"):
+                yield Weight(f"{module}.{name}", "bf16", (torch.ones(1, device=device),))
+
+
 def weight_specs(architecture: Architecture) -> Iterator[Weight]:
     """Every weight of a student on ``meta``."""
+    yield from kv_scales(architecture, "meta")
     formats = weight_formats(architecture)
     for name, spec in plain_specs(architecture, quantized=formats).items():
         yield Weight(name, "bf16", (spec,))

@@ -4,14 +4,14 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 
-from compress.export.layouts.directory import PLAIN, Quantization, Structure, write_directory
-from compress.export.layouts.modelopt import MODELOPT
+from compress.export.layouts.compressed_tensors import COMPRESSED_TENSORS
+from compress.export.layouts.directory import PLAIN, Structure, is_told, write_directory
 from compress.export.layouts.stock import OWN, OWN_FORMATS, STOCK
 from compress.export.layouts.student import Student
 from compress.export.layouts.uneven import DECILM, PUZZLE
 from compress.export.targets import Target
 from compress.model.architecture import Architecture
-from compress.model.build import is_plain, weight_formats
+from compress.model.build import is_plain
 
 # Writes a student into a directory that is there, or as a file there.
 Layout = Callable[[Student, Path], None]
@@ -27,14 +27,9 @@ UNEVEN: Mapping[str, Structure] = {
 
 def layout_of(target: Target, architecture: Architecture) -> Layout:
     """The layout for a student that the target takes (``accepted.check_target``)."""
-    plain, quantized = is_plain(architecture), bool(weight_formats(architecture))
+    plain, told = is_plain(architecture), is_told(architecture)
     if target == "compress":
-        structure = STOCK if plain and not quantized else OWN
-        return partial(write_directory, structure, OWN_FORMATS if quantized else PLAIN)
+        structure = STOCK if plain and not told else OWN
+        return partial(write_directory, structure, OWN_FORMATS if told else PLAIN)
     structure = STOCK if plain else UNEVEN[architecture.family]
-    return partial(write_directory, structure, quantization_of(architecture))
-
-
-def quantization_of(architecture: Architecture) -> Quantization:
-    """How servers are told of the formats of a student."""
-    return MODELOPT if weight_formats(architecture) else PLAIN
+    return partial(write_directory, structure, COMPRESSED_TENSORS if told else PLAIN)
