@@ -1,19 +1,37 @@
 """What exports are made of in tests: formats, by who serves them, and what their card tells."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from quantized import with_formats
 
-from compress.formats.table import FORMATS, Format
+from compress.formats.table import FORMATS, Format, by_group
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import open_checkpoint
+from compress.searches.space import EXPERTS
 
 QUANTIZED = [name for name in FORMATS if name != "bf16"]
-SERVED = [name for name in QUANTIZED if FORMATS[name].modelopt]
+SERVED: list[Format] = ["nvfp4", "int4", "fp8"]
 MIXES: list[Sequence[Format]] = [*([name] for name in QUANTIZED), [*QUANTIZED, "bf16"]]
-SERVED_MIXES: list[Sequence[Format]] = [["bf16"], *([name] for name in SERVED), [*SERVED, "bf16"]]
+SERVED_MIXES: list[Sequence[Format]] = [["bf16"], ["nvfp4"], ["int4"], ["fp8", "nvfp4", "bf16"]]
 CARD = {"command": "compress export tiny", "budget": "1 MiB", "measurements": {"measured_kl": 0.25}}
+
+
+def with_experts(architecture: Architecture, format: Format) -> Architecture:
+    """The architecture with routed experts in one format."""
+    return replace(
+        architecture,
+        blocks=tuple(
+            replace(
+                block,
+                formats=by_group(
+                    {g: format if g.startswith(EXPERTS) else own for g, own in block.formats}
+                ),
+            )
+            for block in architecture.blocks
+        ),
+    )
 
 
 def architecture_of(path: Path, formats: Sequence[Format]) -> Architecture:

@@ -2,9 +2,10 @@
 
 from compress.core.errors import InputError
 from compress.export.targets import LOADERS, Loader, Target, loader_of
-from compress.formats.table import used_in
-from compress.model.architecture import Architecture, kv_text, sizes
+from compress.formats.table import Format, used_in
+from compress.model.architecture import Architecture, Block, kv_text, sizes
 from compress.model.build import is_plain, is_whole, weight_formats
+from compress.searches.space import EXPERTS
 from compress.student.units import AXES
 
 
@@ -27,6 +28,11 @@ def differing(architecture: Architecture) -> list[str]:
     return list(found)
 
 
+def expert_formats(block: Block) -> set[Format]:
+    """The formats of a block's routed experts; none where it has none or all of it is BF16."""
+    return {format for group, format in block.formats if group.startswith(EXPERTS)}
+
+
 def reason(architecture: Architecture, loader: Loader) -> str | None:
     """What a loader takes, where this student is something else; None where it is that."""
     if not is_plain(architecture):
@@ -39,6 +45,15 @@ def reason(architecture: Architecture, loader: Loader) -> str | None:
     if loader.first and architecture.blocks[0].kind != loader.first:
         kind = architecture.blocks[0].kind
         return f"students that begin with {loader.first}, and this one begins with {kind}"
+    if loader.expert_formats is not None:
+        experts = [expert_formats(block) for block in architecture.blocks]
+        if refused := [each for each in experts if not each <= set(loader.expert_formats)]:
+            return (
+                f"routed experts in {', '.join(loader.expert_formats)} only, and this student has "
+                f"{', '.join(sorted(refused[0]))} ones"
+            )
+        if any(len(each) > 1 for each in experts):
+            return "one format for all matrices of a layer's routed experts"
     formats = set(weight_formats(architecture).values())
     kv_formats = set(architecture.kv_formats.values())
     told = len(kv_formats) <= 1 or loader.kv_scope == "block"

@@ -16,13 +16,15 @@ from torch import Tensor
 from compress.formats.blocks import CHUNK
 
 E4M3_MAX = 448.0
+# The smallest number of FP32 and BF16 with all its digits.
+FP32_TINY = 2.0**-126
 
 
 def tensor_scale(amax: Tensor) -> Tensor:
     """The scale of a tensor, as FP32; 1 where ``amax`` is zero or too small to be scaled by."""
     bits = (amax.float() / E4M3_MAX).view(torch.int32)
     scale = ((bits + 0xFFFF) & ~0xFFFF).view(torch.float32)
-    return torch.where(scale == 0, torch.ones_like(scale), scale)
+    return torch.where(scale < FP32_TINY, torch.ones_like(scale), scale)
 
 
 def scales(weight: Tensor, amax: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor]:

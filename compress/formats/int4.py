@@ -2,7 +2,7 @@
 
 Symmetric, without a zero point::
 
-    s_group = bf16( max(|group|) / 7 )        at least 2^-126; 1 for a group of zeros
+    s_group = bf16( max(|group|) / 7 )        1 for a group of zeros, or below 2^-126
     code    = round( x / s_group )            nearest, ties to even, from -8 to 7
     x'      = code * s_group
 
@@ -13,18 +13,17 @@ import torch
 from torch import Tensor
 
 from compress.formats.blocks import fake_blocks, from_pairs, in_pairs, largest
+from compress.formats.fp8 import FP32_TINY
 from compress.formats.table import FORMATS
 
 GROUP = FORMATS["int4"].group
 LEAST, MOST = -8, 7
-BF16_TINY = 2.0**-126
 
 
 def group_scale(groups: Tensor, ratio: float | Tensor = 1.0) -> Tensor:
     """The BF16 scale of every row of 128, as [rows, 1], for ``ratio`` times its largest value."""
     found = largest(groups).float() * ratio / MOST
-    found = torch.where(found == 0, torch.ones_like(found), found)
-    return found.clamp_(min=BF16_TINY).bfloat16()
+    return torch.where(found < FP32_TINY, torch.ones_like(found), found).bfloat16()
 
 
 def scales(weight: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor]:

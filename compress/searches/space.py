@@ -2,7 +2,7 @@
 
 import dataclasses
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
@@ -21,6 +21,8 @@ from compress.student.units import AXES, axes_in, mtp_axes, number_of
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
 WIDTHS = {"hidden"} | {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
+# What the names of routed experts' linear groups begin with.
+EXPERTS = "experts_"
 # What candidates are, in the order of the last table: one kind is searched for, others compare.
 KINDS = ("uniform", "random", "prune", "formats", "prune_then_quantize", "joint")
 
@@ -43,6 +45,7 @@ class Space(BaseModel):
     block has one format or each of its linear groups its own, ``kv_scope`` whether every block has
     its own KV format. ``stock`` leaves out what a family's config class refuses.
     A block of the kind ``first`` stays where the model begins with it.
+    With ``expert_formats`` those of routed experts are among these, one for all of a block.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -57,6 +60,7 @@ class Space(BaseModel):
     repair: bool = False
     stock: bool = False
     first: str | None = None
+    expert_formats: tuple[Format, ...] | None = None
 
     @property
     def prunes(self) -> bool:
@@ -210,23 +214,34 @@ def offered_formats(
     Its shapes take them, and so do those of the whole block: what is offered was scored. What can
     take none of them stays BF16.
     """
-    family = teacher.family
+    family, shapes = teacher.family, ((block, teacher.hidden), (smaller, hidden))
     groups = linear_groups(block, family)
+    experts = [group for group in groups if group.startswith(EXPERTS)]
+    together = [[group] for group in groups]
+    if space.expert_formats is not None and experts:
+        together = [[group] for group in groups if group not in experts] + [experts]
 
-    def taken(group: str) -> list[Format]:
-        shapes = ((block, teacher.hidden), (smaller, hidden))
+    def taken(several: list[str], formats: Iterable[Format]) -> list[Format]:
+        known = space.formats if several is not experts else space.expert_formats or ()
         return [
             format
-            for format in space.formats
-            if all(group_takes(each, group, width, family, format) for each, width in shapes)
-        ]
+            for format in formats
+            if format in known
+            and all(
+                group_takes(each, group, width, family, format)
+                for each, width in shapes
+                for group in several
+            )
+        ] or ["bf16"]
 
-    by_each = {group: taken(group) for group in groups}
     if space.format_scope == "block":
-        common = [f for f in space.formats if all(f in own for own in by_each.values())]
+        common = [f for f in space.formats if all(taken(own, [f]) == [f] for own in together)]
         return [in_one_format(block, family, format) for format in common or ["bf16"]]
-    choices = itertools.product(*(own or ["bf16"] for own in by_each.values()))
-    return [by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices]
+    choices = itertools.product(*(taken(own, space.formats) for own in together))
+    return [
+        by_group({group: f for own, f in zip(together, chosen, strict=True) for group in own})
+        for chosen in choices
+    ]
 
 
 def outside_options(architecture: Architecture, hidden: int, space: Space) -> list[Option]:

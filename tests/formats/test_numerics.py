@@ -42,11 +42,11 @@ def nvfp4_by_formula(values: list[float]) -> list[float]:
     """The formula, a number at a time, every operation rounded to fp32."""
     rows = in_groups(values, 16)
     amax = max(abs(x) for row in rows for x in row)
-    s_tensor = single(amax / (6 * 448))
+    s_tensor = single(1 / single(1 / single(amax / (6 * 448))))
     found = []
     for row in rows:
         largest = single(max(map(abs, row)) / single(6 * s_tensor))
-        s_block = max(nearest(largest, E4M3), 2.0**-9) if largest else 1.0
+        s_block = max(nearest(largest, E4M3), 2.0**-6) if largest else 1.0
         step = single(s_block * s_tensor)
         found += [single(nearest(single(x / step), E2M1) * step) for x in row]
     return found
@@ -64,8 +64,8 @@ def mxfp4_by_formula(values: list[float]) -> list[float]:
 def int4_by_formula(values: list[float]) -> list[float]:
     found = []
     for row in in_groups(values, 128):
-        largest = min(max(single(max(map(abs, row)) / 7), 2.0**-24), 65504.0)
-        step = float(torch.tensor(largest).half()) if any(row) else 1.0
+        largest = single(max(map(abs, row)) / 7)
+        step = float(torch.tensor(largest).bfloat16()) if any(row) else 1.0
         found += [min(max(round(single(x / step)), -8), 7) * step for x in row]
     return found
 
@@ -75,7 +75,10 @@ def in_groups(values: list[float], size: int) -> list[list[float]]:
 
 
 def fp8_by_formula(values: list[float]) -> list[float]:
-    s_tensor = single(max(map(abs, values)) / 448)
+    exact = torch.tensor(single(max(map(abs, values)) / 448)).double()
+    # The numbers of BF16 have 8 significant bits.
+    unit = 2.0 ** (math.frexp(float(exact))[1] - 8)
+    s_tensor = math.ceil(float(exact) / unit) * unit
     return [single(nearest(single(x / s_tensor), E4M3) * s_tensor) for x in values]
 
 
@@ -147,15 +150,29 @@ def test_codes_and_scales_are_those_of_modelopt(scale: float, dtype: torch.dtype
     from modelopt.torch.quantization.qtensor import FP8QTensor, NVFP4QTensor
 
     weight = sample(scale, dtype)
-    theirs, block, tensor = NVFP4QTensor.quantize(weight.clone(), 16)
+    # At the tensor scales that readers do not change, which are theirs to the last bits.
     ours = nvfp4.pack(weight, group_amax([weight]))
-    assert torch.equal(ours[0], theirs._quantized_data)
-    assert torch.equal(ours[1].view(torch.uint8), block.view(torch.uint8))
-    assert torch.equal(ours[2], tensor)
-    theirs8, scale8 = FP8QTensor.quantize(weight.float())
+    theirs, block, tensor = NVFP4QTensor.quantize(weight.clone(), 16, None, ours[2])
+    torch.testing.assert_close(group_amax([weight]) / (6 * 448), tensor, atol=0, rtol=2**-22)
+    normal = block.float() >= 2**-6
+    assert not bool(normal.all())
+    assert torch.equal(ours[1].float(), block.float().clamp(min=2**-6))
+    same = normal.repeat_interleave(8, dim=-1)
+    assert torch.equal(ours[0][same], theirs._quantized_data[same])
     codes, found = fp8.pack(weight, group_amax([weight]))
+    theirs8, _ = FP8QTensor.quantize(weight.float(), found)
     assert torch.equal(codes.view(torch.uint8), theirs8._quantized_data.view(torch.uint8))
-    assert torch.equal(found, scale8)
+    assert 0 <= float(found / (group_amax([weight]) / 448)) - 1 < 2**-7
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_scales_are_those_that_servers_compute_with(scale: float) -> None:
+    amax = torch.rand(1000, generator=torch.Generator().manual_seed(3)) * scale
+    # Marlin reads FP8 scales in BF16, compressed-tensors stores the reciprocal of NVFP4's.
+    found = torch.stack([fp8.tensor_scale(one) for one in amax])
+    assert torch.equal(found, found.bfloat16().float())
+    found = torch.stack([nvfp4.tensor_scale(one) for one in amax])
+    assert torch.equal(1 / (1 / found), found)
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
@@ -176,7 +193,8 @@ def test_stored_tensors_have_the_bytes_and_types_of_their_row(format: Format) ->
     if INPUT_SCALE in row.suffixes:
         listed = (*listed, row.numerics.tensor_scale(weight.max()))
     stored = dict(zip(stored_names("q.weight", format), listed, strict=True))
-    assert sum(tensor.nbytes for tensor in stored.values()) == row.bytes(weight.shape)
+    held = sum(tensor.nbytes for tensor in stored.values())
+    assert held + row.shape_bytes == row.bytes(weight.shape)
     codes, *scales = stored.values()
     assert codes.dtype == getattr(torch, row.codes)
     for scale, tensor in zip(row.scales, scales, strict=True):
@@ -221,8 +239,8 @@ def test_the_error_is_at_most_half_a_step(format: Format) -> None:
         "nvfp4": (largest / 5).reshape(weight.shape),
         # The largest value is 4 to 8 times the scale, and what is above 6 becomes 6.
         "mxfp4": (largest / 4).reshape(weight.shape),
-        # Half of a step that is a seventh of the largest value, which FP16 rounds.
-        "int4": (largest / 14 * (1 + 2**-10)).reshape(weight.shape),
+        # Half of a step that is a seventh of the largest value, which BF16 rounds; saturated.
+        "int4": (largest / 14 * (1 + 2**-4)).reshape(weight.shape),
     }[format]
     assert bool(((found - weight).abs() <= bound).all())
 

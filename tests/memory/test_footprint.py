@@ -103,8 +103,9 @@ def test_formats_take_the_bytes_of_the_formula() -> None:
     elements, norm = 3 * 4096 * 14336, 4096 * 2
     taken = {format: block_bytes(in_one(ffn, format), 4096, "llama") for format in FORMATS}
     assert taken["bf16"] == 2 * elements + norm
-    assert taken["fp8"] == elements + 3 * 8 + norm
-    assert taken["nvfp4"] == elements * 9 // 16 + 3 * 8 + norm
+    assert taken["fp8"] == elements + 3 * 4 + norm
+    assert taken["nvfp4"] == elements * 9 // 16 + 3 * 4 + norm
+    assert taken["int4"] == elements * 33 // 64 + 3 * 2 * 8 + norm
 
 
 def test_a_shape_that_cannot_take_a_format_is_never_given_it() -> None:
