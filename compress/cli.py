@@ -21,6 +21,7 @@ from compress import flags
 from compress.core.errors import CompressError, InputError
 from compress.core.signals import interrupt
 from compress.core.terminal import command, note
+from compress.export.readers import Reader
 from compress.flags import Json, Model, Planned, PrintConfig, RunName, Target
 from compress.formats.table import Format, KvFormat
 from compress.run.directory import find_run, is_run, run_at, shown
@@ -178,6 +179,29 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
 
     stages.export(chosen, recipe, candidate)
     note(f"next: {command('eval', near(recipe.model), flags.beside(recipe, run))}")
+
+
+@app.command()
+@flags.settings(*flags.PLACED)
+def verify(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What export wrote.")],
+    *,
+    reader: Annotated[
+        Reader | None, typer.Option(help="Who reads it. [default: compress, on its own files]")
+    ] = None,
+    reader_python: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="A Python that has the reader's package.")
+    ] = None,
+    **given: Any,
+) -> None:
+    """Compare an export with the student that was measured.
+
+    Its files, every tensor, log-probabilities and greedy tokens. Exit code 4 where they differ.
+    """
+    from compress.run import stages
+
+    recipe = check(given, "command line")
+    stages.verify(directory, reader, reader_python, recipe)
 
 
 @app.command(name="eval")

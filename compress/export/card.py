@@ -34,7 +34,7 @@ def model_card(
     name: str, architecture: Architecture, facts: Mapping[str, Any], card: Mapping[str, Any]
 ) -> str:
     """The card as Markdown; values of ``card`` that are mappings become tables of their own."""
-    stock = facts["reader"] != "compress.load"
+    stock = "transformers" in facts["reader"]
     summary = {
         "family": architecture.family,
         "parameters": count_parameters(architecture),
@@ -50,8 +50,8 @@ def model_card(
             parts += [f"## {key.replace('_', ' ').capitalize()}", table("", "value", value)]
     parts += ["## Loading", LOADING["transformers" if stock else facts["target"]]]
     parts.append(
-        f"Verified after writing with {facts['reader']}: logits on random token rows differ by "
-        f"{facts['logit_difference']:.1e} of their range; bytes are as planned."
+        f"Verified after writing with {facts['reader']}: log-probabilities of random token rows "
+        f"differ by {facts['logit_difference']:.1e} of their range; bytes are as planned."
     )
     if set(facts["formats"]) != {"bf16"}:
         parts.append(ACTIVATIONS)

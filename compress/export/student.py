@@ -15,18 +15,18 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
-from transformers import AutoModelForCausalLM
 
-from compress.core.errors import InputError, VerificationFailed
+from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
 from compress.export.accepted import check_target
 from compress.export.card import model_card
 from compress.export.layouts.student import Student, Weight, weight_specs, weights_of
 from compress.export.layouts.table import layout_of
+from compress.export.readers import Reader
 from compress.export.targets import Target
+from compress.export.verify import meant_by, require_planned, sign, verify
 from compress.formats.packed import stored_names
 from compress.formats.table import Rounding
-from compress.memory.footprint import mtp_weight_bytes, weight_bytes
 from compress.model.architecture import Architecture, without_formats
 from compress.model.build import is_plain, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
@@ -41,12 +41,10 @@ from compress.model.layout import Parameter
 from compress.student.assemble import stack_in_formats
 from compress.student.calibration import quantized
 from compress.sweep.placement import REFERENCE, Placement
-from compress.sweep.stack import Stack, final_states, stack_at
+from compress.sweep.stack import Stack, stack_at
 
 # Sequences and tokens of what is verified, and calibrated on where there is no text.
 ROWS = (8, 64)
-# Written and read models run the same arithmetic; a wrong scale or a lost tensor is far above this.
-TOLERANCE = 1e-3
 
 
 def round_student(
@@ -97,24 +95,29 @@ def export_student(
         VerificationFailed: what was read back differs in bytes or in logits.
     """
     check_target(architecture, target)
-    rows = token_rows(architecture, seed=1)
-    config = read_config(student)
+    in_fp32, config = replace(placement, dtype=torch.float32), read_config(student)
     if "quantization" in config:
         require_same(student, architecture_of(student, config), architecture)
         weights = as_stored(student, architecture)
-        meant = stack_at(student, once(placement))
+        measured = stack_at(student, in_fp32)
     else:
         checkpoint = own_checkpoint(student, architecture)
         texts = token_rows(architecture) if calibration is None else calibration
         tensors = rounded_tensors(checkpoint, architecture, texts, "nearest", placement)
         weights = weights_of(tensors, architecture)
-        meant = stack_in_formats(checkpoint, architecture, once(placement))
+        measured = stack_in_formats(checkpoint, architecture, in_fp32)
+    rows, meant = meant_by(measured, token_rows(architecture, seed=1))
+    del measured
     with atomic_directory(out) as directory:
         layout_of(target, architecture)(
             student_of(config, student, weights, architecture), directory
         )
         facts = {"target": target, "formats": sorted(architecture.formats)}
-        facts |= verify(directory, architecture, logits(meant, rows), rows, placement)
+        facts["bytes"] = require_planned(directory, architecture)
+        sign(directory, rows, meant)
+        found = verify(directory, readers_of(architecture, placement), placement=placement)
+        facts["reader"] = " and ".join(one.reader for one in found)
+        facts["logit_difference"] = max(one.difference for one in found)
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
     return {"path": str(out), **facts}
 
@@ -180,14 +183,6 @@ def once(placement: Placement) -> Placement:
     return replace(placement, dtype=torch.float32, memory=0)
 
 
-@torch.no_grad()
-def logits(stack: Stack, rows: Tensor) -> Tensor:
-    """Logits [N, V] of token rows, fp32, where the stack is."""
-    [hidden_BTD] = final_states(stack, [rows])
-    with stack.head() as head:
-        return head.logits(hidden_BTD.flatten(0, 1))
-
-
 def student_of(
     config: Mapping[str, Any], source: Path, weights: Iterable[Weight], architecture: Architecture
 ) -> Student:
@@ -197,46 +192,10 @@ def student_of(
     return Student(source=source, config=base, architecture=architecture, weights=weights)
 
 
-def verify(
-    directory: Path, architecture: Architecture, meant: Tensor, rows: Tensor, placement: Placement
-) -> dict[str, Any]:
-    """Read an export back and compare its bytes with the plan and its logits with ``meant``."""
-    planned = weight_bytes(architecture) + mtp_weight_bytes(architecture)
-    if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
-        raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
+def readers_of(architecture: Architecture, placement: Placement) -> list[Reader]:
+    """Who reads an export back here: we do, and transformers what its own classes build."""
     room = placement.memory
     # Stock transformers reads no cache in another format.
     stock = architecture == without_formats(architecture) and is_plain(architecture)
-    if stock and (room is None or 4 * count_parameters(architecture) < room):
-        reader, read = "transformers AutoModelForCausalLM", stock_logits(directory, rows, placement)
-    else:
-        reader, read = "compress.load", logits(stack_at(directory, once(placement)), rows)
-    difference = float((read - meant).abs().max() / meant.abs().max())
-    # Written so that NaN fails.
-    if not difference <= TOLERANCE:
-        raise VerificationFailed(
-            f"logits of the export differ by {difference:.2e} of their range, "
-            f"more than {TOLERANCE:.0e}"
-        )
-    return {"bytes": found, "logit_difference": difference, "reader": reader}
-
-
-@torch.no_grad()
-def stock_logits(directory: Path, rows: Tensor, placement: Placement) -> Tensor:
-    """Logits [N, V] of token rows of the model that transformers reads, fp32."""
-    read: Any = AutoModelForCausalLM.from_pretrained
-    model = read(directory, dtype=torch.float32, trust_remote_code=False).to(placement.device)
-    found: Tensor = (
-        model(input_ids=rows.to(placement.device), use_cache=False).logits.float().flatten(0, 1)
-    )
-    return found
-
-
-def tensor_bytes(files: Iterable[Path]) -> int:
-    """Bytes of the tensors in safetensors files, their headers not counted."""
-    total = 0
-    for file in files:
-        with file.open("rb") as stream:
-            header = int.from_bytes(stream.read(8), "little")
-        total += file.stat().st_size - 8 - header
-    return total
+    fits = room is None or 4 * count_parameters(architecture) < room
+    return ["compress", "transformers"] if stock and fits else ["compress"]

@@ -2,12 +2,15 @@
 
 import json
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from compress.core.files import read_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
+from compress.export.readers import Reader
 from compress.export.student import export_student
+from compress.export.verify import verify as verify_export
 from compress.measure.kl import mean_kl
 from compress.memory.budget import in_format
 from compress.report.page import report as write_report
@@ -24,6 +27,7 @@ from compress.run.recipe import Recipe, check
 from compress.run.session import Session
 from compress.run.work import require_stage
 from compress.student.candidate import repair_note
+from compress.sweep.placement import placement
 from compress.train.optimizers import require as require_optimizer
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
@@ -132,9 +136,18 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
     facts = export_student(directory, out, architecture, recipe.target, card, placement=place)
     note(
         f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
-        f"{facts['reader']}, logits differ by at most {facts['logit_difference']:.1e}"
+        f"{facts['reader']}, log-probabilities differ by at most "
+        f"{facts['logit_difference']:.1e}"
     )
     return facts
+
+
+def verify(directory: Path, reader: Reader | None, python: Path | None, recipe: Recipe) -> None:
+    """Compare an export with the student that was measured, and say what each reader found."""
+    place = placement(recipe.compute, recipe.memory_bytes)
+    for found in verify_export(directory, [reader or "compress"], python, place):
+        note(f"{directory}: {found.text}")
+    note("files, tensors and settings are those that were exported")
 
 
 def finish(run: Run, recipe: Recipe) -> list[str]:

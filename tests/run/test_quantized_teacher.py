@@ -11,7 +11,8 @@ from tiny_models import search_arguments
 
 from compress import cli
 from compress.core.files import read_json
-from compress.export.student import export_student, tensor_bytes
+from compress.export.student import export_student
+from compress.export.verify import tensor_bytes
 from compress.memory.footprint import Deployment, footprint
 from compress.memory.plan import make_plan
 from compress.model.checkpoint import open_checkpoint

@@ -1,0 +1,5 @@
+"""Stock readers, each a single file that another Python runs without this package."""
+
+from typing import Literal
+
+Reader = Literal["transformers", "vllm", "compress"]
