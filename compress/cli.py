@@ -3,7 +3,6 @@
 Nothing here imports torch; a stage does when it runs.
 """
 
-import errno
 import json as jsonlib
 import os
 import signal
@@ -14,22 +13,17 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from safetensors import SafetensorError
-from typer.exceptions import TyperException
 
 from compress import flags
-from compress.core.errors import CompressError, InputError
+from compress.core.errors import InputError
+from compress.core.exits import exit_code
 from compress.core.signals import interrupt
 from compress.core.terminal import command, note
-from compress.export.readers import Reader
 from compress.flags import Json, Model, Planned, PrintConfig, RunName, Target
 from compress.formats.table import Format, KvFormat
 from compress.run.directory import find_run, is_run, run_at, shown
 from compress.run.guide import next_step, possessions
 from compress.run.recipe import Recipe, check, near, read_recipe, write_recipe
-
-INPUT, INTERRUPTED = 2, 130
-FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 app = typer.Typer(
     add_completion=False,
@@ -184,14 +178,10 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
 @app.command()
 @flags.settings(*flags.PLACED)
 def verify(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="What export wrote.")],
+    directory: flags.Exported,
     *,
-    reader: Annotated[
-        Reader | None, typer.Option(help="Who reads it. [default: compress, on its own files]")
-    ] = None,
-    reader_python: Annotated[
-        Path | None, typer.Option(metavar="PATH", help="A Python that has the reader's package.")
-    ] = None,
+    reader: flags.ReaderName = None,
+    reader_python: flags.ReaderPython = None,
     **given: Any,
 ) -> None:
     """Compare an export with the student that was measured.
@@ -200,8 +190,7 @@ def verify(
     """
     from compress.run import stages
 
-    recipe = check(given, "command line")
-    stages.verify(directory, reader, reader_python, recipe)
+    stages.verify(directory, reader, reader_python, check(given, "command line"))
 
 
 @app.command(name="eval")
@@ -337,25 +326,7 @@ def main() -> None:
     signal.signal(signal.SIGTERM, interrupt)
     # Without arguments typer takes help for a usage error.
     arguments = sys.argv[1:] or ["--help"]
-    try:
-        code = run_command(arguments)
-    except CompressError as error:
-        code = failed(str(error), error.exit_code)
-    except TyperException as error:
-        message = error.format_message() if hasattr(error, "format_message") else str(error)
-        message = message.replace("Value error, ", "")
-        code = failed(f"{message} (compress --help shows the commands)", INPUT)
-    except KeyboardInterrupt:
-        code = INTERRUPTED
-    except SafetensorError as error:
-        code = failed(f"weights could not be read or written: {error}", INPUT)
-    except OSError as error:
-        where = f": {error.filename}" if error.filename else ""
-        hint = "; make room and run the same command again" if error.errno in FULL else ""
-        code = failed(f"{error.strerror or error}{where}{hint}", INPUT)
-    if code == INTERRUPTED:
-        failed("interrupted; the same command continues", code)
-    sys.exit(code)
+    sys.exit(exit_code(lambda: run_command(arguments)))
 
 
 def run_command(arguments: list[str]) -> Any:
@@ -366,12 +337,6 @@ def run_command(arguments: list[str]) -> Any:
     from compress.run.joining import led
 
     return led(run)
-
-
-def failed(message: str, code: int) -> int:
-    """Say in one line on stderr why the command ends; gives the code back."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    return code
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import typer
 
 from compress.core.errors import InputError
 from compress.core.terminal import note
+from compress.export.readers import Reader
 from compress.model.find import resolve_model
 from compress.run.directory import Run, by_path, find_run, is_run, require_free, run_at
 from compress.run.recipe import (
@@ -42,6 +43,11 @@ RunName = Annotated[
 ]
 PrintConfig = Annotated[
     bool, typer.Option("--print-config", help="Print the resolved recipe and stop.")
+]
+Exported = Annotated[Path, typer.Argument(metavar="DIR", help="What export wrote.")]
+ReaderName = Annotated[Reader | None, typer.Option(help="Who reads it. [default: compress]")]
+ReaderPython = Annotated[
+    Path | None, typer.Option(metavar="PATH", help="A Python that has the reader's package.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 

@@ -13,7 +13,7 @@ from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, write_recipe
 
 COMMANDS = [
-    *("plan", "score", "search", "prune", "distill", "quantize", "export", "eval"),
+    *("plan", "score", "search", "prune", "distill", "quantize", "export", "verify", "eval"),
     *("pretrain", "run", "report", "quickstart", "fetch"),
 ]
 

@@ -16,6 +16,8 @@ from transformers import GenerationConfig
 from compress.core.errors import VerificationFailed
 from compress.sweep.stack import Stack, final_states
 
+# Says nothing of how to generate.
+NOTHING: Any = GenerationConfig
 # R rows, T tokens of each, of which the last are greedy, K tokens that are likeliest.
 ROWS, PROMPT, GREEDY, TOP = 4, 40, 12, 8
 # In fp32 a written and a read model run the same arithmetic: as a share of the largest magnitude.
@@ -92,7 +94,7 @@ def continued(stack: Stack, prompts_RP: Tensor, tokens: int = GREEDY) -> Tensor:
     if len(stack.stays) == len(stack.parts):
         with stack.whole() as model:
             # As its directory says it may sample, and stop; what is left out here it fills in.
-            told, model.generation_config = model.generation_config, GenerationConfig()
+            told, model.generation_config = model.generation_config, NOTHING()
             plain = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
             found: Tensor = model.generate(rows, attention_mask=torch.ones_like(rows), **plain)
             model.generation_config = told

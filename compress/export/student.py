@@ -112,7 +112,7 @@ def export_student(
         layout_of(target, architecture)(
             student_of(config, student, weights, architecture), directory
         )
-        facts = {"target": target, "formats": sorted(architecture.formats)}
+        facts: dict[str, Any] = {"target": target, "formats": sorted(architecture.formats)}
         facts["bytes"] = require_planned(directory, architecture)
         sign(directory, rows, meant)
         found = verify(directory, readers_of(architecture, placement), placement=placement)
