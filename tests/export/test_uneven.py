@@ -4,6 +4,11 @@ The code that it runs is ours, from the export.
 """
 
 import dataclasses
+import importlib.util
+import json
+import sys
+import tomllib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +17,8 @@ import torch
 from exports import CARD
 from quantized import write_student
 from tiny_models import HYBRID, LLAMA, MORE
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.core.errors import InputError
 from compress.export.student import export_student, token_rows
@@ -20,6 +26,7 @@ from compress.memory.footprint import weight_bytes
 from compress.model.architecture import Architecture, Ffn
 from compress.model.build import load_model
 from compress.model.families import read_architecture
+from compress.model.find import shipped
 
 QWEN2 = {key: value for key, value in MORE["qwen2"].items() if key != "layer_types"}
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -68,3 +75,48 @@ def test_what_servers_cannot_express_is_refused_with_the_reason(tmp_path: Path) 
         with pytest.raises(InputError, match=rf"{reason}.*--target compress$"):
             export_student(source, tmp_path / "out", student, "vllm", CARD)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def plugin() -> Iterator[Callable[[], None]]:
+    """What the package's entry point for vLLM names."""
+    root = shipped("remote_code")
+    pyproject = tomllib.loads((root.parent / "pyproject.toml").read_text())["project"]
+    [entry] = pyproject["entry-points"]["vllm.general_plugins"].values()
+    module, _, function = entry.removeprefix("compress.").partition(":")
+    file = str(root / "__init__.py")
+    spec = importlib.util.spec_from_file_location(
+        module, file, submodule_search_locations=[str(root)]
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    sys.modules[module] = found = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(found)
+    known = dict(CONFIG_MAPPING._extra_content)
+    yield getattr(found, function)
+    CONFIG_MAPPING._extra_content.clear()
+    CONFIG_MAPPING._extra_content.update(known)
+    del sys.modules[module]
+
+
+@pytest.mark.parametrize("family", ["llama", "nemotron_h"])
+def test_with_the_plugin_no_code_of_a_directory_is_run(
+    family: str, tmp_path: Path, plugin: Callable[[], None]
+) -> None:
+    student = uneven(read_architecture(TEACHERS[family]))
+    source = write_student(tmp_path / "student", TEACHERS[family], student)
+    export_student(source, tmp_path / "out", student, "vllm", CARD)
+    for file in (tmp_path / "out").glob("*.py"):
+        file.write_text("raise AssertionError('code of the directory was run')")
+    for _ in range(2):
+        plugin()
+    config = AutoConfig.from_pretrained(tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert json.loads(config.to_json_string())["block_configs"] == written["block_configs"]
+    if family == "llama":
+        first = config.block_configs[0]
+        assert (first.attention.no_op, first.attention.n_heads_in_group) == (False, 2)
+        assert not hasattr(first.ffn, "ffn_mult")
+    else:
+        widths = [config.get_nemotron_h_config_for_layer(n).intermediate_size for n in (1, 3, 5)]
+        assert widths == [80, 48, config.intermediate_size]
