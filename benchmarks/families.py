@@ -30,11 +30,13 @@ from compress.run import stages, students
 from compress.run.bench import Bench, Row
 from compress.run.directory import Run
 from compress.run.recipe import check
+from compress.run.rounding import untrained
 from compress.run.score import score
 from compress.run.search import search, selection_text
 from compress.run.session import Session
 from compress.searches.space import load_space
 from compress.student.candidate import Candidate
+from compress.sweep.stack import stack_at
 from compress.train.pretrain import pretrain
 
 SIZES: dict[str, Any] = {
@@ -65,7 +67,7 @@ SEARCH: dict[str, Any] = {
     "replay_tokens": 512, "distill_length": 128,
 }  # fmt: skip
 KEYS = ("data", "eval_data", "seed", "budget", "trials", "short_distill_tokens", "final_tokens")
-STAGES = {"cut": students.pruned, "trained": students.latest}
+STAGES = {"cut": untrained, "trained": students.latest}
 COLUMNS = ["family", "parameters", "nats_per_token", "budget KiB", "kind", "KiB"]
 COLUMNS += [key for stage in STAGES for key in (stage, f"{stage} se", f"over {stage}")] + ["logits"]
 
@@ -140,7 +142,7 @@ def measured(session: Session, kind: str, candidate: Candidate, final: Reference
     made, served = candidate.architecture, session.recipe.deployment
     row: dict[str, Any] = {"kind": kind, "KiB": footprint(made, served).total / 1024}
     for stage, directory in STAGES.items():
-        stack = students.in_formats(session, made, directory(session, candidate))
+        stack = stack_at(directory(session, candidate), session.placement)
         kl = mean_of(torch.cat(list(sequence_kl(stack, final))))
         row |= {stage: kl.value, f"{stage} se": kl.stderr}
     return row

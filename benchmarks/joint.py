@@ -46,14 +46,15 @@ from compress.model.families import count_parameters
 from compress.run.bench import Bench, Row
 from compress.run.directory import Run
 from compress.run.recipe import Recipe, check
+from compress.run.rounding import untrained
 from compress.run.score import score
 from compress.run.search import selection_text
 from compress.run.session import Session
-from compress.run.students import in_formats, is_cut, pruned, train, train_inputs
+from compress.run.students import is_changed, train, train_inputs
 from compress.searches.baselines import uniform, variants
 from compress.searches.space import Space, load_space
 from compress.student.candidate import Candidate
-from compress.sweep.stack import Stack
+from compress.sweep.stack import Stack, stack_at
 from compress.text.splits import Split
 
 # Study by kind, as ``variants`` names its space.
@@ -246,19 +247,18 @@ def measured(
 ) -> dict[str, Any]:
     """The student of a row: what it is, and its KL per sequence before and after distillation.
 
-    One with no cuts is its teacher in other formats: nothing is trained, both are the same. So are
-    they where training made it worse on fresh text.
+    Both are the same where training made it worse on fresh text.
     """
     tokens = session.recipe.distill_tokens
     # A name of its own for every student: what another one left is never taken for it.
     made = fingerprint(train_inputs(session, row.trial.candidate, tokens))[:8]
     candidate = replace(row.trial.candidate, id=f"{stem}.{made}")
-    cut = in_formats(session, candidate.architecture, pruned(session, candidate))
+    cut = stack_at(untrained(session, candidate), session.placement)
     before = after = values(cut, final)
     trained = 0
-    if is_cut(session, candidate):
+    if is_changed(session, candidate):
         student = train(session, candidate, tokens, candidate.id)
-        model = in_formats(session, candidate.architecture, student)
+        model = stack_at(student, session.placement)
         if mean_kl(model, fresh) < mean_kl(cut, fresh):
             after, trained = values(model, final), tokens
     found: dict[str, Any] = {"candidate": row.trial.candidate.id, "bytes": row.trial.bytes}

@@ -66,10 +66,20 @@ def round_student(
         InputError: the checkpoint does not have this architecture.
     """
     checkpoint = own_checkpoint(student, architecture)
+    tensors = rounded_tensors(checkpoint, architecture, rows_RT, rounding, placement, progress)
+    store_student(student, out, architecture, tensors)
+
+
+def store_student(
+    source: Path, out: Path, architecture: Architecture, tensors: Iterable[tuple[str, Tensor]]
+) -> None:
+    """Write tensors as formats store them to ``out``, as a student like the one at ``source``.
+
+    ``out`` appears whole or not at all.
+    """
     with atomic_directory(out) as directory:
-        tensors = rounded_tensors(checkpoint, architecture, rows_RT, rounding, placement, progress)
         weights = weights_of(tensors, architecture)
-        written = student_of(checkpoint.config, student, weights, architecture)
+        written = student_of(read_config(source), source, weights, architecture)
         layout_of("compress", architecture)(written, directory)
 
 

@@ -20,8 +20,9 @@ from compress.model.find import is_model
 from compress.report.rows import Student, read_students, selected_of
 from compress.run.directory import Run, by_path, find_run, is_run
 from compress.run.recipe import Recipe, check, located, read_recipe
+from compress.run.rounding import untrained
 from compress.run.session import Session
-from compress.run.students import find_candidate, in_formats, latest, pruned
+from compress.run.students import find_candidate, latest
 from compress.searches.space import KINDS
 from compress.sweep.stack import stack_at
 
@@ -118,7 +119,7 @@ def subject_of(session: Session, named: Named) -> Subject:
     exported = run.path / "export" / candidate.id
     if exported.is_dir():
         return Subject(partial(stack_at, exported, session.placement), row.bytes)
-    build = partial(in_formats, other, candidate.architecture, latest(other, candidate))
+    build = partial(stack_at, latest(other, candidate), session.placement)
     return Subject(build, row.bytes)
 
 
@@ -172,11 +173,10 @@ def final_table(session: Session, asked: Asked) -> dict[str, Any]:
     subjects = {"teacher": teacher_subject(session)}
     for kind in (kind for kind in KINDS if kind in best):
         candidate, row = find_candidate(session, best[kind].id)
-        before, after = pruned(session, candidate), latest(session, candidate)
+        before, after = untrained(session, candidate), latest(session, candidate)
         students = {kind: before} if after == before else {kind: before, f"{kind} distilled": after}
         for name, directory in students.items():
-            build = partial(in_formats, session, candidate.architecture, directory)
-            subjects[name] = Subject(build, row.bytes)
+            subjects[name] = Subject(partial(stack_at, directory, session.placement), row.bytes)
     found = on_final_text(session, subjects, replace(asked, tasks=asked.tasks or ("choice",)))
     write_json(session.run.path / "eval" / "results.json", found)
     write_json(session.run.path / "table.json", table_rows(found, best, missing))

@@ -1,7 +1,7 @@
 """The finalists of a search: trained alike, measured on text that the search has not seen, chosen.
 
-A candidate counts for the better of what it was as cut and what training made of it: a short
-training can push one that is close to its teacher away, and such a one stays as it was cut.
+A candidate is trained as it is served, in its formats, and counts for the better of what it was
+before and what training made of it: a short one can push away what is close to its teacher.
 """
 
 from collections.abc import Sequence
@@ -10,8 +10,9 @@ from dataclasses import replace
 from compress.core.terminal import note
 from compress.measure.kl import Reference
 from compress.run.bench import Row
+from compress.run.rounding import pruned
 from compress.run.session import Session
-from compress.run.students import SHORT, pruned, trained
+from compress.run.students import SHORT, trained
 from compress.searches.baselines import main_kind
 from compress.searches.space import Space
 
@@ -41,18 +42,18 @@ def with_finalists(
 def tried(session: Session, row: Row, fresh: Reference) -> Row:
     """The row with its KL on fresh text, in its formats, and the tokens it was trained on before.
 
-    0 tokens where it is better as it was cut, and where nothing is cut: then nothing is trained.
+    0 tokens where it is better untrained, and where it is the teacher itself.
     """
     candidate, tokens = row.trial.candidate, session.recipe.short_distill_tokens
     before, after = trained(session, candidate, tokens, candidate.id + SHORT, fresh)
     reached = replace(row, distilled_kl=before, distilled_tokens=0)
     if after is None:
-        said = "nothing is cut and nothing to train"
+        said = "nothing is changed and nothing to train"
     elif after < before:
         reached = replace(row, distilled_kl=after, distilled_tokens=tokens)
         said = f"after {tokens} tokens"
     else:
-        said = "as it was cut, which training made worse"
+        said = "untrained: training made it worse"
     note(f"finalist {candidate.id}: KL {reached.distilled_kl:.4f} {said}")
     return reached
 

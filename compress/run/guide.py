@@ -10,10 +10,11 @@ from compress.run.directory import Run, shown
 from compress.run.recipe import read_recipe
 
 
-def is_cut(run: Run, student: Student) -> bool:
-    """Whether a student lacks anything of its teacher besides bits."""
-    teacher = read_teacher(run.path)
-    return teacher is None or structure(student.architecture) != structure(teacher.architecture)
+def is_changed(run: Run, student: Student) -> bool:
+    """Whether a student lacks anything of its teacher, bits of its weights too."""
+    teacher, made = read_teacher(run.path), student.architecture
+    same = teacher is not None and structure(made) == structure(teacher.architecture)
+    return not same or made.formats != {"bf16"}
 
 
 def structure(architecture: Architecture) -> tuple[int, list[Block]]:
@@ -32,8 +33,8 @@ def next_step(run: Run) -> str:
     sweep = len(rows) > 1
     for row in rows:
         if not (run.path / "export" / row.id).is_dir():
-            # Students that only differ in formats are not trained.
-            trained = not is_cut(run, row) or (run.path / "distill" / row.id).is_dir()
+            # What is the teacher itself is not trained.
+            trained = not is_changed(run, row) or (run.path / "distill" / row.id).is_dir()
             which = f"{name}:{row.id}" if sweep else name
             return command("export" if trained else "distill", which)
     if not (run.path / "eval" / "results.json").is_file():

@@ -13,6 +13,7 @@ from compress.export.student import export_student
 from compress.export.verify import verify as verify_export
 from compress.measure.kl import mean_kl
 from compress.memory.budget import in_format
+from compress.model.checkpoint import open_checkpoint
 from compress.report.page import report as write_report
 from compress.report.rows import read_students, selected_of
 from compress.report.scores import print_scores
@@ -24,10 +25,12 @@ from compress.run import students
 from compress.run.directory import Run, find_run, is_run, run_at, shown
 from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, check
+from compress.run.rounding import pruned
 from compress.run.session import Session
 from compress.run.work import require_stage
 from compress.student.candidate import repair_note
 from compress.sweep.placement import placement
+from compress.sweep.stack import stack_at, stack_of
 from compress.train.optimizers import require as require_optimizer
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
@@ -57,7 +60,7 @@ def prune(run: Run, recipe: Recipe, name: str | None = None) -> None:
     """Write a candidate's BF16 student."""
     session = Session(run, recipe)
     candidate, _ = students.find_candidate(session, name)
-    note(f"{candidate.id}: BF16 student in {students.pruned(session, candidate)}")
+    note(f"{candidate.id}: BF16 student in {pruned(session, candidate)}")
 
 
 def distill(run: Run, recipe: Recipe, name: str | None = None) -> None:
@@ -78,7 +81,7 @@ def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
     asked = candidate.id, text, recipe.local_tokens
     before, after = students.trained(session, candidate, recipe.distill_tokens, *asked)
     if after is None:
-        note(f"{candidate.id} is the teacher in other formats (KL {before:.4f}): nothing to train")
+        note(f"{candidate.id} is the teacher itself (KL {before:.4f}): nothing to train")
         return
     note(
         f"{candidate.id}: KL {before:.4f} before, {after:.4f} after {trained_for(recipe)} "
@@ -103,13 +106,13 @@ def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
     """Say what the formats of the latest student cost."""
     session = Session(run, recipe)
     candidate, _ = students.find_candidate(session, name)
-    directory, architecture = students.latest(session, candidate), candidate.architecture
+    directory, cut = students.latest(session, candidate), pruned(session, candidate)
     text = session.reference(session.rows("select", recipe.select_tokens))
-    plain = in_format(architecture, "bf16")
-    whole = mean_kl(students.in_formats(session, plain, directory), text)
-    rounded = mean_kl(students.in_formats(session, architecture, directory), text)
-    formats = ", ".join(sorted(architecture.formats))
-    note(f"{candidate.id} from {directory}: KL {whole:.4f} in BF16, {rounded:.4f} in {formats}")
+    plain = in_format(candidate.architecture, "bf16")
+    whole = mean_kl(stack_of(open_checkpoint(cut), session.placement, plain), text)
+    served = mean_kl(stack_at(directory, session.placement), text)
+    formats = ", ".join(sorted(candidate.architecture.formats))
+    note(f"{candidate.id}: KL {whole:.4f} as cut, in BF16; {served:.4f} in {formats}: {directory}")
 
 
 def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
@@ -131,7 +134,6 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
         card["repair"] = repair_note(len(candidate.repaired), len(architecture.blocks))
     if architecture.formats != {"bf16"}:
         card["rounding"] = f"{recipe.rounding}, on {recipe.calibration_tokens} tokens of text"
-        directory = students.rounded(session, architecture, directory)
     place = session.placement
     facts = export_student(directory, out, architecture, recipe.target, card, placement=place)
     note(

@@ -1,4 +1,4 @@
-"""From a candidate to a student: cut, trained, quantized, exported."""
+"""From a candidate to a student: cut, rounded to its formats, trained in them."""
 
 import shutil
 from collections.abc import Iterator, Sequence
@@ -10,38 +10,38 @@ from typing import Any
 from torch import Tensor
 
 from compress.core.errors import InputError
-from compress.core.files import digests, fingerprint, read_json, write_json
+from compress.core.files import atomic_directory, fingerprint, read_json, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import progress
-from compress.export.student import round_student
+from compress.export.student import store_student
 from compress.measure.kl import Reference, mean_kl
-from compress.model.architecture import Architecture, to_json
-from compress.model.build import disk_tensors, load_model, student_config
-from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
+from compress.model.architecture import to_json
+from compress.model.build import disk_tensors, load_model
+from compress.model.checkpoint import in_bf16, open_checkpoint
 from compress.report.rows import Student, Teacher, read_students, read_teacher
 from compress.run.directory import Run
 from compress.run.local import localized
-from compress.run.score import REPAIR, gram_file
+from compress.run.rounding import CUT, pruned, rounding_of, served, untrained
+from compress.run.score import REPAIR
 from compress.run.score import STAGE as SCORE
-from compress.run.session import DIGESTS, Session
-from compress.student.assemble import stack_in_formats
+from compress.run.session import Session
 from compress.student.candidate import Candidate
-from compress.student.surgery import load_candidate, prune, same_candidate, save_candidate
-from compress.sweep.stack import Stack, stack_at
+from compress.student.grids import grids_of, on_grids
+from compress.student.surgery import load_candidate, same_candidate, save_candidate
+from compress.sweep.stack import stack_at
 from compress.sweep.states import StoredStates, stored_states
 from compress.train.checkpoints import forget
 from compress.train.distill import DistillSettings
 from compress.train.distill import Teacher as Lesson
 from compress.train.distill import distill as train_on_teacher
 from compress.train.loop import digest
+from compress.train.masters import roundings
 from compress.train.optimizers import weights_dtype
 from compress.train.world import world
 
 # Directories of a run with one directory per candidate.
 PER_CANDIDATE = ("candidates", "distill", "rounded", "export")
 SHORT = ".short"
-# Of a rounded student: as it was cut.
-CUT = ".cut"
 STUDENT = "student"
 # Of a training, where local distillation leaves what distillation begins with.
 LOCAL = "local"
@@ -142,22 +142,18 @@ def is_cut(session: Session, candidate: Candidate) -> bool:
     return len(candidate.keep["blocks"]) < whole or len(candidate.keep) > 1
 
 
-def pruned(session: Session, candidate: Candidate) -> Path:
-    """Directory of the candidate's BF16 student, cut now if it was not before."""
-    directory = session.run.path / "candidates" / candidate.id
-    if not (directory / "config.json").is_file():
-        grams = gram_file(session) if candidate.repaired else None
-        prune(session.checkpoint, candidate, directory, grams)
-    return directory
+def is_changed(session: Session, candidate: Candidate) -> bool:
+    """Whether a candidate's weights are not its teacher's."""
+    return is_cut(session, candidate) or candidate.architecture.formats != {"bf16"}
 
 
 def latest(session: Session, candidate: Candidate) -> Path:
-    """The BF16 student of the longest training that made it better, else as it was cut."""
+    """The student, as it is served, of the longest training that made it better, else untrained."""
     for name in (candidate.id, candidate.id + SHORT):
         directory = session.run.path / "distill" / name
         if (directory / STUDENT).is_dir() and helped(directory):
             return directory / STUDENT
-    return pruned(session, candidate)
+    return untrained(session, candidate)
 
 
 def helped(directory: Path) -> bool:
@@ -187,6 +183,7 @@ def train_inputs(
         "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate, recipe.optimizer],
         "length": recipe.distill_length,
         "architecture": to_json(candidate.architecture),
+        "rounding": rounding_of(session, candidate.architecture),
         "keep": {key: index.tolist() for key, index in candidate.keep.items()},
         "repaired": [repaired, recipe.repair_tokens] if repaired else [],
     }
@@ -195,15 +192,18 @@ def train_inputs(
 def train(
     session: Session, candidate: Candidate, tokens: int, name: str, local_tokens: int = 0
 ) -> Path:
-    """Directory of the BF16 student after so many tokens of a training on its teacher.
+    """Directory of the student, as it is served, after so many tokens of training on its teacher.
 
-    Before it, after ``local_tokens`` of local distillation; either may be 0. ``name`` is the
-    training's directory in the run, whose checkpoints it goes on from and leaves.
+    Before it, after ``local_tokens`` of local distillation in BF16; either may be 0. ``name`` is
+    the training's directory in the run, whose checkpoints it goes on from and leaves.
     """
     directory, begins = session.run.path / "distill" / name, pruned(session, candidate)
+    beginning = candidate.id + CUT
     if local_tokens:
         inputs = train_inputs(session, candidate, 0, local_tokens)
         begins = localized(session, candidate, begins, directory / LOCAL, local_tokens, inputs)
+        beginning = f"{candidate.id}.{LOCAL}"
+    begins = served(session, candidate, begins, beginning)
     if tokens:
         start = fingerprint(train_inputs(session, candidate, tokens, local_tokens))
         settings = DistillSettings(
@@ -212,24 +212,18 @@ def train(
             optimizer=session.recipe.optimizer, start=start,
         )  # fmt: skip
         tensors = trained_tensors(session, candidate, settings, begins, directory)
+        store_student(begins, directory / STUDENT, candidate.architecture, tensors)
     else:
-        tensors = open_checkpoint(begins).items()
-    architecture = candidate.architecture
-    write_checkpoint(
-        directory / STUDENT,
-        in_bf16(chain(tensors, open_checkpoint(begins).mtp()), architecture),
-        student_config(session.checkpoint.config, architecture),
-        session.path,
-        to_json(architecture),
-    )
+        with atomic_directory(directory / STUDENT) as student:
+            shutil.copytree(begins, student, dirs_exist_ok=True)
     return directory / STUDENT
 
 
 def trained_tensors(
     session: Session, candidate: Candidate, settings: DistillSettings, begins: Path, directory: Path
 ) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of a student after a distillation from where it begins."""
-    recipe, placement = session.recipe, session.placement
+    """The tensors, as they are stored, of a student after a distillation from where it begins."""
+    recipe, placement, architecture = session.recipe, session.placement, candidate.architecture
     rows = session.training_rows(settings.tokens, recipe.distill_length)
     states = teacher_states(session, rows)
     if (ours := world()).leads:
@@ -243,10 +237,12 @@ def trained_tensors(
     session.stack.release()
     session.store.clear()
     student = load_model(begins, weights_dtype(recipe.optimizer, placement))
+    grids = grids_of(begins, architecture, placement.device)
     with session.stack.head() as head:
-        lesson = Lesson(states, head)
-        train_on_teacher(lesson, student, rows, settings, placement, directory)
-    return disk_tensors(student, candidate.architecture)
+        lesson, rounding = Lesson(states, head), roundings(architecture, grids)
+        train_on_teacher(lesson, student, rows, settings, placement, directory, roundings=rounding)
+    trained = chain(disk_tensors(student, architecture), open_checkpoint(begins).mtp())
+    return on_grids(in_bf16(trained, architecture), grids)
 
 
 def teacher_states(session: Session, rows: Tensor) -> StoredStates:
@@ -269,7 +265,7 @@ def forget_states(run: Run) -> None:
 def distilled(
     session: Session, candidate: Candidate, tokens: int, name: str, local_tokens: int = 0
 ) -> Path:
-    """Directory of the student trained on its teacher for so many tokens, in BF16, if not yet.
+    """Directory of the student trained on its teacher for so many tokens, if not yet.
 
     ``name`` is the training's, of which ``RESULT`` is unlinked where the student is made anew.
     """
@@ -288,53 +284,21 @@ def trained(
     session: Session, candidate: Candidate, tokens: int, name: str, text: Reference,
     local_tokens: int = 0,
 ) -> tuple[float, float | None]:  # fmt: skip
-    """KL on a text, in its formats, of a candidate's student as it was cut and as it is trained.
+    """KL on a text of a candidate's student as it is served, untrained and trained.
 
-    None where nothing is cut: then nothing is trained. Otherwise ``RESULT`` has both.
+    None where it is the teacher itself: then nothing is trained. Otherwise ``RESULT`` has both.
     """
-    architecture = candidate.architecture
-    before = mean_kl(in_formats(session, architecture, pruned(session, candidate)), text)
-    if not is_cut(session, candidate):
+
+    def kl(directory: Path) -> float:
+        return mean_kl(stack_at(directory, session.placement), text)
+
+    before = kl(untrained(session, candidate))
+    if not is_changed(session, candidate):
         return before, None
     student = distilled(session, candidate, tokens, name, local_tokens)
-    after = mean_kl(in_formats(session, architecture, student), text)
+    after = kl(student)
     write_json(
         student.parent / RESULT,
         {"before": before, "after": after, "tokens": tokens, "local_tokens": local_tokens},
     )
     return before, after
-
-
-def in_formats(session: Session, architecture: Architecture, directory: Path) -> Stack:
-    """The BF16 student of a directory in an architecture's formats, where the session works."""
-    if architecture.formats == {"bf16"}:
-        return stack_in_formats(open_checkpoint(directory), architecture, session.placement)
-    return stack_at(rounded(session, architecture, directory), session.placement)
-
-
-def rounded(session: Session, architecture: Architecture, directory: Path) -> Path:
-    """The BF16 student of a directory rounded to its formats on training text, now if not yet.
-
-    What is there is what is measured and exported.
-    """
-    recipe, run = session.recipe, session.run
-    name = (directory.parent if directory.name == STUDENT else directory).name
-    if directory.parent.name == "candidates":
-        name += CUT
-    out, files = run.path / "rounded" / name, sorted(directory.glob("*.safetensors"))
-    inputs = {
-        "student": list(digests(files, run.path / DIGESTS).values()),
-        "architecture": to_json(architecture),
-        "rounding": [recipe.rounding, recipe.calibration_tokens, recipe.distill_length],
-        "session": session.identity(),
-    }
-    stage = f"rounded:{name}"
-    if not run.stage_done(stage, inputs, out):
-        rows = session.training_rows(recipe.calibration_tokens, recipe.distill_length)
-        with progress(f"rounding {name}", architecture.layers) as advance:
-            round_student(
-                directory, out, architecture, rows, recipe.rounding, session.placement,
-                lambda layers: advance(layers, ""),
-            )  # fmt: skip
-        run.sign(stage, inputs)
-    return out

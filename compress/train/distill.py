@@ -20,6 +20,7 @@ from compress.model.modules import Head, final_hidden, head_of
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.states import StoredStates
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
+from compress.train.masters import Roundings
 from compress.train.optimizers import bytes_of
 from compress.train.recipes import OptimizerName
 from compress.train.world import world
@@ -84,6 +85,7 @@ def distill(
     placement: Placement = REFERENCE,
     directory: Path | None = None,
     progress: Progress | None = None,
+    roundings: Roundings | None = None,
 ) -> list[CurvePoint]:
     """Train ``student`` in place towards ``teacher`` on ``rows`` [N, T]; the curve, a point a step.
 
@@ -92,9 +94,10 @@ def distill(
     and frozen. Where activations would take too much of the placement's memory, layers are computed
     again in the backward pass, which changes nothing else. With a directory, checkpoints and the
     curve are kept there and an interrupted distillation of the same settings and rows continues,
-    on a CPU bit for bit. Several processes take a part of every batch each. InputError on ``rows``
-    or settings that give no step, a batch that does not divide among processes, vocabularies that
-    differ, or a loss that is not finite.
+    on a CPU bit for bit. Several processes take a part of every batch each. With ``roundings``, by
+    the student's names, every forward pass has weights as they are stored, and so has the student
+    afterwards. InputError on ``rows`` or settings that give no step, a batch that does not divide
+    among processes, vocabularies that differ, or a loss that is not finite.
     """
     batch, _ = schedule(rows, settings)
     ours = world()
@@ -125,6 +128,7 @@ def distill(
         directory=directory,
         progress=progress,
         world=ours,
+        roundings={f"student.{name}": each for name, each in (roundings or {}).items()},
     )
     recompute(student, False)
     student.train(False)

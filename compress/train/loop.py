@@ -9,7 +9,7 @@ import hashlib
 import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +22,7 @@ from compress.core.errors import InputError
 from compress.core.files import fingerprint
 from compress.core.signals import stoppable
 from compress.train.checkpoints import resume, save
+from compress.train.masters import Masters, Roundings
 from compress.train.optimizers import Optimizer, optimizer_of, set_rate
 from compress.train.recipes import OptimizerName
 from compress.train.world import ALONE, World, give_back, sharded, tensors_of
@@ -78,6 +79,7 @@ def train(
     progress: Progress | None = None,
     after_step: Callable[[nn.Module, int], Mapping[str, float] | None] | None = None,
     world: World = ALONE,
+    roundings: Roundings | None = None,
 ) -> list[CurvePoint]:
     """Train what requires a gradient in ``model``, in place; the curve, a point per step.
 
@@ -90,22 +92,25 @@ def train(
     which then is a sharded copy of ``model`` and computes in its forward pass alone.
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change buffers of the
-    module, which checkpoints keep, and nothing else. InputError names the step where the loss is
-    not finite.
+    module, which checkpoints keep, and nothing else. With ``roundings`` of parameters by name their
+    masters are trained and kept, and losses are of what these round to. InputError names the step
+    where the loss is not finite.
     """
     rates = settings.learning_rate, settings.weight_decay
     # Taken before a checkpoint is loaded: the same start, settings and text are the same training.
     identity = identity_of(model, settings) if directory else ""
     trained = sharded(model, world)
+    masters = Masters(trained, roundings) if roundings else None
     optimizer = optimizer_of(trained, settings.optimizer, *rates)
-    losses = resume(directory, trained, optimizer, identity, world) if directory else []
+    with in_place(masters):
+        losses = resume(directory, trained, optimizer, identity, world) if directory else []
     left = settings.steps - len(losses)
     written, cost = time.monotonic(), 0.0
     reporting = nullcontext(progress) if progress else shown(what, left if world.leads else 0)
     with stoppable() as asked, reporting as report:
         for step in range(len(losses), settings.steps):
-            loss = update(trained, optimizer, loss_of(trained, step), step, settings, world)
-            losses.append(loss)
+            loss = loss_of(trained, step)
+            losses.append(update(trained, optimizer, loss, step, settings, world, masters))
             done = step + 1
             figures = after_step(trained, done) if after_step else None
             pause = settings.checkpoint_seconds * max(1.0, cost)
@@ -114,7 +119,8 @@ def train(
             if directory and (due or ending or done == settings.steps):
                 begun = time.monotonic()
                 points = [dataclasses.asdict(point) for point in curve_of(losses, settings)]
-                save(directory, trained, optimizer, points, identity, world)
+                with in_place(masters):
+                    save(directory, trained, optimizer, points, identity, world)
                 written = time.monotonic()
                 cost = written - begun
             rate = rate_at(step, settings)
@@ -125,9 +131,14 @@ def train(
     return curve_of(losses, settings)
 
 
+def in_place(masters: Masters | None) -> AbstractContextManager[None]:
+    """A model with the weights that are trained, where its forward passes have others."""
+    return masters.in_place() if masters else nullcontext()
+
+
 def update(
     model: nn.Module, optimizer: Optimizer, loss: Loss, step: int, settings: TrainSettings,
-    world: World = ALONE,
+    world: World = ALONE, masters: Masters | None = None,
 ) -> float:  # fmt: skip
     """One step down the gradient; the loss of all processes, which must be finite.
 
@@ -148,7 +159,8 @@ def update(
     if settings.optimizer == "adamw8bit":
         # Its rounding draws random numbers.
         torch.manual_seed(settings.seed * 1_000_003 + step)
-    optimizer.step()
+    with in_place(masters):
+        optimizer.step()
     optimizer.zero_grad()
     return value
 
