@@ -1,4 +1,4 @@
-"""Finalists are trained alike, stay as they were cut where that is worse, and survive a kill."""
+"""Finalists are trained alike, stay untrained where that makes them worse, and survive a kill."""
 
 import shutil
 from pathlib import Path
@@ -12,8 +12,10 @@ from compress.measure.kl import mean_kl
 from compress.run import stages, students
 from compress.run.directory import Run
 from compress.run.recipe import read_recipe
+from compress.run.rounding import untrained
 from compress.run.search import selection_text
 from compress.run.session import Session
+from compress.sweep.stack import stack_at
 from runs import again, rows_of, same
 
 TOKENS = 512
@@ -40,7 +42,7 @@ def tokens_trained(run: Path, name: str) -> int:
     return 128 * len(curve.read_text().splitlines()) if curve.is_file() else 0
 
 
-def test_finalists_that_are_cut_train_alike_and_one_is_chosen(three: Path) -> None:
+def test_finalists_that_are_changed_train_alike_and_one_is_chosen(three: Path) -> None:
     rows, session = rows_of(three), session_of(three)
     done = [row for row in rows if row["finalist"]]
     assert rows[: len(done)] == done
@@ -48,7 +50,7 @@ def test_finalists_that_are_cut_train_alike_and_one_is_chosen(three: Path) -> No
     assert all(row["distilled_tokens"] is None for row in rows[len(done) :])
     for row in done:
         candidate, _ = students.find_candidate(session, row["id"])
-        trained = TOKENS if students.is_cut(session, candidate) else 0
+        trained = TOKENS if students.is_changed(session, candidate) else 0
         assert tokens_trained(three, row["id"]) == trained
         assert row["distilled_tokens"] in (0, trained)
     after = [row["distilled_kl"] for row in done]
@@ -85,26 +87,26 @@ def test_finalists_share_their_teachers_states(
     assert not (alone_copy / "states").exists()
 
 
-def test_whom_training_makes_worse_stays_as_it_was_cut(
+def test_whom_training_makes_worse_stays_untrained(
     run_copy: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     again(run_copy, learning_rate=0.3, distill_tokens=256)
-    assert "as it was cut, which training made worse" in capsys.readouterr().err
+    assert "untrained: training made it worse" in capsys.readouterr().err
     session = session_of(run_copy)
     _, fresh = selection_text(session)
     done = [row for row in rows_of(run_copy) if row["finalist"]]
     assert [row["distilled_tokens"] for row in done] == [0] * len(done)
     for row in done:
         candidate, _ = students.find_candidate(session, row["id"])
-        cut = students.pruned(session, candidate)
-        assert students.latest(session, candidate) == cut
-        kl = mean_kl(students.in_formats(session, candidate.architecture, cut), fresh)
+        served = untrained(session, candidate)
+        assert students.latest(session, candidate) == served
+        kl = mean_kl(stack_at(served), fresh)
         assert row["distilled_kl"] == pytest.approx(kl, rel=1e-4)
     # Nor does the whole distance replace it.
     stages.distill(session.run, session.recipe, done[0]["id"])
     assert f"training made {done[0]['id']} worse" in capsys.readouterr().err
     candidate, _ = students.find_candidate(session, done[0]["id"])
-    assert students.latest(session, candidate) == students.pruned(session, candidate)
+    assert students.latest(session, candidate) == untrained(session, candidate)
 
 
 def test_a_student_of_which_nothing_says_whether_training_helped_is_refused(run_copy: Path) -> None:
