@@ -209,7 +209,22 @@ def write_run(directory: Path, family: str) -> Path:
     ]
     text = {"sequences": 128, "tokens": 16384, "bytes": 52110}
     write(directory / "eval" / "results.json", {"models": models, "paired": paired, "text": text})
+    write(directory / "scores" / "sensitivity.json", sensitivity())
     return directory
+
+
+def sensitivity() -> dict[str, Any]:
+    """What scoring says of number formats."""
+    group = {"kind": "ffn", "format": "nvfp4", "blocks": 3, "kl": 0.02, "most": 0.01}
+    mixed = [(16.0, 0.0), (8.0, 0.001), (4.5, 0.1)]
+    curve = [{"bits": b, "bytes": int(b * 1e6), "kl": kl, "format": None} for b, kl in mixed]
+    return {
+        "groups": [
+            group | {"group": name, "saved": 2**20, "where": "layers.1.ffn"}
+            for name in ("gate_up", "down")
+        ],
+        "curve": [*curve, {"bits": 4.5, "bytes": 4_500_000, "kl": 0.1, "format": "nvfp4"}],
+    }
 
 
 def figures(amount: int, kl: float) -> dict[str, Any]:

@@ -41,6 +41,7 @@ FOUND = ("o", "accent")
 DESCRIPTIONS: Mapping[str, str] = {
     "kl": "KL to the teacher against bytes, logarithmic; the table below has the numbers",
     "distillation": "KL on training text against tokens, logarithmic",
+    "formats": "predicted KL against bits a weight, logarithmic; the table below has the numbers",
 }
 MIB, GIB = 2**20, 2**30
 LABEL_POINTS = 14
@@ -200,6 +201,28 @@ def distillation_curve(
         axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
         plain_log_ticks(axes)
         axes.margins(x=0.02)
+        return axes.get_figure(root=True)
+
+
+def formats_curve(points: Rows) -> Figure | None:
+    """Predicted KL of formats alone against bits: a line of mixes, a mark for each format alone."""
+    # Of a choice that changes nothing the KL has no logarithm.
+    drawn = [point for point in points if point["kl"] > 0]
+    mixed = [point for point in drawn if point["format"] is None]
+    if len(mixed) < 2:
+        return None
+    marker, colour = BASELINES["formats"]
+    with rc_context(STYLE):
+        axes = log_axes(3.8, "bits a weight inside the blocks", "predicted KL to the teacher")
+        points_of = [p["bits"] for p in mixed], [p["kl"] for p in mixed]
+        axes.plot(*points_of, "o-", color=COLOURS["accent"], linewidth=1.6, markersize=5)
+        alone = [p for p in drawn if p["format"] is not None]
+        for point in alone:
+            axes.plot(point["bits"], point["kl"], marker, markersize=9, color=COLOURS[colour])
+        named = [(f"all {p['format'].upper()}", p["bits"], p["kl"], False) for p in alone]
+        label_points(axes, named, 11, color=INK)
+        plain_log_ticks(axes)
+        axes.margins(x=0.06, y=0.12)
         return axes.get_figure(root=True)
 
 

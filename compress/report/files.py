@@ -36,6 +36,8 @@ class RunFiles:
     results: dict[str, Any] | None
     table: Rows
     keep: Mapping[str, NDArray[np.int64]] | None
+    # What number formats cost, as scores predict.
+    sensitivity: Mapping[str, Rows] | None
     # The student that the run stands for: the one marked, else the best.
     selected: Student | None
 
@@ -63,6 +65,7 @@ def read_run(path: Path) -> RunFiles:
         results=read_results(path / "eval" / "results.json"),
         table=[TABLE_ROW | row for row in rows_of(path / "table.json", "name")],
         keep=keep,
+        sensitivity=read_sensitivity(path),
         selected=selected,
     )
 
@@ -95,6 +98,19 @@ def read_results(file: Path) -> dict[str, Any] | None:
     except (KeyError, TypeError, AttributeError, StopIteration) as error:
         raise InputError(f"{file} is not an evaluation: {error!r}") from error
     return results
+
+
+def read_sensitivity(path: Path) -> Mapping[str, Rows] | None:
+    """What scoring a run said of number formats; None where it did not."""
+    file = path / "scores" / "sensitivity.json"
+    if not file.is_file():
+        return None
+    found = read_json(file)
+    if not isinstance(found, dict) or not {"groups", "curve"} <= found.keys():
+        raise InputError(f"{file} has no groups and no curve")
+    having(found["groups"], ("kind", "group", "format", "saved", "kl", "most", "where"), file)
+    having(found["curve"], ("bits", "bytes", "kl", "format"), file)
+    return found
 
 
 def read_lines(file: Path) -> Rows:

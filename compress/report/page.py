@@ -14,7 +14,7 @@ from compress.formats.table import FORMATS
 from compress.memory.devices import DEVICES
 from compress.model.architecture import Architecture, kv_text
 from compress.model.families import count_parameters
-from compress.report.charts import distillation_curve, inline_svg, kl_against_bytes
+from compress.report.charts import distillation_curve, formats_curve, inline_svg, kl_against_bytes
 from compress.report.content import (
     evaluation_grid,
     lines,
@@ -49,6 +49,7 @@ def charts(run: RunFiles) -> dict[str, Figure]:
     drawn = {
         "kl": kl_against_bytes(run.students, run.teacher.budget if run.teacher else None),
         "distillation": distillation_curve(run.curves, run.students, run.selected),
+        "formats": formats_curve(run.sensitivity["curve"]) if run.sensitivity else None,
     }
     return {name: figure for name, figure in drawn.items() if figure is not None}
 

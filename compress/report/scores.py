@@ -1,6 +1,7 @@
 """The tables of a scoring."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -10,12 +11,13 @@ from compress.formats.table import KV_FORMATS
 from compress.model.architecture import Architecture, block_name
 from compress.model.families import family_of
 from compress.scores.costs import Scores, importance, removed
-from compress.scores.sensitivity import sensitivities
 from compress.student.units import AXES, axes_in
 
 
-def print_scores(architecture: Architecture, scores: Scores) -> None:
-    """The most and least important of every kind, in nats per token."""
+def print_scores(
+    architecture: Architecture, scores: Scores, sensitivity: Mapping[str, Any] | None
+) -> None:
+    """The most and least important of every kind, in nats per token, and what formats cost."""
     blocks = architecture.blocks
     costs = {block_name(b): removed(scores, b) for b in blocks}
     by_cost = sorted(costs.items(), key=lambda item: item[1])
@@ -27,15 +29,8 @@ def print_scores(architecture: Architecture, scores: Scores) -> None:
         ["axis", "units", "least", "most"],
         unit_rows(scores, architecture),
     )
-    found = sensitivities(architecture, scores)
-    table(
-        "Number formats of linear groups, all of a kind together (KL predicted, nats per token)",
-        ["group", "format", "blocks", "saves", "KL", "most of it", "where"],
-        [
-            (f"{each.kind} {each.group}", each.format, str(each.blocks), format_bytes(each.saved),
-             f"{each.kl:.5f}", f"{each.most:.5f}", each.where) for each in found
-        ],
-    )  # fmt: skip
+    if sensitivity:
+        print_sensitivity(sensitivity)
     for format in KV_FORMATS[1:]:
         by_block = {k.rpartition("/")[0]: v for k, v in scores.kv.items() if k.endswith(format)}
         if by_block:
@@ -44,6 +39,28 @@ def print_scores(architecture: Architecture, scores: Scores) -> None:
                 f"{format.upper()} KV caches, measured: {sum(by_block.values()):.5f} nats per token"
                 f" for all {len(by_block)}, most of them {most}: {by_block[most]:.5f}"
             )
+
+
+def print_sensitivity(sensitivity: Mapping[str, Any]) -> None:
+    """What formats save and cost by kind of linear group, and what they reach together."""
+    table(
+        "Number formats of linear groups, all of a kind together (KL in nats per token, predicted; "
+        "outside the blocks measured)",
+        ["group", "format", "blocks", "saves", "KL", "most of it", "where"],
+        [
+            (f"{row['kind']} {row['group']}", row["format"], str(row["blocks"]),
+             format_bytes(row["saved"]), f"{row['kl']:.5f}", f"{row['most']:.5f}", row["where"])
+            for row in sensitivity["groups"]
+        ],
+    )  # fmt: skip
+    table(
+        "Formats alone, the best choice for every linear group (KL in nats per token, predicted)",
+        ["bits a weight in blocks", "weights", "KL", "format"],
+        [
+            (f"{p['bits']:.2f}", format_bytes(p["bytes"]), f"{p['kl']:.5f}", p["format"] or "mixed")
+            for p in sensitivity["curve"]
+        ],
+    )
 
 
 def unit_rows(scores: Scores, architecture: Architecture) -> Iterator[tuple[str, ...]]:

@@ -6,13 +6,14 @@ are another, only for spaces that repair what they cut.
 
 import shutil
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import load_file
 from torch import Tensor
 
-from compress.core.files import fingerprint
+from compress.core.files import fingerprint, write_json
 from compress.core.terminal import progress
 from compress.formats.table import FORMATS, Format
 from compress.model.architecture import Architecture
@@ -26,6 +27,8 @@ from compress.scores.kv import kv_costs
 from compress.scores.outside import outside_costs
 from compress.scores.ranking import activation_scores
 from compress.scores.replay import Stop, removal_costs
+from compress.scores.sensitivity import sensitivities
+from compress.searches.curve import format_curve
 from compress.searches.space import load_space
 from compress.student.grams import HALVES, RIDGE, Grams, save_grams
 from compress.sweep.stack import Stack
@@ -33,6 +36,7 @@ from compress.sweep.stack import Stack
 Advance = Callable[[int, str], None]
 
 STAGE = "score"
+SENSITIVITY = "sensitivity.json"
 RANKING = "ranking"
 REPAIR = "repair"
 DEFAULT_SPACE = "joint"
@@ -52,7 +56,7 @@ def score_inputs(session: Session) -> dict[str, object]:
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
         "replay": recipe.replay_tokens,
         "formats": scored_formats(recipe),
-        "version": 4,
+        "version": 5,
     }
 
 
@@ -81,11 +85,23 @@ def score(session: Session) -> Scores:
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
     scores = scores_of(session.stack, rows, recipe, parts)
     scores.save(file)
+    write_json(file.with_name(SENSITIVITY), sensitivity_json(session.architecture, scores, recipe))
     run.sign(STAGE, inputs)
     # Those of an interrupted scoring under other settings go too.
     for directory in file.parent.glob("parts-*"):
         shutil.rmtree(directory)
     return scores
+
+
+def sensitivity_json(
+    architecture: Architecture, scores: Scores, recipe: Recipe
+) -> dict[str, list[dict[str, Any]]]:
+    """What formats cost and save, by kind of linear group, and what they reach together."""
+    curve = format_curve(architecture, scores, {*scored_formats(recipe)})
+    return {
+        "groups": [asdict(row) for row in sensitivities(architecture, scores)],
+        "curve": [asdict(point) for point in curve],
+    }
 
 
 def ranked(session: Session, scores: Scores) -> Scores:

@@ -14,6 +14,7 @@ from compress.export.verify import verify as verify_export
 from compress.measure.kl import mean_kl
 from compress.memory.budget import in_format
 from compress.model.checkpoint import open_checkpoint
+from compress.report.files import read_sensitivity
 from compress.report.page import report as write_report
 from compress.report.rows import read_students, selected_of
 from compress.report.scores import print_scores
@@ -44,7 +45,8 @@ QUICKSTART: dict[str, Any] = dict(
 def score(run: Run, recipe: Recipe) -> None:
     """Score the teacher and print what matters most and least."""
     session = Session(run, recipe)
-    print_scores(session.architecture, scoring.score(session))
+    scores = scoring.score(session)
+    print_scores(session.architecture, scores, read_sensitivity(session.run.path))
 
 
 def search(run: Run, recipe: Recipe) -> None:

@@ -15,7 +15,8 @@ class Sensitivity:
     """One kind of linear group in one format, in all blocks that take it.
 
     ``saved`` are bytes against BF16, ``kl`` the sum of what each costs alone, predicted in nats per
-    token, ``most`` the largest of them and ``where`` its block.
+    token, ``most`` the largest of them and ``where`` its block. What is ``outside`` the blocks,
+    embedding and head, was measured.
     """
 
     kind: str
@@ -35,12 +36,23 @@ def sensitivities(architecture: Architecture, scores: Scores) -> list[Sensitivit
         for group in linear_groups(block, architecture.family):
             alike.setdefault((block.kind, group), []).append(block)
     endings = {tuple(key.rsplit("/", 2)[1:]) for key in scores.contributions}
-    return [
+    rows = [
         sensitivity(architecture, scores, group, format, blocks)
         for (_, group), blocks in alike.items()
         for format in FORMATS
         if (group, format) in endings
     ]
+    shape = architecture.vocab, architecture.hidden
+    for key, kl in scores.outside.items():
+        group, _, format = key.partition("/")
+        row = next(row for name, row in FORMATS.items() if name == format)
+        saved = FORMATS["bf16"].bytes(shape) - row.bytes(shape)
+        made = Sensitivity(
+            kind="outside", group=group, format=row.name, blocks=1, saved=saved, kl=kl, most=kl,
+            where=group,
+        )  # fmt: skip
+        rows.append(made)
+    return rows
 
 
 def sensitivity(

@@ -42,11 +42,20 @@ def rendered(run: Path, **figures: Figure) -> str:
 
 def test_the_page_shows_every_section(reported: Path) -> None:
     page = page_of(reported)
-    for section in ("table", "fits", "kept", "candidates", "distillation", "evaluation", "recipe"):
+    for section in (
+        "table",
+        "fits",
+        "kept",
+        "candidates",
+        "sensitivity",
+        "distillation",
+        "evaluation",
+        "recipe",
+    ):
         assert f'<section id="{section}">' in page
-    assert page.count("<svg") == 3
+    assert page.count("<svg") == 4
     files = {file.name for file in (reported / "report").iterdir()}
-    assert files == {"index.html", "kl.png", "distillation.png"}
+    assert files == {"index.html", "kl.png", "distillation.png", "formats.png"}
 
 
 def test_the_page_refers_to_nothing_outside(reported: Path) -> None:
@@ -223,3 +232,10 @@ def test_a_run_without_repair_says_nothing_of_it(
     print_report(run)
     assert "blocks are repaired" not in capsys.readouterr().out
     assert "blocks are repaired" not in rendered(run)
+
+
+def test_what_formats_cost_is_a_chart_and_a_table(reported: Path) -> None:
+    page = (reported / "report" / "index.html").read_text()
+    assert "What number formats cost" in page
+    assert 'id="formats-' in page
+    assert "ffn gate up" in page
