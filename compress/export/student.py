@@ -125,7 +125,7 @@ def export_student(
         facts: dict[str, Any] = {"target": target, "formats": sorted(architecture.formats)}
         facts["bytes"] = require_planned(directory, architecture)
         sign(directory, rows, meant)
-        found = verify(directory, readers_of(architecture, placement), placement=placement)
+        found = verify(directory, readers_of(architecture, target, placement), placement=placement)
         facts["reader"] = " and ".join(one.reader for one in found)
         facts["logit_difference"] = max(one.difference for one in found)
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
@@ -202,10 +202,12 @@ def student_of(
     return Student(source=source, config=base, architecture=architecture, weights=weights)
 
 
-def readers_of(architecture: Architecture, placement: Placement) -> list[Reader]:
+def readers_of(architecture: Architecture, target: Target, placement: Placement) -> list[Reader]:
     """Who reads an export back here: we do, and transformers what its own classes build."""
     room = placement.memory
     # Stock transformers reads no cache in another format.
-    stock = architecture == without_formats(architecture) and is_plain(architecture)
+    stock = architecture == without_formats(architecture) and (
+        is_plain(architecture) or target != "compress"
+    )
     fits = room is None or 4 * count_parameters(architecture) < room
     return ["compress", "transformers"] if stock and fits else ["compress"]

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from compress.core.errors import InputError, VerificationFailed
 from compress.core.files import read_json
+from compress.export.layouts.uneven import is_ours
 from compress.export.predictions import TOP, Predictions, from_json
 from compress.export.readers import Reader
 
@@ -76,7 +77,7 @@ def ask(
         )
     request = {
         "directory": str(directory.absolute()), "rows": rows_RT.tolist(), "prompt": prompt,
-        "top": TOP, "own_code": False, "device": device,
+        "top": TOP, "own_code": is_ours(directory), "device": device,
     }  # fmt: skip
     return from_json(here(name, request) if python is None else there(name, request, python))
 
