@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from compress.export.targets import SERVERS
 from compress.formats.table import formats_text
 from compress.model.architecture import (
     Architecture,
@@ -12,6 +13,7 @@ from compress.model.architecture import (
     kv_text,
     sizes,
 )
+from compress.model.build import is_plain
 from compress.model.families import count_parameters
 
 LOADING = {
@@ -22,6 +24,11 @@ LOADING = {
     ),
     "compress": "`compress.load(DIRECTORY)`. Stock loaders refuse it: they cannot express it.",
 }
+CODE = (
+    "Its layers differ. vLLM has the model class, but wants a configuration class: install "
+    "compress-workbench beside vLLM (`pip install --no-deps`), or add `--trust-remote-code`. "
+    "transformers takes both classes from the files here: `trust_remote_code=True`."
+)
 ACTIVATIONS = (
     "Formats were searched and measured weight-only. A server that also quantizes activations "
     "computes something else; the `input_scale` tensors are there for it."
@@ -49,6 +56,8 @@ def model_card(
         if isinstance(value, Mapping):
             parts += [f"## {key.replace('_', ' ').capitalize()}", table("", "value", value)]
     parts += ["## Loading", LOADING["transformers" if stock else facts["target"]]]
+    if facts["target"] in SERVERS and not is_plain(architecture):
+        parts.append(CODE)
     parts.append(
         f"Verified after writing with {facts['reader']}: log-probabilities of random token rows "
         f"differ by {facts['logit_difference']:.1e} of their range; bytes are as planned."

@@ -12,6 +12,7 @@ from compress.searches.space import Space
 from compress.student.units import AXES
 
 Target = Literal["vllm", "transformers", "llama.cpp", "compress"]
+SERVERS: tuple[Target, ...] = ("vllm", "transformers")
 EVERY_AXIS = tuple({axis: None for axes in AXES.values() for axis in axes})
 
 
@@ -72,22 +73,18 @@ LOADERS: Mapping[Target, Loader] = {
     ),
 }
 # What is otherwise of a family. Uneven students are DeciLM, whose query heads are one number and
-# whose first layer has attention, and Nemotron-H Puzzle (``layouts/uneven.py``).
+# whose first layer has attention, and Nemotron-H Puzzle (``layouts/uneven.py``), of which vLLM's
+# Mamba layers are alike and its experts were not run: it has no CPU kernels for them.
 DECILM: Mapping[str, Any] = {"uneven": ("ffn",), "removes": "block", "first": "attention"}
-PUZZLE: Mapping[str, Any] = {"uneven": ("ffn",)}
+PUZZLE: Mapping[str, Any] = {"uneven": ("ffn", "kv_head", "query")}
+EVERY_PUZZLE: Mapping[str, Any] = {"uneven": EVERY_AXIS}
 # Experts are stacked on disk, where readers know no scales of theirs.
 STACKED: Mapping[str, Any] = {"expert_formats": ("bf16",)}
-SERVERS: tuple[Target, ...] = ("vllm", "transformers")
 FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {
-    (target, family): row
-    for target in SERVERS
-    for family, row in {
-        "llama": DECILM,
-        "mistral": DECILM,
-        "qwen2": DECILM,
-        "nemotron_h": PUZZLE,
-        "granitemoehybrid": STACKED,
-    }.items()
+    **{(t, family): DECILM for t in SERVERS for family in ("llama", "mistral", "qwen2")},
+    ("vllm", "nemotron_h"): PUZZLE,
+    ("transformers", "nemotron_h"): EVERY_PUZZLE,
+    **{(t, "granitemoehybrid"): STACKED for t in SERVERS},
 }
 
 

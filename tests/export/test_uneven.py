@@ -62,6 +62,7 @@ def test_stock_transformers_computes_what_the_student_does(family: str, tmp_path
     asked = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(rows[:1], **asked), meant.generate(rows[:1], **asked))
     assert torch.equal(load_model(out)(rows).logits, meant(rows).logits)
+    assert "--trust-remote-code" in (out / "README.md").read_text()
 
 
 def test_what_servers_cannot_express_is_refused_with_the_reason(tmp_path: Path) -> None:
