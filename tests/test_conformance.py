@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from cuts import Keep, candidate
+from exports import with_experts
 from quantized import with_formats, with_outside
 from safetensors import safe_open
 from students import cuts_of, student_model, uneven, without
@@ -17,6 +18,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticC
 from transformers.cache_utils import DynamicSlidingWindowLayer
 
 from compress.export.student import export_student
+from compress.export.targets import loader_of
 from compress.formats.table import Format
 from compress.measure.kl import measure, reference
 from compress.memory.footprint import Deployment, footprint, mtp_weight_bytes, weight_bytes
@@ -207,6 +209,27 @@ def test_a_student_in_formats_is_exported_and_read_back(
     # It is read back and compared with the student whose weights are rounded.
     export_student(tmp_path / "student", tmp_path / "export", architecture, "compress", {})
     assert load_model(tmp_path / "export")(TOKENS).logits.isfinite().all()
+
+
+@torch.no_grad()
+def test_stock_transformers_reads_a_quantized_student(
+    teacher: Checkpoint, family: str, tmp_path: Path
+) -> None:
+    loader = loader_of("transformers", family_of(teacher.architecture.family).model_type)
+    formats: list[Format] = ["fp8", "nvfp4", "bf16"] if "fp8" in loader.formats else ["bf16"]
+    experts: Format = "fp8" if "fp8" in (loader.expert_formats or ()) else "bf16"
+    architecture = with_experts(with_formats(teacher.architecture, formats), experts)
+    prune(teacher, candidate(teacher.architecture, {}), tmp_path / "student")
+    export_student(tmp_path / "student", tmp_path / "export", architecture, "transformers", {})
+    ours, theirs = load_model(tmp_path / "export"), AUTO.from_pretrained(tmp_path / "export")
+    # Codes become weights when they are first used.
+    assert theirs(TOKENS).logits.isfinite().all()
+    found = dict(theirs.named_parameters())
+    for name, parameter in ours.named_parameters():
+        # The library multiplies an NVFP4 code and its scales in another order.
+        torch.testing.assert_close(
+            found[name].bfloat16(), parameter.bfloat16(), atol=0, rtol=2**-7, msg=name
+        )
 
 
 def test_an_uneven_student_is_written_read_and_continues_text(

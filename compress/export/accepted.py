@@ -2,10 +2,10 @@
 
 from compress.core.errors import InputError
 from compress.export.targets import LOADERS, Loader, Target, loader_of
-from compress.formats.table import Format, used_in
+from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block, kv_text, sizes
 from compress.model.build import is_plain, is_whole, weight_formats
-from compress.searches.space import EXPERTS
+from compress.searches.space import EMBEDDING, EXPERTS
 from compress.student.units import AXES
 
 
@@ -64,7 +64,9 @@ def reason(architecture: Architecture, loader: Loader) -> str | None:
             f"student has {', '.join(sorted(formats | {'bf16'}))} weights and "
             f"{kv_text(architecture)} KV"
         )
-    known = loader.tied_formats if architecture.tied else loader.head_formats
-    if foreign_head := used_in(architecture.outside_formats) - {*known}:
-        return f"an embedding and a head of {', '.join(known)} only, not {min(foreign_head)}"
+    for group, format in architecture.outside_formats:
+        known = loader.embedding_formats if group == EMBEDDING else loader.head_formats
+        known = loader.tied_formats if architecture.tied else known
+        if format not in known:
+            return f"the {group} in {', '.join(known)} only, and this student has it in {format}"
     return None

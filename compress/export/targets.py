@@ -23,8 +23,8 @@ class Loader:
     Attributes:
         formats: of weights inside blocks; ``expert_formats`` where those of routed experts are
             fewer, and one for all of a layer.
-        head_formats: of the head, and of an embedding of its own.
-        tied_formats: of an embedding that is the head too.
+        head_formats: of a head of its own; ``embedding_formats`` of the embedding then, and
+            ``tied_formats`` of one that is both.
         kv_formats: of caches; ``kv_scope`` says whether every block has one or all the same.
         uneven: axes whose sizes may differ from layer to layer.
         removes: what may be gone as a whole: layers, or a half of one.
@@ -36,6 +36,7 @@ class Loader:
     formats: tuple[Format, ...]
     expert_formats: tuple[Format, ...] | None = None
     head_formats: tuple[Format, ...] = ("bf16",)
+    embedding_formats: tuple[Format, ...] = ("bf16",)
     tied_formats: tuple[Format, ...] = ("bf16",)
     kv_formats: tuple[KvFormat, ...]
     kv_scope: Literal["global", "block"] = "global"
@@ -52,6 +53,7 @@ LOADERS: Mapping[Target, Loader] = {
         formats=("bf16", "fp8", "nvfp4", "int4"),
         # Its kernels for experts in FP8 round activations too.
         expert_formats=("bf16", "nvfp4", "int4"),
+        head_formats=("bf16", "fp8", "nvfp4", "int4"),
         kv_formats=KV_FORMATS,
         mtp=True,
     ),
@@ -59,12 +61,14 @@ LOADERS: Mapping[Target, Loader] = {
         formats=("bf16", "fp8", "nvfp4", "int4"),
         # NVFP4 and one format of several are read wrong, without an error (5.23).
         expert_formats=("bf16", "fp8"),
+        head_formats=("bf16", "fp8", "nvfp4", "int4"),
         kv_formats=KV_FORMATS,
     ),
     "llama.cpp": Loader(formats=("bf16",), kv_formats=("bf16",)),
     "compress": Loader(
         formats=tuple(FORMATS),
         head_formats=tuple(FORMATS),
+        embedding_formats=tuple(FORMATS),
         tied_formats=tuple(FORMATS),
         kv_formats=KV_FORMATS,
         kv_scope="block",
@@ -95,7 +99,7 @@ def loader_of(target: Target, family: str) -> Loader:
     loader = replace(LOADERS[target], **FAMILIES.get((target, family), {}))
     if target == "compress" or family_of(family).served_quantized:
         return loader
-    return replace(loader, formats=("bf16",), expert_formats=None)
+    return replace(loader, formats=("bf16",), head_formats=("bf16",), expert_formats=None)
 
 
 def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Space:
@@ -109,17 +113,22 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
     loader = loader_of(target, family)
     known = loader.tied_formats if tied else loader.head_formats
     heads = tuple(format for format in space.head_formats if format in known)
-    update: dict[str, object] = {"head_formats": heads or known[:1], "first": loader.first}
+    whole = {"scope": "global"}
+    update: dict[str, object] = {
+        "axes": {
+            axis: choice if axis in loader.uneven else choice.model_copy(update=whole)
+            for axis, choice in space.axes.items()
+        },
+        "head_formats": heads or known[:1],
+        "embedding_formats": None if tied else loader.embedding_formats,
+        "expert_formats": loader.expert_formats,
+        "first": loader.first,
+        "stock": space.stock or not loader.uneven,
+    }
     if loader.kv_scope == "global":
         update["kv_scope"] = "global"
-    whole = {"scope": "global"}
-    update["axes"] = {
-        k: axis if k in loader.uneven else axis.model_copy(update=whole)
-        for k, axis in space.axes.items()
-    }
-    if loader.removes == "layer":
-        update["remove"] = "layer" if space.remove == "block" else space.remove
-    update |= {"stock": space.stock or not loader.uneven, "expert_formats": loader.expert_formats}
+    if loader.removes == "layer" and space.remove == "block":
+        update["remove"] = "layer"
     if loader.formats == ("bf16",):
         kv_formats = tuple(f for f in space.kv_formats if f in loader.kv_formats)
         update |= {"formats": loader.formats, "kv_formats": kv_formats or loader.kv_formats[:1]}

@@ -21,8 +21,9 @@ from compress.student.units import AXES, axes_in, mtp_axes, number_of
 # Widths are multiples of this; of the small one where the width itself is under 1024.
 MULTIPLE, SMALL_MULTIPLE, SMALL_WIDTH = 64, 16, 1024
 WIDTHS = {"hidden"} | {a for axes in AXES.values() for a, axis in axes.items() if axis.width}
-# What the names of routed experts' linear groups begin with.
+# What the names of routed experts' linear groups begin with, and the group of the embedding.
 EXPERTS = "experts_"
+EMBEDDING = "embedding"
 # What candidates are, in the order of the last table: one kind is searched for, others compare.
 KINDS = ("uniform", "random", "prune", "formats", "prune_then_quantize", "joint")
 
@@ -45,7 +46,8 @@ class Space(BaseModel):
     block has one format or each of its linear groups its own, ``kv_scope`` whether every block has
     its own KV format. ``stock`` leaves out what a family's config class refuses.
     A block of the kind ``first`` stays where the model begins with it.
-    With ``expert_formats`` those of routed experts are among these, one for all of a block.
+    With ``expert_formats`` those of routed experts are among these, one for all of a block, with
+    ``embedding_formats`` those of an embedding that is not the head.
     """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
@@ -61,6 +63,7 @@ class Space(BaseModel):
     stock: bool = False
     first: str | None = None
     expert_formats: tuple[Format, ...] | None = None
+    embedding_formats: tuple[Format, ...] | None = None
 
     @property
     def prunes(self) -> bool:
@@ -249,7 +252,8 @@ def outside_options(architecture: Architecture, hidden: int, space: Space) -> li
     shape = architecture.vocab, hidden
     taken = [format for format in space.head_formats if FORMATS[format].takes(shape)] or ["bf16"]
     groups = outside_groups(architecture)
-    choices = itertools.product(taken, repeat=len(groups))
+    few = [f for f in taken if f in (space.embedding_formats or taken)] or ["bf16"]
+    choices = itertools.product(*(few if group == EMBEDDING else taken for group in groups))
     found = (by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices)
     return [Option(formats=formats) for formats in found]
 

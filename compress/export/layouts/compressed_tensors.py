@@ -73,6 +73,9 @@ FORMATS: Mapping[Format, Packed] = {
     ),
 }  # fmt: skip
 CONSTANT = {"symmetric": True, "dynamic": False}
+# transformers (5.23) takes the first group with such an expression for that of all experts, and
+# else the first group: of one in FP8 it leaves those in BF16 alone. No module has this name.
+NO_EXPERTS = "re:^no experts$"
 
 
 def tensors(weight: Weight) -> dict[str, Tensor]:
@@ -86,9 +89,12 @@ def tensors(weight: Weight) -> dict[str, Tensor]:
 
 def target(module: str) -> str:
     """How a group names a module, or all experts of a layer, which no loader has as one."""
-    if not module.endswith(".experts"):
-        return module
-    return f"re:^{re.escape(module)}\\.\\d+\\..*"
+    return f"re:^{re.escape(module)}\\.\\d+\\..*" if is_experts(module) else module
+
+
+def is_experts(module: str) -> bool:
+    """Whether a module is all experts of a layer."""
+    return module.endswith(".experts")
 
 
 def config(modules: Mapping[str, Format], architecture: Architecture) -> dict[str, Any]:
@@ -97,15 +103,18 @@ def config(modules: Mapping[str, Format], architecture: Architecture) -> dict[st
     for module, format in modules.items():
         if format != "bf16":
             by_format.setdefault(format, []).append(target(module))
+    if by_format and {f for module, f in modules.items() if is_experts(module)} == {"bf16"}:
+        by_format.setdefault("fp8", []).append(NO_EXPERTS)
     groups = [
         {
-            "targets": targets,
+            "targets": by_format[format],
             "format": FORMATS[format].name,
             "weights": {**FORMATS[format].numbers, **CONSTANT},
             "input_activations": None,
             "output_activations": None,
         }
-        for format, targets in by_format.items()
+        for format in FORMATS
+        if format in by_format
     ]
     kv_formats = set(architecture.kv_formats.values()) - {KV_FORMATS[0]}
     names = {group["format"] for group in groups}
