@@ -31,6 +31,7 @@ from compress.scores.sensitivity import sensitivities
 from compress.searches.curve import format_curve
 from compress.searches.space import load_space
 from compress.student.grams import HALVES, RIDGE, Grams, save_grams
+from compress.student.rounded_teacher import RoundedTeacher, round_teacher
 from compress.sweep.stack import Stack
 
 Advance = Callable[[int, str], None]
@@ -39,6 +40,7 @@ STAGE = "score"
 SENSITIVITY = "sensitivity.json"
 RANKING = "ranking"
 REPAIR = "repair"
+ROUNDING = "rounding"
 DEFAULT_SPACE = "joint"
 # A replayed mean is known well enough once its standard error is this much of it: an estimate from
 # 256 rows has hardly less, and blocks of one kind differ by more.
@@ -50,8 +52,8 @@ REPLAY_FORWARDS = 20
 
 def score_inputs(session: Session) -> dict[str, object]:
     """What decides the scores."""
-    recipe = session.recipe
-    return {
+    recipe, rounded = session.recipe, rounding_inputs(session)
+    return ({"rounding": fingerprint(rounded)} if rounded else {}) | {
         "session": session.identity(),
         "tokens": [recipe.score_tokens, recipe.score_length, recipe.draws],
         "replay": recipe.replay_tokens,
@@ -83,7 +85,7 @@ def score(session: Session) -> Scores:
     rows = session.rows("score", recipe.score_tokens, recipe.score_length)
     # Its own directory for these inputs: parts of another scoring are never mixed in.
     parts = run.path / "scores" / f"parts-{fingerprint(inputs)[:12]}"
-    scores = scores_of(session.stack, rows, recipe, parts)
+    scores = scores_of(session.stack, rows, recipe, parts, rounded_teacher(session))
     scores.save(file)
     write_json(file.with_name(SENSITIVITY), sensitivity_json(session.architecture, scores, recipe))
     run.sign(STAGE, inputs)
@@ -119,18 +121,24 @@ def ranked(session: Session, scores: Scores) -> Scores:
     return replace(scores, rankings=load_file(file))
 
 
-def scores_of(stack: Stack, rows: Tensor, recipe: Recipe, directory: Path) -> Scores:
+def scores_of(
+    stack: Stack,
+    rows: Tensor,
+    recipe: Recipe,
+    directory: Path,
+    rounded: RoundedTeacher | None = None,
+) -> Scores:
     """The scores of a teacher on rows of tokens [sequences, T].
 
     ``recipe`` says how many draws and what is replayed; ``directory`` keeps finished parts, so that
-    a killed scoring continues there.
+    a killed scoring continues there. Formats cost what is left of them in ``rounded``, if given.
     """
     architecture = stack.architecture
     formats = scored_formats(recipe)
     with progress("score: contributions", len(rows)) as advance:
         found = contributions(
             stack, rows, recipe.draws, formats, recipe.seed,
-            progress=stepwise(advance, len(rows)), directory=directory,
+            progress=stepwise(advance, len(rows)), directory=directory, rounded=rounded,
         )  # fmt: skip
     replayed = rows[: replay_rows(architecture, rows, recipe.replay_tokens)]
     blocks = len(architecture.blocks)
@@ -179,6 +187,48 @@ def gram_file(session: Session) -> Grams:
 def repair_tokens(session: Session) -> int:
     """Tokens that Gram matrices take: a row for each half at least."""
     return max(session.recipe.repair_tokens, 2 * session.recipe.sequence_length)
+
+
+def rounding_inputs(session: Session) -> dict[str, object] | None:
+    """What decides the rounded teacher; None where everything is rounded to nearest."""
+    recipe, formats = session.recipe, scored_formats(session.recipe)
+    if recipe.rounding == "nearest" or not formats:
+        return None
+    return {
+        "session": session.identity(),
+        "rounding": [recipe.rounding, recipe.calibration_tokens, recipe.distill_length],
+        "check": [recipe.score_tokens, recipe.score_length],
+        "formats": formats,
+        "version": 1,
+    }
+
+
+def rounded_teacher(session: Session) -> RoundedTeacher | None:
+    """The session's teacher rounded on training text, computed where missing.
+
+    None where everything is rounded to nearest.
+    """
+    run, recipe, inputs = session.run, session.recipe, rounding_inputs(session)
+    if inputs is None:
+        return None
+    directory = run.path / "scores" / f"rounded-{fingerprint(inputs)[:12]}"
+    found = RoundedTeacher(directory, recipe.rounding, session.placement)
+    if not run.stage_done(ROUNDING, inputs, directory):
+        rows = session.training_rows(recipe.calibration_tokens, recipe.distill_length)
+        check, stack = (
+            session.rows("score", recipe.score_tokens, recipe.score_length),
+            session.stack,
+        )
+        with progress("score: the teacher in every format", stack.layers) as advance:
+            round_teacher(
+                stack, rows, check, scored_formats(recipe), recipe.rounding, directory,
+                lambda layers: advance(layers, ""),
+            )  # fmt: skip
+        for other in directory.parent.glob("rounded-*"):
+            if other != directory:
+                shutil.rmtree(other)
+        run.sign(ROUNDING, inputs)
+    return found
 
 
 def stepwise(advance: Advance, steps: int) -> Progress:

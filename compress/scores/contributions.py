@@ -16,6 +16,7 @@ from compress.model.tensor_files import save_tensors
 from compress.scores.gated import Gated
 from compress.scores.gradients import gate_gradients
 from compress.scores.taps import SQUARES, Taps
+from compress.student.rounded_teacher import RoundedTeacher
 from compress.sweep.stack import Stack
 
 Contributions = Mapping[str, Tensor]
@@ -35,6 +36,7 @@ def contributions(
     batch: int = 8,
     progress: Progress = lambda done, total: None,
     directory: Path | None = None,
+    rounded: RoundedTeacher | None = None,
 ) -> dict[str, Tensor]:
     """The contribution matrix [sequences * draws, *units] of every gate, fp32, on the CPU.
 
@@ -53,6 +55,7 @@ def contributions(
         progress: called with layers done and in total, counted in every wave.
         directory: keeps every finished wave, and how far the current one is, so that a killed
             scoring continues there.
+        rounded: what formats leave is as this says; None: as rounding to nearest does.
     """
     batches = torch.split(tokens, batch)
     together = wave_batches(stack, batches[0], draws)
@@ -72,7 +75,8 @@ def contributions(
             advance(layers, layers)
         else:
             saved = part.with_suffix(".unfinished") if part else None
-            found = wave_rows(stack, wave, draws, formats, seed, advance, saved)
+            gated = Gated(stack, rounded=rounded)
+            found = wave_rows(gated, wave, draws, formats, seed, advance, saved)
             if part and saved:
                 save_tensors(found, part)
                 saved.unlink(missing_ok=True)
@@ -93,7 +97,7 @@ def wave_batches(stack: Stack, batch_BT: Tensor, draws: int) -> int:
 
 
 def wave_rows(
-    stack: Stack,
+    gated: Gated,
     batches: Sequence[Tensor],
     draws: int,
     formats: Sequence[Format],
@@ -102,7 +106,6 @@ def wave_rows(
     saved: Path | None,
 ) -> dict[str, Tensor]:
     """Rows [sequences * draws, *units] of one wave; squares are a row for each batch."""
-    gated = Gated(stack)
 
     def upstream(batch: int, hidden: Tensor, head: Head) -> Iterator[Tensor]:
         return label_gradients(hidden, head, batches[batch], draws, seed)

@@ -8,19 +8,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from compress.formats.fake import fake_quantize_block
+from compress.formats.fake import fake_quantize_block, fused_groups
 from compress.formats.table import Format, GroupFormats, by_group
 from compress.memory.footprint import group_takes
 from compress.model.architecture import Architecture, Block
 from compress.model.experts import experts_of_block
 from compress.model.families import linear_groups
+from compress.model.layout import Slot
 from compress.model.modules import layer_of, slots_of, weights_of
 from compress.student.masks import Unmasked, masked, numbered
+from compress.student.rounded_teacher import RoundedTeacher
 from compress.student.units import projections
 from compress.sweep.stack import Stack
 
 # What formats add to a block's weights [out, in], by module.
 Errors = Mapping[Format, Mapping[str, Tensor]]
+# A block's weights [out, in] with their slots, by module.
+Weights = Mapping[str, tuple[Tensor, Slot]]
 # Changes the weights of a block of this number, by module.
 Refit = Callable[[int, Mapping[str, Tensor]], None]
 
@@ -32,6 +36,10 @@ class Gated:
     ``current`` maps teacher block numbers to those of their groups, BF16 where it has none;
     ``refit`` changes the weights of the blocks ``refitted`` before they are rounded. Without any
     of it: the teacher.
+
+    What rounding adds has the size that rounding as in ``rounded`` leaves, where that is given, but
+    the pattern of rounding to nearest: errors that make up for each other do so no more once a part
+    of them is cut.
     """
 
     stack: Stack
@@ -39,6 +47,7 @@ class Gated:
     current: Mapping[int, GroupFormats] = field(default_factory=dict)
     refitted: frozenset[int] = frozenset()
     refit: Refit = lambda number, weights: None
+    rounded: RoundedTeacher | None = None
 
     @contextmanager
     def layer(
@@ -60,14 +69,36 @@ class Gated:
                 weights = {name: weight for name, (weight, _) in named.items()}
                 if number in self.refitted:
                     self.refit(number, weights | output_weights(model, architecture, block))
-                errors[number] = {
-                    f: rounding_errors(architecture, block, named, f) for f in formats
-                }
-                fused = {name: slot.fused for name, (_, slot) in named.items()}
-                rounded = fake_quantize_block(weights, fused, current) if current else {}
-                for name, weight in rounded.items():
+                errors[number] = {f: self.rounding_errors(number, named, f) for f in formats}
+                for name, weight in self.formatted(number, named, current).items():
                     weights[name].copy_(weight)
             yield unmasked, errors
+
+    @torch.no_grad()
+    def rounding_errors(self, number: int, weights: Weights, format: Format) -> dict[str, Tensor]:
+        """What a format adds to a block's weights, by module, of the groups that take it."""
+        hidden, family = self.stack.architecture.hidden, self.stack.architecture.family
+        block = self.stack.architecture.blocks[number]
+        taking = {
+            group: format
+            for group in linear_groups(block, family)
+            if group_takes(block, group, hidden, family, format)
+        }
+        made = self.formatted(number, weights, by_group(taking))
+        return {name: made[name] - weights[name][0] for name in made}
+
+    def formatted(self, number: int, weights: Weights, formats: GroupFormats) -> dict[str, Tensor]:
+        """A block's weights after formats and back, by module, of the groups that have one."""
+        own = dict(formats)
+        fused = {name: str(slot.fused) for name, (_, slot) in weights.items()}
+        exact = {name: weight for name, (weight, _) in weights.items() if fused[name] in own}
+        made = fake_quantize_block(exact, fused, formats)
+        if self.rounded is not None:
+            for names in fused_groups(exact, fused):
+                group = fused[names[0]]
+                size = self.rounded.share(number, group, own[group]) ** 0.5
+                made |= {name: torch.lerp(exact[name], made[name], size) for name in names}
+        return made
 
 
 def output_weights(model: Any, architecture: Architecture, block: Block) -> dict[str, Tensor]:
@@ -94,23 +125,3 @@ def copied(model: Any, architecture: Architecture, block: Block) -> Iterator[Non
             back.callback(setattr, module, name, own)
             setattr(module, name, nn.Parameter(own.clone(), requires_grad=False))
         yield
-
-
-@torch.no_grad()
-def rounding_errors(
-    architecture: Architecture,
-    block: Block,
-    weights: Mapping[str, tuple[Tensor, Any]],
-    format: Format,
-) -> dict[str, Tensor]:
-    """What a format adds to a block's weights, by module, of the groups that take it."""
-    hidden, family = architecture.hidden, architecture.family
-    taking = {
-        group: format
-        for group in linear_groups(block, family)
-        if group_takes(block, group, hidden, family, format)
-    }
-    fused = {name: slot.fused for name, (_, slot) in weights.items()}
-    exact = {name: weight for name, (weight, _) in weights.items() if fused[name] in taking}
-    rounded = fake_quantize_block(exact, fused, by_group(taking))
-    return {name: rounded[name] - exact[name] for name in exact}

@@ -24,6 +24,7 @@ from compress.scores.taps import Taps
 from compress.student.candidate import Candidate, block_keep, expert_keep
 from compress.student.grams import Grams
 from compress.student.repair import kept_columns, kept_rows, refitted_weight
+from compress.student.rounded_teacher import RoundedTeacher
 from compress.student.units import projections
 from compress.sweep.stack import Stack
 
@@ -54,7 +55,7 @@ def tangent(
     backward one. Formats round the masked teacher's weights, not the cut's: scales may differ
     slightly.
     """
-    gated = gated_teacher(stack, candidate, text.teacher, grams)
+    gated = gated_teacher(stack, candidate, text.teacher, grams, text.store.rounded)
     kls: list[Tensor] = []
 
     def upstream(batch: int, hidden: Tensor, head: Head) -> list[Tensor]:
@@ -85,9 +86,13 @@ def turn(text: Reference, number: int, parts: int = 4) -> Reference:
 
 
 def gated_teacher(
-    stack: Stack, candidate: Candidate, teacher: Checkpoint, grams: Grams | None
+    stack: Stack,
+    candidate: Candidate,
+    teacher: Checkpoint,
+    grams: Grams | None,
+    rounded: RoundedTeacher | None = None,
 ) -> Gated:
-    """The teacher that computes a candidate."""
+    """The teacher that computes a candidate, its formats as in ``Gated``."""
     survivors = candidate.keep["blocks"].tolist()
     blocks = zip(survivors, candidate.architecture.blocks, strict=True)
     current = {number: block.formats for number, block in blocks}
@@ -107,4 +112,4 @@ def gated_teacher(
             student = refitted_weight(teacher, grams, block, projection, own)
             weight[rows[:, None], columns] = student.to(weight.device, weight.dtype)
 
-    return Gated(stack, candidate.keep, current, candidate.repaired, refit)
+    return Gated(stack, candidate.keep, current, candidate.repaired, refit, rounded)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block
 from compress.memory.machine import RESIDENT_SHARE
-from compress.model.architecture import Architecture, kv_format_of
+from compress.model.architecture import Architecture, kv_format_of, sizes
 from compress.model.build import generates, student_config
 from compress.model.checkpoint import Checkpoint
 from compress.model.families import family_of, parameters
@@ -22,7 +22,8 @@ from compress.model.layout import Parameter
 from compress.student.candidate import Candidate, block_keep
 from compress.student.grams import Grams
 from compress.student.rounded import rounded
-from compress.student.surgery import cut_block, cut_outside
+from compress.student.rounded_teacher import RoundedTeacher
+from compress.student.surgery import cut_block, cut_outside, cuts_of
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack, part_bytes
 
@@ -34,11 +35,13 @@ Tensors = Mapping[str, Tensor]
 class BlockStore:
     """Blocks of students of one teacher on its stack's placement, the latest ones kept.
 
-    An eighth of the placement's memory, at most two teachers. ``stack`` is the teacher's.
+    An eighth of the placement's memory, at most two teachers. ``stack`` is the teacher's. Where
+    the teacher is ``rounded`` on text, so are they; otherwise they are rounded to nearest.
     """
 
     def __init__(self, teacher: Checkpoint, stack: Stack) -> None:
         self.teacher, self.stack = teacher, stack
+        self.rounded: RoundedTeacher | None = None
         memory = stack.placement.memory
         most = TEACHERS * part_bytes(parameters(teacher.architecture), stack.placement.dtype)
         self.limit = most if memory is None else min(most, int(SHARE * memory))
@@ -111,13 +114,19 @@ class BlockStore:
     ) -> Tensors:
         """The candidate's block ``at``, whose parameters are ``own``, by names in its layer."""
         architecture, place = candidate.architecture, self.stack.placement
+        teacher = self.teacher.architecture
         number, formats = candidate.keep["blocks"].tolist()[at], architecture.blocks[at].formats
         made = dict(cut_block(self.teacher, candidate, number, grams, place.device))
         known = {local_name(each, architecture): each for each in own}
         if formats:
-            groups = {name: each.slot.fused for name, each in known.items()}
             wide = {name: tensor.float() for name, tensor in made.items()}
-            made = fake_quantize_block(wide, groups, formats)
+            groups = {name: each.slot.fused for name, each in known.items()}
+            if self.rounded is None:
+                made = fake_quantize_block(wide, groups, formats)
+            else:
+                cuts = [*cuts_of(candidate, teacher, number)]
+                axis_sizes = sizes(teacher.blocks[number]) | {"hidden": teacher.hidden}
+                made = wide | self.rounded.rounded(number, cuts, wide, axis_sizes, formats)
         cast = [
             (each, made[name].to(torch.float32 if each.slot.float32 else place.dtype))
             for name, each in known.items()

@@ -50,17 +50,23 @@ class Inputs:
     tokens: int
 
 
+# Of a weight that nothing is known about; rounding to nearest asks for no more.
+NOTHING = Inputs(lambda: torch.empty(0, 0), 0)
+
+
 def round_group(
     weights: Sequence[Tensor],
     format: Format,
     inputs: Sequence[Inputs],
     rounding: Rounding = "second-order",
+    largest: Tensor | None = None,
 ) -> list[Rounded]:
     """The weights [out, in] of a fused group in a format; scales that it shares are of all.
 
-    ``inputs`` are of each weight, the same object where weights read the same. A weight that reads
-    nothing (an expert that no token came to), or zeros only, has the scales of least squared error.
-    No row's E is larger than to nearest.
+    They reach ``largest`` at least, for those of the group that are not given. ``inputs`` are of
+    each weight, the same object where weights read the same. A weight that reads nothing (an expert
+    that no token came to), or zeros only, has the scales of least squared error. No row's E is
+    larger than to nearest.
 
     Raises:
         InputError: a weight's shape cannot be stored so, or what it reads is not finite.
@@ -69,6 +75,8 @@ def round_group(
     for weight in weights:
         row.require(weight.shape)
     common = shared(weights, format)
+    if common and largest is not None:
+        common = (torch.maximum(common[0], largest.to(common[0])),)
     for reader in {id(each): each for each in inputs}.values():
         own = [number for number, each in enumerate(inputs) if each is reader]
         rows = torch.cat([weights[number].float() for number in own])

@@ -1,6 +1,7 @@
 """Surgery: a candidate's tensors, cut from the teacher's one by one, safetensors to safetensors."""
 
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from itertools import chain
 from math import prod, sqrt
 from pathlib import Path
@@ -10,7 +11,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from compress.core.files import atomic_directory, write_text
-from compress.model.architecture import from_json, sizes, to_json
+from compress.model.architecture import Architecture, from_json, sizes, to_json
 from compress.model.build import student_config
 from compress.model.checkpoint import Checkpoint, in_bf16, write_checkpoint
 from compress.model.config import ARCHITECTURE
@@ -83,24 +84,44 @@ def cut_block(
 
     In the teacher's dtype; cut on ``device``, None: where the tensors are.
     """
-    architecture, keep = teacher.architecture, candidate.keep
+    architecture = teacher.architecture
     block, family = architecture.blocks[number], family_of(architecture.family)
     source = family.layer.format(layer=block.layer)
     axis_sizes = sizes(block) | {"hidden": architecture.hidden}
-    kept = block_keep(keep, block)
     repaired = projections(architecture, block) if number in candidate.repaired else ()
     refitted = {projection.name: projection for projection in repaired}
-    for name, slot in family.tensors(block).items():
+    for each in cuts_of(candidate, architecture, number):
+        if projection := refitted.get(each.source):
+            assert grams is not None, "a repaired candidate needs its teacher's Grams"
+            student = refitted_weight(teacher, grams, block, projection, each.keep)
+        else:
+            tensor = teacher[source + each.source]
+            student = cut(tensor.to(device or tensor.device), each.slot, axis_sizes, each.keep)
+        yield each.name, student.to(device or student.device)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """A tensor of a student's block by its name in the layer, and its ``source`` in the teacher's.
+
+    ``keep`` has the kept indices by axis, ``hidden`` among them, of an expert its own.
+    """
+
+    name: str
+    source: str
+    slot: Slot
+    keep: Mapping[str, Tensor]
+
+
+def cuts_of(candidate: Candidate, teacher: Architecture, number: int) -> Iterator[Cut]:
+    """What a candidate keeps of the tensors of its teacher's block ``number``."""
+    block = teacher.blocks[number]
+    kept = block_keep(candidate.keep, block)
+    for name, slot in family_of(teacher.family).tensors(block).items():
         parts = ((e, expert_keep(kept, block, e)) for e in experts_of(name, block))
         survivors = [(expert, own) for expert, own in parts if own is not None]
         for row, (expert, own) in enumerate(survivors):
-            if projection := refitted.get(name.format(expert=expert)):
-                assert grams is not None, "a repaired candidate needs its teacher's Grams"
-                student = refitted_weight(teacher, grams, block, projection, own)
-            else:
-                tensor = teacher[source + name.format(expert=expert)]
-                student = cut(tensor.to(device or tensor.device), slot, axis_sizes, own)
-            yield name.format(expert=row), student.to(device or student.device)
+            yield Cut(name.format(expert=row), name.format(expert=expert), slot, own)
 
 
 def mtp_tensors(teacher: Checkpoint, candidate: Candidate) -> Iterator[tuple[str, Tensor]]:

@@ -95,15 +95,15 @@ def test_a_killed_scoring_continues(
 
 def test_errors_of_one_layer_are_alive(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     alive: list[tuple[int, Any]] = []
-    made = gated.rounding_errors
+    made = Gated.rounding_errors
 
-    def counted(architecture: Any, block: Any, *others: Any) -> dict[str, Tensor]:
-        found = made(architecture, block, *others)
-        assert {layer for layer, error in alive if error() is not None} <= {block.layer}
-        alive.extend((block.layer, weakref.ref(error)) for error in found.values())
+    def counted(gated: Gated, number: int, *others: Any) -> dict[str, Tensor]:
+        found, own = made(gated, number, *others), gated.stack.architecture.blocks[number].layer
+        assert {layer for layer, error in alive if error() is not None} <= {own}
+        alive.extend((own, weakref.ref(error)) for error in found.values())
         return found
 
-    monkeypatch.setattr(gated, "rounding_errors", counted)
+    monkeypatch.setattr(Gated, "rounding_errors", counted)
     stack = stack_of(open_checkpoint(tiny), Placement(memory=0))
     contributions(stack, TOKENS, 2, FORMATS)
     assert {layer for layer, _ in alive} == set(range(stack.layers))
