@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.model.checkpoint import open_checkpoint
-from compress.scores import gated, gradients
+from compress.scores import gradients
 from compress.scores.contributions import contributions, drawn
 from compress.scores.gated import Gated
 from compress.scores.gradients import gate_gradients
