@@ -181,7 +181,9 @@ class RoundedTeacher:
                     kept_positions(dimension, axis_sizes, each.keep)
                     for dimension in parse(each.slot.shape)
                 )
-                parts = [f"{format}/{part}/{name}" for part in range(len(FORMATS[format].scales))]
+                parts = [
+                    f"{format}/{part}/{name}" for part in range(1 + len(FORMATS[format].scales))
+                ]
                 parts = [part for part in parts if part in known]
                 if parts and len(inputs) == shape(each.slot.shape, axis_sizes)[1]:
                     values = FORMATS[format].numerics.unpack(*map(get, parts))
