@@ -35,7 +35,10 @@ def expert_formats(block: Block) -> set[Format]:
 
 def reason(architecture: Architecture, loader: Loader) -> str | None:
     """What a loader takes, where this student is something else; None where it is that."""
-    if not is_plain(architecture):
+    if loader.families is not None and architecture.family not in loader.families:
+        return f"{', '.join(loader.families)}, not {architecture.family}"
+    plain = is_plain(architecture)
+    if not plain:
         if foreign := [axis for axis in differing(architecture) if axis not in loader.uneven]:
             return f"blocks of one size of {foreign[0]}, which differs in this student"
         if loader.removes == "layer" and not is_whole(architecture):
@@ -57,7 +60,8 @@ def reason(architecture: Architecture, loader: Loader) -> str | None:
     formats = set(weight_formats(architecture).values())
     kv_formats = set(architecture.kv_formats.values())
     told = len(kv_formats) <= 1 or loader.kv_scope == "block"
-    if not (formats <= set(loader.formats) and told and kv_formats <= set(loader.kv_formats)):
+    known = loader.formats + (loader.even_formats if plain else ())
+    if not (formats <= set(known) and told and kv_formats <= set(loader.kv_formats)):
         one = "a KV format for all blocks" if loader.kv_scope == "global" else "KV formats"
         return (
             f"{', '.join(loader.formats)} only, with {one} of {', '.join(loader.kv_formats)}; this "

@@ -22,6 +22,7 @@ LOADING = {
         "vLLM (`vllm serve DIRECTORY`), or `compress.load` for a dequantized torch model. "
         "transformers cannot read the layout and does not find the weights."
     ),
+    "llama.cpp": "`llama-server -m DIRECTORY/model.gguf`, and whatever else reads GGUF.",
     "compress": "`compress.load(DIRECTORY)`. Stock loaders refuse it: they cannot express it.",
 }
 CODE = (

@@ -20,6 +20,8 @@ from compress.core.files import read_json, write_json
 from compress.model.headers import INDEX
 
 RECORD = "verification.json"
+# What a GGUF file says before its tensors: sizes, tokenizer, names.
+HEADER = "metadata"
 JSON = ("config.json", "architecture.json")
 
 
@@ -34,7 +36,7 @@ class Fact:
 
 
 def facts_of(directory: Path) -> dict[str, Fact]:
-    """Every tensor in the safetensors files of a directory; VerificationFailed on a broken file."""
+    """Every tensor in the files of a directory; VerificationFailed on a broken file."""
     found: dict[str, Fact] = {}
     for file in sorted(directory.glob("*.safetensors")):
         with file.open("rb") as stream:
@@ -66,6 +68,27 @@ def facts_of(directory: Path) -> dict[str, Fact]:
                         f"extra tensor: {name} is in {found[name].file} and {file.name}"
                     )
                 found[name] = Fact(file.name, entry["dtype"], entry["shape"], digest)
+    for file in sorted(directory.glob("*.gguf")):
+        found |= facts_of_gguf(file)
+    return found
+
+
+def facts_of_gguf(file: Path) -> dict[str, Fact]:
+    """Every tensor of a GGUF file, and what is before them; VerificationFailed on a broken file."""
+    from gguf import GGUFReader
+
+    try:
+        tensors = GGUFReader(file).tensors
+    except (ValueError, IndexError, KeyError, OverflowError, MemoryError) as e:
+        raise VerificationFailed(f"broken file: {file.name} is cut off, or no GGUF file") from e
+    first = min(int(each.data_offset) for each in tensors)
+    with file.open("rb") as stream:
+        found = {HEADER: Fact(file.name, "U8", [first], digest_of(stream, 0, first))}
+        for each in tensors:
+            start, end = int(each.data_offset), int(each.data_offset + each.n_bytes)
+            shape = [int(size) for size in each.shape]
+            digest = digest_of(stream, start, end)
+            found[each.name] = Fact(file.name, each.tensor_type.name, shape, digest)
     return found
 
 
@@ -174,7 +197,9 @@ def contents(
 
 
 def turned(file: Path, name: str) -> str | None:
-    """The digest of a square matrix's transpose."""
+    """The digest of a square matrix's transpose, where types are those of torch."""
+    if file.suffix != ".safetensors":
+        return None
     with safe_open(file, framework="pt") as reader:
         tensor = torch.as_tensor(reader.get_tensor(name))
     if tensor.ndim != 2 or tensor.shape[0] != tensor.shape[1]:

@@ -23,6 +23,7 @@ from compress.export.card import model_card
 from compress.export.layouts.student import Student, Weight, weight_specs, weights_of
 from compress.export.layouts.table import layout_of
 from compress.export.readers import Reader
+from compress.export.readers.table import installed
 from compress.export.targets import Target
 from compress.export.verify import meant_by, require_planned, sign, verify
 from compress.formats.packed import stored_names
@@ -203,7 +204,9 @@ def student_of(
 
 
 def readers_of(architecture: Architecture, target: Target, placement: Placement) -> list[Reader]:
-    """Who reads an export back here: we do, and transformers what its own classes build."""
+    """Who reads an export back here: we do, and stock readers what is theirs and fits."""
+    if target == "llama.cpp":
+        return ["compress", "llama.cpp"] if installed("llama.cpp", None) else ["compress"]
     room = placement.memory
     # Stock transformers reads no cache in another format.
     stock = architecture == without_formats(architecture) and (

@@ -21,8 +21,8 @@ class Loader:
     """What a target builds of a family.
 
     Attributes:
-        formats: of weights inside blocks; ``expert_formats`` where those of routed experts are
-            fewer, and one for all of a layer.
+        formats: of weights inside blocks; ``even_formats`` besides where all layers are alike,
+            ``expert_formats`` where those of routed experts are fewer, and one for all of a layer.
         head_formats: of a head of its own; ``embedding_formats`` of the embedding then, and
             ``tied_formats`` of one that is both.
         kv_formats: of caches; ``kv_scope`` says whether every block has one or all the same.
@@ -31,6 +31,7 @@ class Loader:
         first: the kind of block that a student has to begin with.
         multiple: of which widths are one, where a size of its own is not; 1 asks for nothing.
         mtp: whether it drafts with layers that predict further tokens.
+        families: those that it loads; None: all.
     """
 
     formats: tuple[Format, ...]
@@ -45,8 +46,12 @@ class Loader:
     first: str | None = None
     multiple: int = 1
     mtp: bool = False
+    even_formats: tuple[Format, ...] = ()
+    families: tuple[str, ...] | None = None
 
 
+# GGML has no 8-bit floats, and blocks of 32 where int4 has groups of 128.
+GGUF_FORMATS: tuple[Format, ...] = ("bf16", "q8_0", "q4_0", "mxfp4")
 # What each loads of any family.
 LOADERS: Mapping[Target, Loader] = {
     "vllm": Loader(
@@ -64,7 +69,16 @@ LOADERS: Mapping[Target, Loader] = {
         head_formats=("bf16", "fp8", "nvfp4", "int4"),
         kv_formats=KV_FORMATS,
     ),
-    "llama.cpp": Loader(formats=("bf16",), kv_formats=("bf16",)),
+    "llama.cpp": Loader(
+        families=("llama", "mistral", "qwen2", "qwen3"),
+        formats=GGUF_FORMATS,
+        even_formats=("nvfp4",),
+        head_formats=GGUF_FORMATS,
+        embedding_formats=GGUF_FORMATS,
+        tied_formats=GGUF_FORMATS,
+        kv_formats=("bf16",),
+        multiple=64,
+    ),
     "compress": Loader(
         formats=tuple(FORMATS),
         head_formats=tuple(FORMATS),
@@ -82,6 +96,8 @@ LOADERS: Mapping[Target, Loader] = {
 DECILM: Mapping[str, Any] = {"uneven": ("ffn",), "removes": "block", "first": "attention"}
 PUZZLE: Mapping[str, Any] = {"uneven": ("ffn", "kv_head", "query")}
 EVERY_PUZZLE: Mapping[str, Any] = {"uneven": EVERY_AXIS}
+# Of llama.cpp, which has no scales of NVFP4 in its FFNs (``layouts/gguf.py``).
+DECI: Mapping[str, Any] = {**DECILM, "uneven": ("ffn", "query", "kv_head")}
 # Experts are stacked on disk, where readers know no scales of theirs.
 STACKED: Mapping[str, Any] = {"expert_formats": ("bf16",)}
 FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {
@@ -89,6 +105,7 @@ FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {
     ("vllm", "nemotron_h"): PUZZLE,
     ("transformers", "nemotron_h"): EVERY_PUZZLE,
     **{(t, "granitemoehybrid"): STACKED for t in SERVERS},
+    ("llama.cpp", "llama"): DECI,
 }
 
 
@@ -97,7 +114,7 @@ def loader_of(target: Target, family: str) -> Loader:
     if target not in LOADERS:
         raise InputError(f"target {target!r} is not among {', '.join(LOADERS)}")
     loader = replace(LOADERS[target], **FAMILIES.get((target, family), {}))
-    if target == "compress" or family_of(family).served_quantized:
+    if target in ("compress", "llama.cpp") or family_of(family).served_quantized:
         return loader
     return replace(loader, formats=("bf16",), head_formats=("bf16",), expert_formats=None)
 
@@ -111,6 +128,11 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
     several does not know one.
     """
     loader = loader_of(target, family)
+    if loader.families is not None and family not in loader.families:
+        raise InputError(
+            f"target {target!r} loads {', '.join(loader.families)}, and this is {family}; "
+            "use another --target"
+        )
     known = loader.tied_formats if tied else loader.head_formats
     heads = tuple(format for format in space.head_formats if format in known)
     whole = {"scope": "global"}
@@ -129,9 +151,10 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
         update["kv_scope"] = "global"
     if loader.removes == "layer" and space.remove == "block":
         update["remove"] = "layer"
+    kv_formats = tuple(f for f in space.kv_formats if f in loader.kv_formats)
+    update["kv_formats"] = kv_formats or loader.kv_formats[:1]
     if loader.formats == ("bf16",):
-        kv_formats = tuple(f for f in space.kv_formats if f in loader.kv_formats)
-        update |= {"formats": loader.formats, "kv_formats": kv_formats or loader.kv_formats[:1]}
+        update["formats"] = loader.formats
     elif foreign := [format for format in space.formats if format not in loader.formats]:
         raise InputError(
             f"target {target!r} loads {', '.join(loader.formats)}, the space lists {foreign[0]}; "

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from compress.core.errors import InputError, VerificationFailed
+from compress.export.layouts import gguf
 from compress.export.predictions import (
     PROMPT,
     ROWS,
@@ -46,8 +47,12 @@ def sign(directory: Path, rows_RT: Tensor, meant: Predictions) -> None:
 
 def require_planned(directory: Path, architecture: Architecture) -> int:
     """Bytes of the tensors of an export; VerificationFailed if they are not those planned."""
-    planned = weight_bytes(architecture) + mtp_weight_bytes(architecture)
-    if (found := tensor_bytes(directory.glob("*.safetensors"))) != planned:
+    if (directory / gguf.FILE).is_file():
+        planned, found = gguf.planned_bytes(architecture), gguf.tensor_bytes(directory)
+    else:
+        planned = weight_bytes(architecture) + mtp_weight_bytes(architecture)
+        found = tensor_bytes(directory.glob("*.safetensors"))
+    if found != planned:
         raise VerificationFailed(f"the export holds {found} bytes of tensors, planned {planned}")
     return found
 
@@ -81,8 +86,12 @@ def read(
     """What a reader predicts on rows from a directory."""
     if name != "compress":
         return ask(name, directory, rows_RT, PROMPT, python, str(placement.device))
-    stack = stack_at(directory, replace(placement, dtype=torch.float32))
-    return predictions(OWN, logits(stack, rows_RT), rows_RT, PROMPT)
+    in_fp32 = replace(placement, dtype=torch.float32)
+    if (directory / gguf.FILE).is_file():
+        own, stack = "the package gguf", gguf.stack_in(directory, in_fp32)
+    else:
+        own, stack = OWN, stack_at(directory, in_fp32)
+    return predictions(own, logits(stack, rows_RT), rows_RT, PROMPT)
 
 
 def tensor_bytes(files: Iterable[Path]) -> int:

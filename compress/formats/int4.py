@@ -48,8 +48,8 @@ def fake(weight: Tensor) -> Tensor:
 
 
 def encode(weight: Tensor, scales: Tensor) -> Tensor:
-    """The codes at these scales, in pairs, U8 [..., in/2]."""
-    scaled = weight.reshape(-1, GROUP) / steps(scales).view(-1, 1)
+    """The codes at these scales, in pairs, U8 [..., in/2]; a scale for every group of a row."""
+    scaled = weight.reshape(scales.numel(), -1) / steps(scales).view(-1, 1)
     codes = round_(scaled).to(torch.int8).view(torch.uint8) & 0x0F
     return in_pairs(codes).view(*weight.shape[:-1], -1)
 
@@ -62,5 +62,6 @@ def pack(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def unpack(pairs: Tensor, scales: Tensor) -> Tensor:
     """The FP32 values of a packed tensor."""
-    codes = (from_pairs(pairs, GROUP) << 4).view(torch.int8) >> 4  # the sign comes down with it
-    return (codes * steps(scales).view(-1, 1)).view(*pairs.shape[:-1], -1)
+    codes = from_pairs(pairs, 2 * pairs.numel() // scales.numel()) << 4
+    signed = codes.view(torch.int8) >> 4  # the sign comes down with it
+    return (signed * steps(scales).view(-1, 1)).view(*pairs.shape[:-1], -1)

@@ -7,6 +7,8 @@ FP8       E4M3 [out, in]     F32 []
 NVFP4     U8 [out, in/2]     E4M3 [out, in/16]       weight_scale_2
 MXFP4     U8 [out, in/2]     U8 (E8M0) [out, in/32]
 INT4      U8 [out, in/2]     BF16 [out, in/128]
+Q8_0      I8 [out, in]       F16 [out, in/32]
+Q4_0      U8 [out, in/2]     F16 [out, in/32]
 ========  =================  ======================  ================
 
 The names and the first two rows are ModelOpt's layout. ``input_scale`` F32 [] is for servers that

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from compress.core.errors import InputError
 
-Format = Literal["bf16", "fp8", "nvfp4", "mxfp4", "int4"]
+Format = Literal["bf16", "fp8", "nvfp4", "mxfp4", "int4", "q8_0", "q4_0"]
 KvFormat = Literal["bf16", "fp8"]
 # The format of every linear group of a block, by the group's name; none: BF16 throughout.
 GroupFormats = tuple[tuple[str, Format], ...]
@@ -99,6 +99,7 @@ SECOND = Scale(suffix="weight_scale_2", dtype="float32", bytes=4)
 INPUT = Scale(suffix=INPUT_SCALE, dtype="float32", bytes=4)
 E4M3 = Scale(suffix="weight_scale", dtype="float8_e4m3fn", bytes=1, per_group=True)
 E8M0 = Scale(suffix="weight_scale", dtype="uint8", bytes=1, per_group=True)
+FP16 = Scale(suffix="weight_scale", dtype="float16", bytes=2, per_group=True)
 BF16 = Scale(suffix="weight_scale", dtype="bfloat16", bytes=2, per_group=True)
 ROWS = (
     NumberFormat(name="bf16", bits=16, codes="bfloat16"),
@@ -106,6 +107,8 @@ ROWS = (
     NumberFormat(name="nvfp4", bits=4, group=16, scales=(E4M3, SECOND), shared=True),
     NumberFormat(name="mxfp4", bits=4, group=32, scales=(E8M0,)),
     NumberFormat(name="int4", bits=4, group=128, kind="int", scales=(BF16,), shape_bytes=16),
+    NumberFormat(name="q8_0", bits=8, group=32, codes="int8", kind="int", scales=(FP16,)),
+    NumberFormat(name="q4_0", bits=4, group=32, kind="int", scales=(FP16,)),
 )
 FORMATS: Mapping[Format, NumberFormat] = {row.name: row for row in ROWS}
 

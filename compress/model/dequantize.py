@@ -135,7 +135,7 @@ def halves(parts: Parts, shape: Shape, block: Shape) -> "Tensor":
 
 
 def ours(parts: Parts, _: Shape, __: Shape) -> "Tensor":
-    """INT4 of our own exports: two's complement, the even column in the low half of a byte."""
+    """4-bit codes of our own exports: two's complement, the even column in the low half."""
     from compress.formats.int4 import unpack
 
     return unpack(parts[CODES], parts[SCALE])

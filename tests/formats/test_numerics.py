@@ -70,6 +70,29 @@ def int4_by_formula(values: list[float]) -> list[float]:
     return found
 
 
+def fp16_scale(value: float) -> float:
+    """The nearest FP16 number, within those that scales may have."""
+    size = min(max(abs(value), 2.0**-24), 65504.0)
+    return math.copysign(float(torch.tensor(size).half()), value)
+
+
+def q8_0_by_formula(values: list[float]) -> list[float]:
+    found = []
+    for row in in_groups(values, 32):
+        step = fp16_scale(single(max(map(abs, row)) / 127)) if any(row) else 1.0
+        found += [min(max(round(single(x / step)), -127), 127) * step for x in row]
+    return found
+
+
+def q4_0_by_formula(values: list[float]) -> list[float]:
+    found = []
+    for row in in_groups(values, 32):
+        extreme = max(row, key=lambda x: (abs(x), x))
+        step = fp16_scale(single(extreme / -8)) if extreme else 1.0
+        found += [min(max(round(single(x / step)), -8), 7) * step for x in row]
+    return found
+
+
 def in_groups(values: list[float], size: int) -> list[list[float]]:
     return [values[start : start + size] for start in range(0, len(values), size)]
 
@@ -98,6 +121,8 @@ FORMULAS = {
     "nvfp4": nvfp4_by_formula,
     "mxfp4": mxfp4_by_formula,
     "int4": int4_by_formula,
+    "q8_0": q8_0_by_formula,
+    "q4_0": q4_0_by_formula,
 }
 
 
@@ -133,6 +158,8 @@ def test_e2m1_rounds_to_nearest_with_ties_to_even() -> None:
         ("nvfp4", [6 * 448, 448 * 0.25, 448 * 2.5, 448 * -5], [6 * 448, 0, 448 * 2, 448 * -4]),
         ("mxfp4", [6, 0.25, 2.5, -5], [6, 0, 2, -4]),
         ("int4", [7, 0.5, 1.5, -2.5], [7, 0, 2, -2]),
+        ("q8_0", [127, 0.5, 1.5, -2.5], [127, 0, 2, -2]),
+        ("q4_0", [-8, 0.5, 1.5, -2.5], [-8, 0, 2, -2]),
     ],
 )
 def test_ties_go_to_the_even_code(
@@ -241,6 +268,9 @@ def test_the_error_is_at_most_half_a_step(format: Format) -> None:
         "mxfp4": (largest / 4).reshape(weight.shape),
         # Half of a step that is a seventh of the largest value, which BF16 rounds; saturated.
         "int4": (largest / 14 * (1 + 2**-4)).reshape(weight.shape),
+        "q8_0": (largest / 254 * (1 + 2**-7)).reshape(weight.shape),
+        # A whole step where the code 8 is missing.
+        "q4_0": (largest / 8 * (1 + 2**-10)).reshape(weight.shape),
     }[format]
     assert bool(((found - weight).abs() <= bound).all())
 

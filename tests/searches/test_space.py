@@ -43,7 +43,7 @@ def test_a_wrong_space_is_refused_in_words(tmp_path: Path, text: str, message: s
 
 
 def test_an_unknown_space_lists_those_that_exist() -> None:
-    with pytest.raises(InputError, match="formats, joint, minipuzzle, minitron, puzzle"):
+    with pytest.raises(InputError, match="formats, gguf, joint, minipuzzle, minitron, puzzle"):
         load_space("jiont")
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from compress.export.layouts.compressed_tensors import COMPRESSED_TENSORS
 from compress.export.layouts.directory import PLAIN, Structure, is_told, write_directory
+from compress.export.layouts.gguf import write_gguf
 from compress.export.layouts.stock import OWN, OWN_FORMATS, STOCK
 from compress.export.layouts.student import Student
 from compress.export.layouts.uneven import DECILM, PUZZLE
@@ -31,5 +32,7 @@ def layout_of(target: Target, architecture: Architecture) -> Layout:
     if target == "compress":
         structure = STOCK if plain and not told else OWN
         return partial(write_directory, structure, OWN_FORMATS if told else PLAIN)
+    if target == "llama.cpp":
+        return write_gguf
     structure = STOCK if plain else UNEVEN[architecture.family]
     return partial(write_directory, structure, COMPRESSED_TENSORS if told else PLAIN)

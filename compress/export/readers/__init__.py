@@ -2,4 +2,4 @@
 
 from typing import Literal
 
-Reader = Literal["transformers", "vllm", "compress"]
+Reader = Literal["transformers", "vllm", "llama.cpp", "compress"]

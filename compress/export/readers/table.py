@@ -53,6 +53,7 @@ class Process:
 READERS: Mapping[Reader, Process] = {
     "transformers": Process(file="transformers_reader.py", package="transformers"),
     "vllm": Process(file="vllm_reader.py", package="vllm"),
+    "llama.cpp": Process(file="llama_cpp_reader.py", package="llama_cpp"),
 }
 
 

@@ -1,0 +1,60 @@
+"""Reads a GGUF file with llama.cpp: ``python llama_cpp_reader.py REQUEST``.
+
+That Python has the package ``llama-cpp-python``. What comes in and goes out is said in
+``table.py``. It imports nothing of this package, so that the environment needs nothing of ours.
+
+The cache is in fp32. Products with weights in BF16 round what they are multiplied with to BF16, and
+those with quantized weights to 8 bits in blocks of 32: that is llama.cpp's arithmetic on a CPU.
+"""
+
+import importlib
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+F32 = 0
+
+
+def read(request: dict[str, Any]) -> dict[str, Any]:
+    """The answer to a request."""
+    package: Any = importlib.import_module("llama_cpp")
+    numpy: Any = importlib.import_module("numpy")
+    rows, prompt = request["rows"], request["prompt"]
+    [file] = Path(request["directory"]).glob("*.gguf")
+    length = len(rows[0])
+    model = package.Llama(
+        model_path=str(file), n_ctx=length, n_batch=length, n_ubatch=length, n_gpu_layers=0,
+        type_k=F32, type_v=F32, logits_all=True, verbose=False,
+    )  # fmt: skip
+
+    def scores(tokens: list[int]) -> Any:
+        model.reset()
+        model.eval(tokens)
+        logits = numpy.array(model.scores[: len(tokens)], dtype=numpy.float64)
+        logits -= logits.max(-1, keepdims=True)
+        return logits - numpy.log(numpy.exp(logits).sum(-1, keepdims=True))
+
+    text, ids, values, greedy = [], [], [], []
+    for row in rows:
+        found = scores(row)[:-1]
+        best = numpy.argsort(-found, axis=-1, kind="stable")[:, : request["top"]]
+        text.append(found[numpy.arange(length - 1), row[1:]].tolist())
+        ids.append(best.tolist())
+        values.append(numpy.take_along_axis(found, best, axis=-1).tolist())
+        # A token at a time, as a server generates.
+        made = [int(scores(row[:prompt])[-1].argmax())]
+        while len(made) < length - prompt:
+            model.eval(made[-1:])
+            made.append(int(model.scores[model.n_tokens - 1].argmax()))
+        greedy.append(made)
+    return {
+        "reader": f"llama.cpp (llama-cpp-python {package.__version__}) on a CPU",
+        "dtype": "int8", "text": text, "ids": ids, "values": values, "greedy": greedy,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    asked = Path(sys.argv[1])
+    answer = read(json.loads(asked.read_text(encoding="utf-8")))
+    asked.with_name("answer.json").write_text(json.dumps(answer), encoding="utf-8")
