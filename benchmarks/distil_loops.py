@@ -26,6 +26,7 @@ from compress.sweep.stack import stack_of
 from compress.sweep.states import stored_states
 from compress.train.distill import DistillSettings, Lesson, Teacher, distill
 from compress.train.optimizers import BETAS
+from compress.train.precision import numerics_of
 
 LENGTH = 2048
 # So little that every layer is computed again in the backward pass.
@@ -117,7 +118,9 @@ def differences(teacher: Checkpoint, student: Path, home: Path) -> dict[str, flo
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(expected, weights)])
     facts: dict[str, float] = {}
     for name, states in (("live", live), ("stored in BF16", stored)):
-        found = Lesson(model, head, REFERENCE)(rows, states[index])
+        found = Lesson(model, head, REFERENCE, numerics_of(None, False, REFERENCE))(
+            rows, states[index]
+        )
         own = torch.cat([g.flatten() for g in torch.autograd.grad(found, weights)])
         facts[f"KL, {name}, relative difference"] = abs(found.item() / expected.item() - 1)
         facts[f"gradient, {name}, relative difference"] = float(

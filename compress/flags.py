@@ -57,7 +57,14 @@ SCORED = (
     "revision", "space", "data", "seed", "sequence_length", "score_tokens", "score_length",
     "draws", "replay_tokens", *PLACED,
 )  # fmt: skip
-TRAINED = ("distill_length", "distill_batch_tokens", "learning_rate", "optimizer")
+TRAINED = (
+    "distill_length",
+    "distill_batch_tokens",
+    "learning_rate",
+    "optimizer",
+    "precision",
+    "emulate",
+)
 ROUNDED = ("rounding", "calibration_tokens")
 EVALUATED = (
     "revision",

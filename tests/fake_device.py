@@ -49,6 +49,7 @@ from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
 from compress.train.distill import Lesson, Teacher, recompute
 from compress.train.local import block_error, watched
+from compress.train.precision import numerics_of
 
 # "linear_attention", "full_attention", "mlp": all kinds but the routed experts.
 KINDS = ["linear_attention", "full_attention", "mlp", "linear_attention"]
@@ -290,7 +291,9 @@ def distillation(stack: Stack) -> None:
         student.model.requires_grad_(True)
         for again in (False, True):
             recompute(student.model, again)
-            Lesson(student.model, teacher.head, whole)(rows(), teacher.states).backward()
+            Lesson(student.model, teacher.head, whole, numerics_of(None, False, whole))(
+                rows(), teacher.states
+            ).backward()
     for parameter in student.model.parameters():
         at_home(parameter.grad)
 

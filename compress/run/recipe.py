@@ -25,7 +25,7 @@ from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
 from compress.text.sources import is_hub_text, require_text
-from compress.train.recipes import OptimizerName
+from compress.train.recipes import OptimizerName, PrecisionName
 
 
 def absolute(path: str) -> str:
@@ -179,6 +179,14 @@ class Recipe(BaseModel):
         "adamw",
         description="What trains students: AdamW in fp32, with moments in 8 bits (needs torchao), "
         "or with fp32 weights and moments on the CPU beside a GPU (offload).",
+    )
+    precision: PrecisionName | None = Field(
+        None,
+        description="What the products of a distillation compute in; default: fp32 on a CPU, bf16 "
+        "on a GPU.",
+    )
+    emulate: bool = Field(
+        False, description="Compute a precision that this machine has no units for, slowly."
     )
 
     @model_validator(mode="before")

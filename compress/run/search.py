@@ -38,6 +38,7 @@ from compress.searches.problem import Problem
 from compress.searches.proposals import require_feasible
 from compress.searches.space import Space, load_space, of_teacher
 from compress.train.optimizers import require as require_optimizer
+from compress.train.precision import numerics_of
 
 STAGE = "search"
 # A searched baseline gets this share of the trials, and at least so many.
@@ -176,6 +177,7 @@ def require_searchable(session: Session, space: Space) -> None:
         require_stage("search", one.architecture, recipe, session.placement, share)
     require_ranked(session.architecture, recipe.ranking)
     require_optimizer(recipe.optimizer, session.placement)
+    numerics_of(recipe.precision, recipe.emulate, session.placement)
     session.rows("score", recipe.score_tokens)
     session.rows("final", recipe.final_tokens)
     if space.repair:

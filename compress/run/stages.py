@@ -33,6 +33,7 @@ from compress.student.candidate import repair_note
 from compress.sweep.placement import placement
 from compress.sweep.stack import stack_at, stack_of
 from compress.train.optimizers import require as require_optimizer
+from compress.train.precision import numerics_of
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
 QUICKSTART: dict[str, Any] = dict(
@@ -75,6 +76,7 @@ def distill_one(run: Run, recipe: Recipe, name: str | None) -> None:
     """Train a candidate; its teacher's states stay for the next one."""
     session = Session(run, recipe)
     require_optimizer(recipe.optimizer, session.placement)
+    numerics_of(recipe.precision, recipe.emulate, session.placement)
     candidate, _ = students.find_candidate(session, name)
     for stage, tokens in (("local", recipe.local_tokens), ("distill", recipe.distill_tokens)):
         if tokens:

@@ -37,6 +37,7 @@ from compress.train.distill import distill as train_on_teacher
 from compress.train.loop import digest
 from compress.train.masters import roundings
 from compress.train.optimizers import weights_dtype
+from compress.train.precision import numerics_of, quantized
 from compress.train.world import world
 
 # Directories of a run with one directory per candidate.
@@ -182,6 +183,7 @@ def train_inputs(
         "session": session.identity(),
         "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate, recipe.optimizer],
         "length": recipe.distill_length,
+        "precision": recipe.precision,
         "architecture": to_json(candidate.architecture),
         "rounding": rounding_of(session, candidate.architecture),
         "keep": {key: index.tolist() for key, index in candidate.keep.items()},
@@ -209,7 +211,7 @@ def train(
         settings = DistillSettings(
             tokens=tokens, batch_tokens=session.recipe.distill_batch_tokens,
             learning_rate=session.recipe.learning_rate, seed=session.recipe.seed,
-            optimizer=session.recipe.optimizer, start=start,
+            optimizer=session.recipe.optimizer, precision=session.recipe.precision, start=start,
         )  # fmt: skip
         tensors = trained_tensors(session, candidate, settings, begins, directory)
         store_student(begins, directory / STUDENT, candidate.architecture, tensors)
@@ -238,9 +240,12 @@ def trained_tensors(
     session.store.clear()
     student = load_model(begins, weights_dtype(recipe.optimizer, placement))
     grids = grids_of(begins, architecture, placement.device)
-    with session.stack.head() as head:
-        lesson, rounding = Lesson(states, head), roundings(architecture, grids)
-        train_on_teacher(lesson, student, rows, settings, placement, directory, roundings=rounding)
+    numerics = numerics_of(recipe.precision, recipe.emulate, placement)
+    with session.stack.head() as head, quantized(student, architecture, numerics):
+        train_on_teacher(
+            Lesson(states, head), student, rows, settings, placement, directory,
+            roundings=roundings(architecture, grids), numerics=numerics,
+        )  # fmt: skip
     trained = chain(disk_tensors(student, architecture), open_checkpoint(begins).mtp())
     return on_grids(in_bf16(trained, architecture), grids)
 

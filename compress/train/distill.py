@@ -1,8 +1,9 @@
 """Distillation: the student learns the teacher's whole distribution, forward KL and nothing else.
 
 Of the teacher only its final hidden states of the text and its head are there: the KL is exact (to
-the rounding of the states), and logits exist for one chunk of tokens at a time. Where the work is
-in BF16, products are (autocast); weights are fp32, or BF16 with an optimizer that knows how.
+the rounding of the states), and logits exist for one chunk of tokens at a time. Products
+are computed as a recipe says (``precision.py``); weights are fp32, or BF16 with an optimizer that
+knows how.
 """
 
 from collections.abc import Iterator
@@ -22,7 +23,8 @@ from compress.sweep.states import StoredStates
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
 from compress.train.masters import Roundings
 from compress.train.optimizers import bytes_of
-from compress.train.recipes import OptimizerName
+from compress.train.precision import Numerics, numerics_of
+from compress.train.recipes import OptimizerName, PrecisionName
 from compress.train.world import world
 
 # Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
@@ -49,6 +51,7 @@ class DistillSettings:
     weight_decay: float = 0.0
     seed: int = 0
     optimizer: OptimizerName = "adamw"
+    precision: PrecisionName | None = None
     checkpoint_seconds: float = 100.0
     start: str = ""
 
@@ -64,15 +67,18 @@ class Teacher:
 class Lesson(nn.Module):
     """A student before its teacher's head: the forward pass gives the loss."""
 
-    def __init__(self, student: PreTrainedModel, head: Head, placement: Placement) -> None:
+    def __init__(
+        self, student: PreTrainedModel, head: Head, placement: Placement, numerics: Numerics
+    ) -> None:
         super().__init__()
-        self.student, self.head, self.placement = student, head, placement
+        self.student, self.head, self.numerics = student, head, numerics
+        self.placement = placement
 
     def forward(self, ids_BT: Tensor, teacher_BTD: Tensor) -> Tensor:
         """Mean KL(teacher || student) over all positions of rows, nats per token."""
-        device, dtype = self.placement.device, self.placement.dtype
-        teacher_ND = teacher_BTD.to(device, dtype).flatten(0, 1)
-        with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        device = self.placement.device
+        teacher_ND = teacher_BTD.to(device, self.placement.dtype).flatten(0, 1)
+        with self.numerics.computing(device):
             student_ND = final_hidden(self.student, ids_BT.to(device)).flatten(0, 1)
             return mean_kl_from_hidden(student_ND, head_of(self.student), teacher_ND, self.head)
 
@@ -86,6 +92,7 @@ def distill(
     directory: Path | None = None,
     progress: Progress | None = None,
     roundings: Roundings | None = None,
+    numerics: Numerics | None = None,
 ) -> list[CurvePoint]:
     """Train ``student`` in place towards ``teacher`` on ``rows`` [N, T]; the curve, a point a step.
 
@@ -96,10 +103,12 @@ def distill(
     curve are kept there and an interrupted distillation of the same settings and rows continues,
     on a CPU bit for bit. Several processes take a part of every batch each. With ``roundings``, by
     the student's names, every forward pass has weights as they are stored, and so has the student
-    afterwards. InputError on ``rows`` or settings that give no step, a batch that does not divide
-    among processes, vocabularies that differ, or a loss that is not finite.
+    afterwards. ``numerics`` are those of the settings' precision on a student whose linear layers
+    are ``quantized`` by them; the placement's where there is none. InputError on ``rows`` or
+    settings that give no step, a batch that does not divide among processes, vocabularies that
+    differ, or a loss that is not finite.
     """
-    batch, _ = schedule(rows, settings)
+    batch, steps = schedule(rows, settings)
     ours = world()
     ours.require(batch, settings.optimizer)
     if len(teacher.head.weight) != student.config.vocab_size:
@@ -115,13 +124,16 @@ def distill(
     recompute(student, is_tight(student, micro * rows.shape[1], settings.optimizer, placement))
     numbers = torch.arange(len(rows))[:, None]
 
+    how = numerics or numerics_of(None, False, placement)
+
     def loss_of(lesson: nn.Module, step: int) -> Iterator[Tensor]:
+        how.at((step + 0.5) / steps)
         whole = batch_at(numbers, step, batch, settings.seed).flatten()
         for part in torch.split(ours.share(whole), micro):
             yield lesson(rows[part], teacher.states[part]) * (len(part) / len(whole))
 
     curve = train(
-        Lesson(student, teacher.head, placement),
+        Lesson(student, teacher.head, placement, how),
         loss_of,
         train_settings(rows, settings),
         what="distill",
@@ -159,6 +171,7 @@ def train_settings(rows: Tensor, settings: DistillSettings) -> TrainSettings:
         weight_decay=settings.weight_decay,
         seed=settings.seed,
         optimizer=settings.optimizer,
+        precision=settings.precision,
         checkpoint_seconds=settings.checkpoint_seconds,
         data=digest(rows),
         start=settings.start,

@@ -24,7 +24,7 @@ from compress.core.signals import stoppable
 from compress.train.checkpoints import resume, save
 from compress.train.masters import Masters, Roundings
 from compress.train.optimizers import Optimizer, optimizer_of, set_rate
-from compress.train.recipes import OptimizerName
+from compress.train.recipes import OptimizerName, PrecisionName
 from compress.train.world import ALONE, World, give_back, sharded, tensors_of
 
 CLIP = 1.0
@@ -51,6 +51,7 @@ class TrainSettings:
     checkpoint_every: int = 1
     checkpoint_seconds: float = 0.0
     optimizer: OptimizerName = "adamw"
+    precision: PrecisionName | None = None
     data: str = ""
     start: str = ""
 
@@ -109,6 +110,8 @@ def train(
     reporting = nullcontext(progress) if progress else shown(what, left if world.leads else 0)
     with stoppable() as asked, reporting as report:
         for step in range(len(losses), settings.steps):
+            # Of what rounds stochastically.
+            torch.manual_seed((settings.seed * 1_000_003 + step) * world.size + world.rank)
             loss = loss_of(trained, step)
             losses.append(update(trained, optimizer, loss, step, settings, world, masters))
             done = step + 1

@@ -22,15 +22,18 @@ from compress.model.checkpoint import in_bf16, open_checkpoint, write_checkpoint
 from compress.model.families import read_architecture
 from compress.model.kernels import modeling
 from compress.model.modules import final_hidden, head_of
+from compress.sweep.placement import placement
 from compress.text.documents import read_documents
 from compress.text.packing import pack
 from compress.text.splits import split_documents
 from compress.text.tokenizer import load_tokenizer
 from compress.train.checkpoints import FILES, forget
 from compress.train.loop import Progress, TrainSettings, batch_at, digest, train
-from compress.train.recipes import PretrainRecipe
+from compress.train.precision import Numerics, numerics_of, quantized
+from compress.train.recipes import PRECISIONS, PretrainRecipe
 from compress.train.world import ALONE, World, world
 
+EXACT = Numerics(PRECISIONS["fp32"])
 EOS = "<|endoftext|>"
 BIAS = "e_score_correction_bias"
 LOAD = "load_since_balance"
@@ -54,6 +57,7 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         if (finished := metrics_of(recipe, out)) is not None:
             return finished
         ours.told({"pretrain": [str(recipe), str(out)]})
+    numerics = numerics_of(settings.precision, settings.emulate, placement("auto", None))
     ours.require(settings.batch, "adamw")
     splits = split_documents(read_documents(settings.data))
     tokenizer = tokenizer_of(settings, splits["train"])
@@ -63,6 +67,7 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
     count_loads(model)
 
     def loss_of(reader: nn.Module, step: int) -> Tensor:
+        numerics.at((step + 0.5) / settings.steps)
         whole = batch_at(rows, step, settings.batch, settings.seed, shift=True)
         loss: Tensor = reader(ours.share(whole)).mean() / ours.size
         return loss
@@ -72,26 +77,29 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         due = step % settings.checkpoint_every == 0 or step == settings.steps
         return held_out.measure(reader) if due else None
 
-    curve = train(
-        Reader(model),
-        loss_of,
-        TrainSettings(
-            steps=settings.steps,
-            batch_tokens=settings.batch * settings.length,
-            learning_rate=settings.learning_rate,
-            warmup=settings.warmup,
-            decay=settings.decay,
-            weight_decay=settings.weight_decay,
-            seed=settings.seed,
-            checkpoint_every=settings.checkpoint_every,
-            data=digest(rows),
-        ),
-        what="pretrain",
-        directory=work_of(out),
-        progress=progress,
-        after_step=after_step,
-        world=ours,
+    asked = TrainSettings(
+        steps=settings.steps,
+        batch_tokens=settings.batch * settings.length,
+        learning_rate=settings.learning_rate,
+        warmup=settings.warmup,
+        decay=settings.decay,
+        weight_decay=settings.weight_decay,
+        seed=settings.seed,
+        checkpoint_every=settings.checkpoint_every,
+        precision=settings.precision,
+        data=digest(rows),
     )
+    with quantized(model, read_architecture(settings.model), numerics):
+        curve = train(
+            Reader(model, numerics),
+            loss_of,
+            asked,
+            what="pretrain",
+            directory=work_of(out),
+            progress=progress,
+            after_step=after_step,
+            world=ours,
+        )
     if not ours.leads:
         return {}
     write_teacher(model, tokenizer, out)
@@ -182,16 +190,17 @@ def new_model(settings: PretrainRecipe, tokenizer: PreTrainedTokenizerFast) -> P
 class Reader(nn.Module):
     """A model that reads text: the forward pass gives the nats of every token but a row's first."""
 
-    def __init__(self, model: PreTrainedModel) -> None:
+    def __init__(self, model: PreTrainedModel, numerics: Numerics = EXACT) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.numerics = model, numerics
 
     def forward(self, ids_BT: Tensor) -> Tensor:
         """Nats of the tokens of rows, flat."""
         ids_BT = ids_BT.to(next(self.model.parameters()).device)
-        hidden_BTD = final_hidden(self.model, ids_BT)
-        hidden_ND, targets = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
-        return nll_from_hidden(hidden_ND, head_of(self.model), targets)
+        with self.numerics.computing(ids_BT.device):
+            hidden_BTD = final_hidden(self.model, ids_BT)
+            hidden_ND, targets = hidden_BTD[:, :-1].flatten(0, 1), ids_BT[:, 1:].flatten()
+            return nll_from_hidden(hidden_ND, head_of(self.model), targets)
 
 
 def count_loads(model: nn.Module) -> None:

@@ -18,6 +18,7 @@ from compress.sweep.placement import Placement
 from compress.sweep.stack import stack_of
 from compress.sweep.states import stored_states
 from compress.train.distill import DistillSettings, Lesson, Teacher, distill
+from compress.train.precision import numerics_of
 
 SETTINGS = DistillSettings(tokens=320, batch_tokens=64, learning_rate=1e-3, checkpoint_seconds=0)
 
@@ -158,7 +159,9 @@ def test_the_kl_of_stored_states_is_the_live_one(tmp_path: Path, tiny: Path) -> 
     )
     live = taught(tiny, tokens())
     found, expected = (
-        Lesson(student, teacher.head, Placement())(tokens(), teacher.states[index]).item()
+        Lesson(student, teacher.head, Placement(), numerics_of(None, False, Placement()))(
+            tokens(), teacher.states[index]
+        ).item()
         for teacher in (Teacher(stored, live.head), live)
     )
     assert found == pytest.approx(expected, rel=1e-3)
