@@ -77,9 +77,10 @@ def round_stochastically_(x: Tensor) -> Tensor:
 
 def tiled(x: Tensor, block: tuple[int, int]) -> Tensor:
     """A matrix as tiles [down, across, rows, along] of a block each, zeros where it ends."""
-    rows, along = x.shape
-    x = functional.pad(x, (0, -along % block[1], 0, -rows % block[0]))
-    return x.unflatten(0, (-1, block[0])).unflatten(2, (-1, block[1])).transpose(1, 2)
+    down, across = (-(-size // step) for size, step in zip(x.shape, block, strict=True))
+    rows, along = block
+    x = functional.pad(x, (0, across * along - x.shape[1], 0, down * rows - x.shape[0]))
+    return x.reshape(down, rows, across, along).transpose(1, 2)
 
 
 def untiled(tiles: Tensor, shape: torch.Size) -> Tensor:
@@ -93,8 +94,9 @@ def hadamard(x: Tensor) -> Tensor:
     matrix = torch.ones(1, 1, device=x.device)
     while len(matrix) < TILE:
         matrix = torch.cat([torch.cat([matrix, matrix], 1), torch.cat([matrix, -matrix], 1)])
-    x = functional.pad(x.float(), (0, -x.shape[1] % TILE)).unflatten(1, (-1, TILE))
-    return (x @ (signs[:, None] * matrix / TILE**0.5)).flatten(1, 2)
+    x = functional.pad(x.float(), (0, -x.shape[1] % TILE))
+    turned: Tensor = x.view(len(x), -1, TILE) @ (signs[:, None] * matrix / TILE**0.5)
+    return turned.flatten(1, 2)
 
 
 class Linear(torch.autograd.Function):
