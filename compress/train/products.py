@@ -8,8 +8,11 @@ A linear layer is three products, each of which sums over an axis of both operan
 
 ``Q`` rounds to a recipe's numbers with scales shared by blocks along the axis summed over; ``H`` is
 an orthogonal transform of every 16 tokens that spreads outliers and leaves the product as it was.
-Sums are fp32. NVFP4's numbers and scales are those of ``formats/nvfp4.py``, so ModelOpt's, FP8's
-those of ``formats/fp8.py``; a block at an edge that is not full is one of what there is.
+Sums are fp32. FP8 has ``s = amax / most`` in fp32 and ``code = round(x / s)``; NVFP4 has
+``s_tensor = amax / (6 * 448)`` in fp32, ``s_block = e4m3(max / (6 s_tensor))`` of at least 2^-9 and
+``code = e2m1(x / (s_block s_tensor))``, in the order of ModelOpt's operations. (What ``formats``
+stores keeps clear of scales that servers' kernels change besides.) A block at an edge that is not
+full is one of what there is.
 """
 
 from typing import Any
@@ -18,13 +21,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from compress.formats import fp8, nvfp4
-from compress.formats.blocks import E2M1_MAX, EXPONENT, largest
+from compress.formats.blocks import E2M1_MAX, EXPONENT, largest, round_e2m1_
 from compress.train.recipes import Operand, Precision
 
 # N tokens, O outputs, I inputs. Matrices are [rows, along]: the axis that is summed over is last.
 
-E5M2_MAX = 57344.0
+# The types of FP8 and the largest of their numbers.
+FP8 = {"e4m3": (torch.float8_e4m3fn, 448.0), "e5m2": (torch.float8_e5m2, 57344.0)}
+# The least scale of a block of NVFP4.
+SMALLEST = 2.0**-9
 TILE = 16
 # The fixed signs of the Hadamard transform, Transformer Engine's.
 SIGNS = (1, 1, 1, -1, 1, -1, -1, -1, -1, -1, -1, 1, -1, 1, -1, -1)
@@ -34,37 +39,34 @@ def rounded(x: Tensor, how: Operand) -> Tensor:
     """A matrix [rows, along] after rounding, fp32."""
     x = x.float()
     if how.block is None:
-        return by_tensor(x, how)
+        return fp8(x, x.abs().amax(), how)
     tiles = tiled(x, how.block)
     blocks = tiles.flatten(2, 3).flatten(0, 1)
-    values = (e2m1_blocks if how.numbers == "e2m1" else e4m3_blocks)(blocks, how.stochastic)
+    values = nvfp4_of(blocks, how) if how.numbers == "e2m1" else fp8(blocks, largest(blocks), how)
     return untiled(values.view_as(tiles), x.shape)
 
 
-def by_tensor(x: Tensor, how: Operand) -> Tensor:
-    """FP8 with one scale for the tensor: current scaling."""
-    amax = x.abs().amax()
-    if how.numbers == "e4m3":
-        return fp8.fake(x, amax)
-    scale = amax / E5M2_MAX
-    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
-    codes = (x / scale).clamp_(-E5M2_MAX, E5M2_MAX).to(torch.float8_e5m2)
-    return codes.float() * scale
+def fp8(x: Tensor, amax: Tensor, how: Operand) -> Tensor:
+    """FP8 with a scale for each of ``amax``, which broadcasts."""
+    assert not how.stochastic, "no recipe rounds FP8 so"
+    kind, most = FP8[how.numbers]
+    scale = one_for_zero(amax / most)
+    return (x / scale).clamp_(-most, most).to(kind).float() * scale
 
 
-def e4m3_blocks(blocks: Tensor, stochastic: bool) -> Tensor:
-    """E4M3 with an fp32 scale for every row [rows, a power of two]."""
-    assert not stochastic, "no recipe rounds FP8 so"
-    scales = fp8.tensor_scale(largest(blocks))
-    return fp8.round_(blocks / scales).mul_(scales)
-
-
-def e2m1_blocks(blocks: Tensor, stochastic: bool) -> Tensor:
+def nvfp4_of(blocks: Tensor, how: Operand) -> Tensor:
     """NVFP4 with an E4M3 scale for every row [rows, a power of two] and one for all."""
-    scale = nvfp4.tensor_scale(blocks.abs().amax())
-    steps = nvfp4.steps(nvfp4.block_scale(blocks, scale), scale)
+    kind, most = FP8["e4m3"]
+    scale = one_for_zero(blocks.abs().amax() / (E2M1_MAX * most))
+    found = one_for_zero(largest(blocks) / (E2M1_MAX * scale))
+    steps = found.clamp_(SMALLEST, most).to(kind).float() * scale
     scaled = blocks / steps
-    return (round_stochastically_ if stochastic else nvfp4.round_)(scaled).mul_(steps)
+    return (round_stochastically_ if how.stochastic else round_e2m1_)(scaled).mul_(steps)
+
+
+def one_for_zero(scale: Tensor) -> Tensor:
+    """Scales, of which those of zeros are 1."""
+    return torch.where(scale == 0, torch.ones_like(scale), scale)
 
 
 def round_stochastically_(x: Tensor) -> Tensor:

@@ -33,6 +33,9 @@ def drawn(*shape: int, seed: int = 0) -> Tensor:
 
 def test_blocks_of_nvfp4_are_modelopt_s() -> None:
     x = drawn(32, 64)
+    # Scales down to the smallest, and zeros.
+    x *= 10.0 ** -torch.arange(32)[:, None].clamp(max=8)
+    x[20] = 0
     codes, scales, scale = NVFP4QTensor.quantize(x, 16)
     packed = codes.dequantize(
         dtype=torch.float32, scale=scales, double_scale=scale, block_sizes={-1: 16}
