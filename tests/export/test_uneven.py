@@ -15,15 +15,16 @@ from typing import Any
 import pytest
 import torch
 from exports import CARD
-from quantized import write_student
+from quantized import with_formats, write_student
 from tiny_models import HYBRID, LLAMA, MORE
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.core.errors import InputError
 from compress.export.student import export_student, token_rows
+from compress.formats.table import Format
 from compress.memory.footprint import weight_bytes
-from compress.model.architecture import Architecture, Ffn
+from compress.model.architecture import Architecture, Ffn, without_formats
 from compress.model.build import load_model
 from compress.model.families import read_architecture
 from compress.model.find import shipped
@@ -49,16 +50,22 @@ def uneven(teacher: Architecture) -> Architecture:
     return dataclasses.replace(teacher, blocks=tuple(blocks))
 
 
-@pytest.mark.parametrize("family", TEACHERS)
-def test_stock_transformers_computes_what_the_student_does(family: str, tmp_path: Path) -> None:
-    student = uneven(read_architecture(TEACHERS[family]))
-    source = write_student(tmp_path / "student", TEACHERS[family], student)
-    out = tmp_path / "out"
-    facts = export_student(source, out, student, "vllm", CARD)
+@pytest.mark.parametrize(
+    ("family", "format"),
+    [*((family, "bf16") for family in TEACHERS), ("llama", "fp8"), ("nemotron_h", "fp8")],
+)
+def test_stock_transformers_computes_what_the_student_does(
+    family: str, format: Format, tmp_path: Path
+) -> None:
+    student = with_formats(uneven(read_architecture(TEACHERS[family])), [format])
+    source = write_student(tmp_path / "student", TEACHERS[family], without_formats(student))
+    out, own = tmp_path / "out", tmp_path / "own"
+    facts = export_student(source, out, student, "transformers", CARD)
+    export_student(source, own, student, "compress", CARD)
     assert facts["bytes"] == weight_bytes(student)
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32, trust_remote_code=True)
-    rows, meant = token_rows(student, seed=2), load_model(source)
-    assert torch.equal(model(rows).logits, meant(rows).logits)
+    rows, meant = token_rows(student, seed=2), load_model(own)
+    torch.testing.assert_close(model(rows).logits, meant(rows).logits)
     asked = {"max_new_tokens": 8, "do_sample": False}
     assert torch.equal(model.generate(rows[:1], **asked), meant.generate(rows[:1], **asked))
     assert torch.equal(load_model(out)(rows).logits, meant(rows).logits)
