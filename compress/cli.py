@@ -65,7 +65,7 @@ def plan(
     """
     from compress.api import planned
     from compress.report.comparison import print_comparison
-    from compress.report.plan import print_plan, print_work
+    from compress.report.plan import print_plan, print_serving, print_work
     from compress.run.work import machine_of, works_json, works_of
 
     flags.require_comparable(models, compare, work or on is not None)
@@ -87,6 +87,7 @@ def plan(
     if machine:
         print_work(works, machine)
     if made.quantized:
+        print_serving(Path(model), made)
         note(f"next: compress eval TEACHER {model}, with what it was made from as TEACHER")
         return
     limit = ["--budget", recipe.budget or "70%"]

@@ -82,7 +82,7 @@ def test_plan_prints_a_row_for_all_blocks_that_are_alike(
     output = capsys.readouterr().out
     assert output.count("kv_head 8, query 5, head_dim 128") == 1
     assert output.count("nvfp4, bf16") == 1
-    assert "fp8 KV caches are left out: a10g is not sure to run them" in output
+    assert "a10g, vLLM: FP8 caches by FlashInfer only" in output
     assert "a10g offers 22.060 GiB (binds; budget 40.000 GiB)" in output
 
 

@@ -17,10 +17,14 @@ from compress.model.build import is_plain
 from compress.model.families import count_parameters
 
 LOADING = {
-    "transformers": "`AutoModelForCausalLM.from_pretrained(DIRECTORY)`, or `compress.load`.",
+    "transformers": (
+        "`AutoModelForCausalLM.from_pretrained(DIRECTORY, dtype='bfloat16')`, or `compress.load`; "
+        "weights in formats need the package compressed-tensors."
+    ),
     "vllm": (
-        "vLLM (`vllm serve DIRECTORY`), or `compress.load` for a dequantized torch model. "
-        "transformers cannot read the layout and does not find the weights."
+        "vLLM, or transformers: `AutoModelForCausalLM.from_pretrained(DIRECTORY, "
+        "dtype='bfloat16')`, which reads weights in formats where the package compressed-tensors "
+        "is installed. `compress.load` gives a dequantized torch model."
     ),
     "llama.cpp": "`llama-server -m DIRECTORY/model.gguf`, and whatever else reads GGUF.",
     "compress": "`compress.load(DIRECTORY)`. Stock loaders refuse it: they cannot express it.",
@@ -30,10 +34,7 @@ CODE = (
     "compress-workbench beside vLLM (`pip install --no-deps`), or add `--trust-remote-code`. "
     "transformers takes both classes from the files here: `trust_remote_code=True`."
 )
-ACTIVATIONS = (
-    "Formats were searched and measured weight-only. A server that also quantizes activations "
-    "computes something else; the `input_scale` tensors are there for it."
-)
+ACTIVATIONS = "Formats are those of weights; activations are BF16, in servers as measured."
 KV = "The plan assumes an FP8 KV cache: serve it with one (vLLM: `--kv-cache-dtype fp8`)."
 MIXED_KV = "KV caches differ by layer: `compress.load` reads each in its format, as measured."
 
@@ -41,7 +42,10 @@ MIXED_KV = "KV caches differ by layer: `compress.load` reads each in its format,
 def model_card(
     name: str, architecture: Architecture, facts: Mapping[str, Any], card: Mapping[str, Any]
 ) -> str:
-    """The card as Markdown; values of ``card`` that are mappings become tables of their own."""
+    """The card as Markdown.
+
+    Values of ``card`` that are mappings become tables of their own, lists lines of a shell.
+    """
     stock = "transformers" in facts["reader"]
     summary = {
         "family": architecture.family,
@@ -49,13 +53,15 @@ def model_card(
         "bytes of weights": facts["bytes"],
         "formats": ", ".join(facts["formats"]),
         "KV cache": kv_text(architecture),
-        **{key: value for key, value in card.items() if not isinstance(value, Mapping)},
+        **{key: value for key, value in card.items() if not isinstance(value, Mapping | list)},
     }
     parts = [f"# {name}", "A smaller language model made by `compress`."]
     parts.append(table("", "value", summary))
     for key, value in card.items():
         if isinstance(value, Mapping):
             parts += [f"## {key.replace('_', ' ').capitalize()}", table("", "value", value)]
+        elif isinstance(value, list) and value:
+            parts += [f"## {key.capitalize()}", "\n".join(["```", *value, "```"])]
     parts += ["## Loading", LOADING["transformers" if stock else facts["target"]]]
     if facts["target"] in SERVERS and not is_plain(architecture):
         parts.append(CODE)

@@ -6,7 +6,6 @@ from typing import Any, Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
-from compress.memory.devices import Device
 from compress.model.families import family_of
 from compress.searches.space import Space
 from compress.student.units import AXES
@@ -161,22 +160,3 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
             "use --target compress or a space without it"
         )
     return space.model_copy(update=update)
-
-
-def served_by(space: Space, device: Device | None) -> tuple[Space, str | None]:
-    """The space with only the KV formats that the device runs, and a line that says what is out.
-
-    InputError where none is left.
-    """
-    if device is None or set(space.kv_formats) <= set(device.kv_formats):
-        return space, None
-    left = tuple(format for format in space.kv_formats if format in device.kv_formats)
-    gone = ", ".join(format for format in space.kv_formats if format not in device.kv_formats)
-    if not left:
-        raise InputError(
-            f"the space asks for {gone} KV caches, which no backend is sure to run on "
-            f"{device.name}; list {' or '.join(device.kv_formats)} in kv_formats, or leave "
-            "--device out and give its memory as --budget"
-        )
-    line = f"{gone} KV caches are left out: no backend is sure to run them on {device.name}"
-    return space.model_copy(update={"kv_formats": left}), line

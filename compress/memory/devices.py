@@ -6,7 +6,6 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from compress.core.errors import InputError
-from compress.formats.table import KV_FORMATS, KvFormat
 
 # Where the work on a model is done, which is not where its student is served.
 Compute = Literal["auto", "cpu", "cuda"]
@@ -16,23 +15,21 @@ Compute = Literal["auto", "cpu", "cuda"]
 class Device:
     """``count`` equal cards. ``visible_bytes`` is what they offer together.
 
-    ``kv_formats`` run in every attention backend of the card; ``tflops`` are dense products in BF16
+    ``capability`` is the compute capability, 86 for 8.6; ``tflops`` are dense products in BF16
     with fp32 sums, by its data sheet.
     """
 
     name: str
     visible_bytes: int
     tflops: float
-    kv_formats: tuple[KvFormat, ...] = KV_FORMATS
+    capability: int
     count: int = 1
 
 
-def card(
-    name: str, visible_gib: float, tflops: float, kv_formats: tuple[KvFormat, ...] = KV_FORMATS
-) -> Device:
+def card(name: str, visible_gib: float, tflops: float, capability: int) -> Device:
     """One card; ``visible_gib`` is rounded down to whole bytes."""
     visible = int(visible_gib * 2**30)
-    return Device(name=name, visible_bytes=visible, tflops=tflops, kv_formats=kv_formats)
+    return Device(name=name, visible_bytes=visible, tflops=tflops, capability=capability)
 
 
 # Visible memory is what the driver leaves a process, ECC and reserved pages gone, and so below the
@@ -41,21 +38,21 @@ def card(
 # a10g; a100-40, a100-80, h100, h200 and b200 are from memory.
 #
 # Weights of every format of the table run from Ampere on (Marlin kernels: weight-only, dequantized
-# inside the kernel where the card has no such arithmetic). An FP8 KV cache needs SM89 in some
-# backends, which Ampere (A10G, A100) is not.
+# inside the kernel where the card has no such arithmetic). ``export/serving.py`` says what a server
+# needs to be told.
 DEVICES: Mapping[str, Device] = {
     device.name: device
     for device in (
-        card("a10g", 22.06, 70, kv_formats=("bf16",)),
-        card("l4", 22.03, 60),
-        card("l40s", 44.39, 181),
-        card("rtx4090", 23.52, 165),
-        card("rtx5090", 31.36, 209),
-        card("a100-40", 39.38, 312, kv_formats=("bf16",)),
-        card("a100-80", 79.10, 312, kv_formats=("bf16",)),
-        card("h100", 79.10, 989),
-        card("h200", 139.72, 989),
-        card("b200", 178.35, 2250),
+        card("a10g", 22.06, 70, 86),
+        card("l4", 22.03, 60, 89),
+        card("l40s", 44.39, 181, 89),
+        card("rtx4090", 23.52, 165, 89),
+        card("rtx5090", 31.36, 209, 120),
+        card("a100-40", 39.38, 312, 80),
+        card("a100-80", 79.10, 312, 80),
+        card("h100", 79.10, 989, 90),
+        card("h200", 139.72, 989, 90),
+        card("b200", 178.35, 2250, 100),
     )
 }
 

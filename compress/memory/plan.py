@@ -6,7 +6,6 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
 from compress.memory.budget import Budget, in_format, in_head_format, resolve_budget
 from compress.memory.devices import Device
@@ -88,11 +87,10 @@ class Plan:
 def options_of(
     architecture: Architecture, deployment: Deployment, budget: Budget | None
 ) -> Iterator[Option]:
-    """Every weight format with every KV format that the device runs; one without attention."""
+    """Every weight format with every KV format; with one where there is no attention."""
     has_cache = any(cached(block) for block in architecture.blocks)
-    kv_formats = budget.device.kv_formats if budget and budget.device else KV_FORMATS
     for format in FORMATS:
-        for kv_format in kv_formats if has_cache else KV_FORMATS[:1]:
+        for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
             changed = in_kv_format(in_format(architecture, format), kv_format)
             limits = changed, deployment, budget.bytes if budget else 0
             yield Option(
@@ -117,8 +115,6 @@ def notes_of(
     trained = text_config(config).get("max_position_embeddings")
     if trained and (context is None or context > trained):
         yield f"config.json says that the model is made for {trained:,} tokens, whatever fits"
-    if device and (foreign := {*architecture.kv_formats.values()} - {*device.kv_formats}):
-        yield f"no backend is sure to run {min(foreign)} KV caches on {device.name}"
     if device and device.count > 1:
         yield f"{device.name}: assumes that weights and caches split evenly"
 
@@ -148,14 +144,8 @@ def make_plan(
     """Plan the model of a directory or a config.json.
 
     ``format``, ``head_format`` and ``kv_format`` ask what it would take in another precision than
-    its files say, without ``mtp`` what it takes where nobody predicts further tokens; InputError
-    where the device does not run it.
+    its files say, without ``mtp`` what it takes where nobody predicts further tokens.
     """
-    if device and kv_format and kv_format not in device.kv_formats:
-        raise InputError(
-            f"no backend is sure to run {kv_format} KV caches on {device.name}; leave --kv-format "
-            "out, or give the memory as --budget instead of --device"
-        )
     config = read_config(model)
     architecture = planned_architecture(model, config)
     if not mtp:

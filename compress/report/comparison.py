@@ -47,7 +47,7 @@ def column(plan: Plan) -> dict[str, str]:
         "total": format_bytes(taken.total),
     }
     if plan.budget is None:
-        return found | {"smallest card": smallest_card(taken.total, *model.kv_formats.values())}
+        return found | {"smallest card": smallest_card(taken.total)}
     return found | {
         "fits": "yes" if plan.fits else "no",
         "largest context": limit_text(plan.largest_context),

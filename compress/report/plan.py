@@ -2,10 +2,13 @@
 
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from compress.core.quantities import format_bytes, format_count, format_tokens
 from compress.core.terminal import console, table
-from compress.formats.table import FORMATS, KV_FORMATS, KvFormat, formats_text
+from compress.export.serving import kernels, serving
+from compress.export.targets import LOADERS
+from compress.formats.table import FORMATS, KV_FORMATS, formats_text
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import (
     Deployment,
@@ -19,6 +22,7 @@ from compress.memory.machine import PROCESS, Machine
 from compress.memory.plan import Option, Plan, refusals
 from compress.memory.work import Work
 from compress.model.architecture import Architecture, kv_format_of, sizes
+from compress.model.config import read_config
 from compress.model.families import (
     block_count,
     count_active,
@@ -64,14 +68,25 @@ def print_plan(name: str, plan: Plan, batches: bool = False) -> None:
             lines.append(f"largest batch that fits: {limit_text(plan.largest_batch)}")
     if dequantized:
         lines.insert(0, stored_line(plan))
-    offered = {option.kv_format for option in plan.options}
-    if plan.architecture.kv_formats and (gone := {*KV_FORMATS} - offered) and plan.budget:
-        device = plan.budget.device
-        assert device is not None
-        lines.append(f"{min(gone)} KV caches are left out: {device.name} is not sure to run them")
+    if plan.budget and plan.budget.device:
+        kv_formats = {option.kv_format for option in plan.options}
+        formats = LOADERS["vllm"].formats
+        lines += kernels(plan.budget.device, architecture, formats, kv_formats)
     # What is said of a format that is asked for is among the notes already.
     for line in dict.fromkeys((*lines, *plan.notes, *refusals(architecture, FORMATS))):
         console().print(line, markup=False, soft_wrap=True)
+
+
+def print_serving(directory: Path, plan: Plan) -> None:
+    """Print how servers are started with an export, of one that they load."""
+    config = read_config(directory)
+    if plan.quantized and "quantization_config" in config:
+        device, code = plan.budget.device if plan.budget else None, "auto_map" in config
+        lines = serving(
+            str(directory), plan.architecture, "vllm", plan.deployment, device, code=code
+        )
+        for line in lines:
+            console().print(line, markup=False, soft_wrap=True)
 
 
 def stored_line(plan: Plan) -> str:
@@ -182,16 +197,15 @@ def option_row(option: Option, plan: Plan) -> tuple[str, ...]:
     )
     row = (f"{option.format}, {option.kv_format}", *map(format_bytes, parts))
     if plan.budget is None:
-        return (*row, smallest_card(taken.total, option.kv_format))
+        return (*row, smallest_card(taken.total))
     fits = "yes" if taken.total <= plan.budget.bytes else "no"
     return (*row, fits, limit_text(option.largest_context))
 
 
-def smallest_card(taken: int, *kv_formats: KvFormat) -> str:
-    """The smallest card that has so many bytes and runs these KV formats."""
+def smallest_card(taken: int) -> str:
+    """The smallest card that has so many bytes."""
     cards = sorted(DEVICES.values(), key=lambda device: device.visible_bytes)
-    running = (card for card in cards if set(kv_formats) <= set(card.kv_formats))
-    return next((card.name for card in running if taken <= card.visible_bytes), "none alone")
+    return next((card.name for card in cards if taken <= card.visible_bytes), "none alone")
 
 
 def limit_text(most: int | None) -> str:

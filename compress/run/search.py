@@ -9,7 +9,7 @@ from compress.core.errors import Infeasible
 from compress.core.files import fingerprint, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
-from compress.export.targets import restricted, served_by
+from compress.export.targets import restricted
 from compress.measure.kl import Reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
@@ -89,16 +89,12 @@ def chosen_space(session: Session) -> Space | None:
 
 
 def loaded(session: Session, name: str) -> Space:
-    """A space as teacher, target and device take it; lines say what the first and last lack."""
+    """A space as teacher and target take it; lines say what the first lacks."""
     space, lines = of_teacher(load_space(name), session.whole)
     for line in lines:
         note(line)
     architecture = session.architecture
-    space = restricted(space, session.recipe.target, architecture.family, tied=architecture.tied)
-    space, missing = served_by(space, session.recipe.preset)
-    if missing is not None:
-        note(missing)
-    return space
+    return restricted(space, session.recipe.target, architecture.family, tied=architecture.tied)
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:

@@ -9,10 +9,12 @@ from compress.core.files import read_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import command, note
 from compress.export.readers import Reader
+from compress.export.serving import serving
 from compress.export.student import export_student
 from compress.export.verify import verify as verify_export
 from compress.measure.kl import mean_kl
 from compress.memory.budget import in_format
+from compress.model.build import is_plain
 from compress.model.checkpoint import open_checkpoint
 from compress.report.files import read_sensitivity
 from compress.report.page import report as write_report
@@ -124,7 +126,7 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
     session = Session(run, recipe)
     candidate, row = students.find_candidate(session, name)
     directory, out = students.latest(session, candidate), run.path / "export" / candidate.id
-    card = {
+    card: dict[str, Any] = {
         "command": command("search", session.name, "--run", run.name),
         "budget": f"budget {format_bytes(row.budget)}",
         "teacher": f"{session.name} ({session.note})" if session.note else session.name,
@@ -138,6 +140,8 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
         card["repair"] = repair_note(len(candidate.repaired), len(architecture.blocks))
     if architecture.formats != {"bf16"}:
         card["rounding"] = f"{recipe.rounding}, on {recipe.calibration_tokens} tokens of text"
+    deployed, code = (recipe.deployment, recipe.preset), not is_plain(architecture)
+    card["serving"] = serving("DIRECTORY", architecture, recipe.target, *deployed, code=code)
     place = session.placement
     facts = export_student(directory, out, architecture, recipe.target, card, placement=place)
     note(

@@ -11,10 +11,12 @@ from tiny_models import EVERY, HYBRID, write_tiny
 
 from compress.core.errors import InputError
 from compress.export.accepted import check_target
+from compress.export.serving import serving
 from compress.export.student import export_student
-from compress.export.targets import Target, restricted, served_by
+from compress.export.targets import Target, restricted
 from compress.formats.table import Format
 from compress.memory.devices import find_device
+from compress.memory.footprint import Deployment
 from compress.model.architecture import from_json, in_kv_format
 from compress.model.checkpoint import open_checkpoint
 from compress.searches.space import load_space
@@ -65,17 +67,26 @@ def test_kv_formats_that_differ_are_exported_for_us_alone(
     assert f"layers.0.attention | {format}; fp8 KV; kv_head 2" in card
 
 
-def test_spaces_offer_the_kv_formats_that_target_and_device_take() -> None:
+def test_spaces_offer_the_kv_formats_that_a_target_takes() -> None:
     joint = load_space("joint")
-    assert restricted(joint, "compress", "llama", tied=False).kv_scope == "block"
-    assert restricted(joint, "vllm", "llama", tied=False).kv_scope == "global"
-    assert served_by(joint, None) == (joint, None)
-    assert served_by(joint, find_device("l4")) == (joint, None)
-    space, line = served_by(joint, find_device("8xa100-80"))
-    assert (space.kv_formats, line) == (
-        ("bf16",),
-        "fp8 KV caches are left out: no backend is sure to run them on 8xa100-80",
+    assert restricted(joint, "compress", "llama", tied=True).kv_scope == "block"
+    assert restricted(joint, "vllm", "llama", tied=True).kv_scope == "global"
+
+
+def test_serving_says_what_the_device_runs_and_a_command(tiny_llama: Path) -> None:
+    architecture = in_kv_format(architecture_of(tiny_llama, ["nvfp4"]), "fp8")
+    served = Deployment(context=4096, batch_size=2)
+    room, weights, caches, command = serving(
+        "a b", architecture, "vllm", served, find_device("a10g"), code=True
     )
-    asked = joint.model_copy(update={"kv_formats": ("fp8",)})
-    with pytest.raises(InputError, match=r"asks for fp8 KV caches.*on a10g; list bf16"):
-        served_by(asked, find_device("a10g"))
+    assert "room for a context of" in room
+    assert "nvfp4 stay so in memory, Marlin" in weights
+    assert "FP8 caches by FlashInfer only" in caches
+    assert command == (
+        "vllm serve 'a b' --max-model-len 4096 --max-num-seqs 2 --kv-cache-dtype fp8 "
+        "--attention-backend FLASHINFER --trust-remote-code"
+    )
+    lines = serving("a", architecture, "vllm", served, find_device("l4"))
+    assert len(lines) == 3
+    assert lines[-1].endswith("--kv-cache-dtype fp8")
+    assert serving("a", architecture, "compress", served) == []

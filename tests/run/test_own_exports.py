@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exports import with_experts
 from quantized import with_formats
 from tiny_models import TINY, write_tiny
 
@@ -36,7 +37,8 @@ def test_eval_measures_our_exports_as_load_reads_them(
     # An even shared expert, which blocks of 32 need.
     config = TINY[family] | {"moe_shared_expert_intermediate_size": 64}
     teacher, out = write_tiny(tmp_path / "teacher", config), tmp_path / "out"
-    architecture = with_formats(open_checkpoint(teacher).architecture, [format, "bf16"])
+    mixed = with_formats(open_checkpoint(teacher).architecture, [format, "bf16"])
+    architecture = with_experts(mixed, format)
     export_student(teacher, out, architecture, target, {})
     recipe = check({"model": str(teacher), "data": str(text_file), **EVAL}, "test")
     found = evaluate([str(teacher), str(out)], Asked(), recipe)["models"][str(out)]
