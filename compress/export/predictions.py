@@ -20,6 +20,8 @@ from compress.sweep.stack import Stack, final_states
 NOTHING: Any = GenerationConfig
 # R rows, T tokens of each, of which the last are greedy, K tokens that are likeliest.
 ROWS, PROMPT, GREEDY, TOP = 4, 40, 12, 8
+# Greedy tokens where each costs a sweep of all weights.
+SWEPT = 3
 # In fp32 a written and a read model run the same arithmetic: as a share of the largest magnitude.
 EXACT = 1e-3
 # In another arithmetic, in nats: a model in BF16 alone is 1e-3 to 4e-3 from itself in fp32.
@@ -47,27 +49,22 @@ class Predictions:
     greedy: Tensor
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON says it, log-probabilities to six digits after the point."""
-        numbers = {key: rounded(getattr(self, key)) for key in ("text", "values")}
-        tokens = {key: getattr(self, key).tolist() for key in ("ids", "greedy")}
-        return {"reader": self.reader, "dtype": self.dtype} | numbers | tokens
+        """As JSON says it."""
+        keys = ("text", "values", "ids", "greedy")
+        tensors = {key: getattr(self, key).tolist() for key in keys}
+        return {"reader": self.reader, "dtype": self.dtype} | tensors
 
 
 def from_json(found: Mapping[str, Any]) -> Predictions:
     """What ``to_json`` or a reader wrote."""
-    numbers = {key: torch.tensor(found[key], dtype=torch.float64) for key in ("text", "values")}
+    numbers = {key: torch.tensor(found[key], dtype=torch.float32) for key in ("text", "values")}
     tokens = {key: torch.tensor(found[key]) for key in ("ids", "greedy")}
     return Predictions(reader=found["reader"], dtype=found["dtype"], **numbers, **tokens)
 
 
-def rounded(values: Tensor) -> Any:
-    """Nested lists of numbers with six digits after the point."""
-    return (values.double() * 1e6).round().div(1e6).tolist()
-
-
 def predictions(reader: str, logits_RTV: Tensor, rows_RT: Tensor, prompt: int) -> Predictions:
     """Those of fp32 logits; the greedy tokens are what follows if all before are the row's."""
-    scores = logits_RTV[:, :-1].double().log_softmax(-1).cpu()
+    scores = logits_RTV[:, :-1].double().log_softmax(-1).float().cpu()
     best = scores.topk(min(TOP, scores.shape[-1]))
     return Predictions(
         reader=reader, dtype="float32", ids=best.indices, values=best.values,
@@ -85,21 +82,21 @@ def logits(stack: Stack, rows_RT: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def continued(stack: Stack, prompts_RP: Tensor, tokens: int = GREEDY) -> Tensor:
-    """Prompts with the student's greedy tokens after them [R, P + tokens].
+def continued(stack: Stack, prompts_RP: Tensor) -> Tensor:
+    """Prompts with the student's greedy tokens after them [R, T].
 
-    With a cache where all of it stays in place, else with a sweep for every token.
+    ``GREEDY`` with a cache where all of it stays in place, else ``SWEPT``, a sweep for each.
     """
     rows = prompts_RP.to(stack.placement.device)
     if len(stack.stays) == len(stack.parts):
         with stack.whole() as model:
             # As its directory says it may sample, and stop; what is left out here it fills in.
             told, model.generation_config = model.generation_config, NOTHING()
-            plain = {"max_new_tokens": tokens, "do_sample": False, "pad_token_id": 0}
+            plain = {"max_new_tokens": GREEDY, "do_sample": False, "pad_token_id": 0}
             found: Tensor = model.generate(rows, attention_mask=torch.ones_like(rows), **plain)
             model.generation_config = told
             return found.cpu()
-    for _ in range(tokens):
+    for _ in range(SWEPT):
         [hidden_BTD] = final_states(stack, [rows])
         with stack.head() as head:
             rows = torch.cat((rows, head.logits(hidden_BTD[:, -1]).argmax(-1, keepdim=True)), 1)
@@ -141,7 +138,7 @@ def compare(meant: Predictions, read: Predictions) -> Comparison:
     Raises:
         VerificationFailed: more than what its arithmetic explains, or not a number.
     """
-    same = (meant.ids[..., :, None] == read.ids[..., None, :]).double()
+    same = (meant.ids[..., :, None] == read.ids[..., None, :]).float()
     there = same.sum(-1) > 0
     values = torch.einsum("rtkl,rtl->rtk", same, read.values)
     apart = torch.cat(

@@ -18,13 +18,13 @@ from torch import Tensor
 
 from compress.core.errors import InputError
 from compress.core.files import atomic_directory, write_text
-from compress.export.accepted import check_target
+from compress.export.accepted import check_target, reason
 from compress.export.card import model_card
 from compress.export.layouts.student import Student, Weight, weight_specs, weights_of
 from compress.export.layouts.table import layout_of
 from compress.export.readers import Reader
 from compress.export.readers.table import installed
-from compress.export.targets import Target
+from compress.export.targets import Target, loader_of
 from compress.export.verify import meant_by, require_planned, sign, verify
 from compress.formats.packed import stored_names
 from compress.formats.table import Rounding
@@ -92,14 +92,16 @@ def export_student(
     card: Mapping[str, Any],
     calibration: Tensor | None = None,
     placement: Placement = REFERENCE,
+    python: Path | None = None,
 ) -> dict[str, Any]:
     """Write the student at ``student`` to ``out`` in the formats of ``architecture``.
 
     It is one that ``round_student`` wrote, or a BF16 one that is rounded to nearest now, with input
     scales from the token rows of ``calibration``. ``card`` is what the model card tells: command,
     budget, measurements. Returns what was verified. ``out`` appears whole and verified, or not at
-    all. A layer at a time is held, in fp32 on the placement's device; a plain BF16 student is read
-    by stock transformers where that fits into the placement's memory.
+    all. A layer at a time is held, in fp32 on the placement's device. It is read back by us, by
+    stock transformers where that fits into the placement's memory, and by vLLM where it is
+    installed, or by the Python ``python`` that has it.
 
     Raises:
         InputError: the target cannot express this student, or the checkpoint is not its own.
@@ -126,7 +128,8 @@ def export_student(
         facts: dict[str, Any] = {"target": target, "formats": sorted(architecture.formats)}
         facts["bytes"] = require_planned(directory, architecture)
         sign(directory, rows, meant)
-        found = verify(directory, readers_of(architecture, target, placement), placement=placement)
+        readers = readers_of(target, architecture, placement, python)
+        found = verify(directory, readers, placement)
         facts["reader"] = " and ".join(one.reader for one in found)
         facts["logit_difference"] = max(one.difference for one in found)
         write_text(directory / "README.md", model_card(out.name, architecture, facts, card))
@@ -203,14 +206,23 @@ def student_of(
     return Student(source=source, config=base, architecture=architecture, weights=weights)
 
 
-def readers_of(architecture: Architecture, target: Target, placement: Placement) -> list[Reader]:
-    """Who reads an export back here: we do, and stock readers what is theirs and fits."""
+def readers_of(
+    target: Target, architecture: Architecture, placement: Placement, python: Path | None
+) -> dict[Reader, Path | None]:
+    """Who reads an export back here, each with its Python if not this one.
+
+    We do, and stock readers that are there and take it; ``python`` has the target's.
+    """
+    room, family = placement.memory, architecture.family
+    stock = is_plain(architecture) and architecture.formats == {"bf16"}
+    names: list[Reader] = ["transformers", "vllm"] if target != "compress" or stock else []
     if target == "llama.cpp":
-        return ["compress", "llama.cpp"] if installed("llama.cpp", None) else ["compress"]
-    room = placement.memory
-    # Stock transformers reads no cache in another format.
-    stock = architecture == without_formats(architecture) and (
-        is_plain(architecture) or target != "compress"
-    )
-    fits = room is None or 4 * count_parameters(architecture) < room
-    return ["compress", "transformers"] if stock and fits else ["compress"]
+        names = ["llama.cpp"]
+    elif not (room is None or 4 * count_parameters(architecture) < room):
+        names = [name for name in names if name != "transformers"]
+    own = {name: python if name == target else None for name in names}
+    return {"compress": None} | {
+        name: path
+        for name, path in own.items()
+        if installed(name, path) and reason(architecture, loader_of(name, family)) is None
+    }

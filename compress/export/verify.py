@@ -4,7 +4,7 @@
 (``predictions.py``, ``record.py``), so that it can be verified alone, by every reader there is.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +59,12 @@ def require_planned(directory: Path, architecture: Architecture) -> int:
 
 def verify(
     directory: Path,
-    readers: Sequence[Reader],
-    python: Path | None = None,
+    readers: Mapping[Reader, Path | None],
     placement: Placement = REFERENCE,
 ) -> list[Comparison]:
     """Compare a directory with what it was when it was exported; a comparison a reader.
 
-    ``python`` is who has stock readers, if not this Python.
+    ``readers`` has the Python of each, if not this one.
 
     Raises:
         InputError: the directory is no export, or a reader is not there.
@@ -77,7 +76,10 @@ def verify(
     require_recorded(directory, record)
     said: Any = record["predictions"]
     rows, meant = torch.tensor(said["rows"]), from_json(said)
-    return [compare(meant, read(name, directory, rows, python, placement)) for name in readers]
+    return [
+        compare(meant, read(name, directory, rows, python, placement))
+        for name, python in readers.items()
+    ]
 
 
 def read(

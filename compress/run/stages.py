@@ -155,7 +155,7 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
 def verify(directory: Path, reader: Reader | None, python: Path | None, recipe: Recipe) -> None:
     """Compare an export with the student that was measured, and say what each reader found."""
     place = placement(recipe.compute, recipe.memory_bytes)
-    for found in verify_export(directory, [reader or "compress"], python, place):
+    for found in verify_export(directory, {reader or "compress": python}, place):
         note(f"{directory}: {found.text}")
     note("files, tensors and settings are those that were exported")
 

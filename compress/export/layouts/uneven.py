@@ -7,7 +7,6 @@ only, from the directory or, where this package is installed, from there.
 
 from collections.abc import Mapping
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from compress.export.layouts.directory import Structure
@@ -57,13 +56,6 @@ def code(module: str, _: Architecture) -> dict[str, str]:
     """The files of a model type, a text by its name."""
     names = (f"configuration_{module}.py", f"modeling_{module}.py")
     return {name: shipped("remote_code", name).read_text(encoding="utf-8") for name in names}
-
-
-def is_ours(directory: Path) -> bool:
-    """Whether all code in a directory is what this package puts there, so that it may be run."""
-    known = {file.name: file.read_bytes() for file in shipped("remote_code").glob("*_*.py")}
-    brought = list(directory.rglob("*.py"))
-    return bool(brought) and all(known.get(each.name) == each.read_bytes() for each in brought)
 
 
 DECILM = Structure(config=decilm_config, files=partial(code, "decilm"))

@@ -29,9 +29,10 @@ from torch import Tensor
 
 from compress.core.errors import InputError, VerificationFailed
 from compress.core.files import read_json
-from compress.export.layouts.uneven import is_ours
 from compress.export.predictions import TOP, Predictions, from_json
 from compress.export.readers import Reader
+from compress.model.config import CONFIG
+from compress.model.find import shipped
 
 # Of the reader that is no stock one, and is asked for in this process.
 OWN = "compress.load"
@@ -78,9 +79,28 @@ def ask(
         )
     request = {
         "directory": str(directory.absolute()), "rows": rows_RT.tolist(), "prompt": prompt,
-        "top": TOP, "own_code": is_ours(directory), "device": device,
+        "top": TOP, "own_code": has_own_code(directory), "device": device,
     }  # fmt: skip
     return from_json(here(name, request) if python is None else there(name, request, python))
+
+
+def has_own_code(directory: Path) -> bool:
+    """Whether a directory has Python files, which are ours.
+
+    Only what was written by this version is ever run; VerificationFailed on any other.
+    """
+    config = read_json(directory / CONFIG)
+    files = {file.name: file for file in directory.rglob("*.py")}
+    for name, file in files.items():
+        own = shipped("remote_code") / name
+        if file.parent != directory or not own.is_file() or own.read_bytes() != file.read_bytes():
+            raise VerificationFailed(f"other code: {name} is no file that this version exports")
+    for entry in config.get("auto_map", {}).values():
+        for said in [entry] if isinstance(entry, str) else entry:
+            # NAME--FILE.CLASS is a file of another repository.
+            if said is not None and f"{said.rpartition('.')[0]}.py" not in files:
+                raise VerificationFailed(f"other code: auto_map names {said}, which is not here")
+    return bool(files)
 
 
 def here(name: Reader, request: Mapping[str, Any]) -> Any:
