@@ -1,7 +1,7 @@
 """Whether a target loads a student that is there, by the table of targets."""
 
 from compress.core.errors import InputError
-from compress.export.targets import LOADERS, Loader, Target, loader_of
+from compress.export.targets import LOADERS, Loader, Target, has_windows, loader_of
 from compress.formats.table import Format
 from compress.model.architecture import Architecture, Block, kv_text, sizes
 from compress.model.build import is_plain, is_whole, weight_formats
@@ -11,8 +11,11 @@ from compress.student.units import AXES
 
 def check_target(architecture: Architecture, target: Target) -> None:
     """InputError when the target does not load this student, with who does."""
-    reasons = {name: reason(architecture, loader_of(name, architecture.family)) for name in LOADERS}
-    if (refused := reason(architecture, loader_of(target, architecture.family))) is not None:
+    family, windowed = architecture.family, has_windows(architecture)
+    loaders = {name: loader_of(name, family, windowed=windowed) for name in LOADERS}
+    reasons = {name: reason(architecture, loader) for name, loader in loaders.items()}
+    asked = loader_of(target, family, windowed=windowed)
+    if (refused := reason(architecture, asked)) is not None:
         others = " or ".join(name for name, found in reasons.items() if found is None)
         raise InputError(f"target {target!r} takes {refused}; use --target {others}")
 

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from compress.core.errors import InputError
 from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.model.architecture import Architecture, window
 from compress.model.families import family_of
 from compress.searches.space import Space
 from compress.student.units import AXES
@@ -26,6 +27,7 @@ class Loader:
             ``tied_formats`` of one that is both.
         kv_formats: of caches; ``kv_scope`` says whether every block has one or all the same.
         uneven: axes whose sizes may differ from layer to layer.
+        windows: whether attention may be limited to windows where layers differ.
         removes: what may be gone as a whole: layers, or a half of one.
         first: the kind of block that a student has to begin with.
         multiple: of which widths are one, where a size of its own is not; 1 asks for nothing.
@@ -41,6 +43,7 @@ class Loader:
     kv_formats: tuple[KvFormat, ...]
     kv_scope: Literal["global", "block"] = "global"
     uneven: tuple[str, ...] = ()
+    windows: bool = True
     removes: Literal["layer", "block"] = "layer"
     first: str | None = None
     multiple: int = 1
@@ -89,10 +92,16 @@ LOADERS: Mapping[Target, Loader] = {
         removes="block",
     ),
 }
-# What is otherwise of a family. Uneven students are DeciLM, whose query heads are one number and
-# whose first layer has attention, and Nemotron-H Puzzle (``layouts/uneven.py``), of which vLLM's
-# Mamba layers are alike and its experts were not run: it has no CPU kernels for them.
-DECILM: Mapping[str, Any] = {"uneven": ("ffn",), "removes": "block", "first": "attention"}
+# What is otherwise of a family. Uneven students are DeciLM, whose query heads are one number, whose
+# first layer has attention and which knows no windows, and Nemotron-H Puzzle
+# (``layouts/uneven.py``), of which vLLM's Mamba layers are alike and its experts were not run: it
+# has no CPU kernels for them.
+DECILM: Mapping[str, Any] = {
+    "uneven": ("ffn",),
+    "windows": False,
+    "removes": "block",
+    "first": "attention",
+}
 PUZZLE: Mapping[str, Any] = {"uneven": ("ffn", "kv_head", "query")}
 EVERY_PUZZLE: Mapping[str, Any] = {"uneven": EVERY_AXIS}
 # Of llama.cpp, which has no scales of NVFP4 in its FFNs (``layouts/gguf.py``).
@@ -108,17 +117,24 @@ FAMILIES: Mapping[tuple[Target, str], Mapping[str, Any]] = {
 }
 
 
-def loader_of(target: Target, family: str) -> Loader:
-    """What a target loads of a family; InputError on a target that is none."""
+def loader_of(target: Target, family: str, *, windowed: bool = False) -> Loader:
+    """What a target loads of a family; InputError on a target that is none.
+
+    Some take models with windows only where all layers are alike.
+    """
     if target not in LOADERS:
         raise InputError(f"target {target!r} is not among {', '.join(LOADERS)}")
     loader = replace(LOADERS[target], **FAMILIES.get((target, family), {}))
+    if windowed and not loader.windows:
+        loader = replace(loader, uneven=(), removes="layer", first=None)
     if target in ("compress", "llama.cpp") or family_of(family).served_quantized:
         return loader
     return replace(loader, formats=("bf16",), head_formats=("bf16",), expert_formats=None)
 
 
-def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Space:
+def restricted(
+    space: Space, target: Target, family: str, *, tied: bool, windowed: bool = False
+) -> Space:
     """The space with only what the target's loader builds from a config of a family.
 
     Axes that may not differ from layer to layer are one for all. Formats of the head that the
@@ -126,7 +142,7 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
     loader of BF16 only leaves the other formats of a space out; InputError where a loader of
     several does not know one.
     """
-    loader = loader_of(target, family)
+    loader = loader_of(target, family, windowed=windowed)
     if loader.families is not None and family not in loader.families:
         raise InputError(
             f"target {target!r} loads {', '.join(loader.families)}, and this is {family}; "
@@ -160,3 +176,8 @@ def restricted(space: Space, target: Target, family: str, *, tied: bool) -> Spac
             "use --target compress or a space without it"
         )
     return space.model_copy(update=update)
+
+
+def has_windows(architecture: Architecture) -> bool:
+    """Whether any block sees the tokens of a window only."""
+    return any(map(window, architecture.blocks))

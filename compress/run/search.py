@@ -9,7 +9,7 @@ from compress.core.errors import Infeasible
 from compress.core.files import fingerprint, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
-from compress.export.targets import restricted
+from compress.export.targets import has_windows, restricted
 from compress.measure.kl import Reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
@@ -55,6 +55,7 @@ def comparisons(session: Session, space: Space) -> tuple[dict[str, Space], list[
             recipe.target,
             session.architecture.family,
             tied=session.architecture.tied,
+            windowed=has_windows(session.architecture),
         )
     named = baselines.variants(space, offered.formats, space.kv_formats)
     asked = recipe.baselines or (None if recipe.space else "all")
@@ -94,7 +95,13 @@ def loaded(session: Session, name: str) -> Space:
     for line in lines:
         note(line)
     architecture = session.architecture
-    return restricted(space, session.recipe.target, architecture.family, tied=architecture.tied)
+    return restricted(
+        space,
+        session.recipe.target,
+        architecture.family,
+        tied=architecture.tied,
+        windowed=has_windows(architecture),
+    )
 
 
 def search_inputs(session: Session, space: Space) -> dict[str, Any]:

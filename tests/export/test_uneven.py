@@ -22,12 +22,14 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from compress.core.errors import InputError
 from compress.export.student import export_student, token_rows
+from compress.export.targets import restricted
 from compress.formats.table import Format
 from compress.memory.footprint import weight_bytes
 from compress.model.architecture import Architecture, Ffn, without_formats
 from compress.model.build import load_model
 from compress.model.families import read_architecture
 from compress.model.find import shipped
+from compress.searches.space import load_space
 
 QWEN2 = {key: value for key, value in MORE["qwen2"].items() if key != "layer_types"}
 TEACHERS: dict[str, dict[str, Any]] = {
@@ -83,6 +85,17 @@ def test_what_servers_cannot_express_is_refused_with_the_reason(tmp_path: Path) 
         with pytest.raises(InputError, match=rf"{reason}.*--target .*compress$"):
             export_student(source, tmp_path / "out", student, "vllm", CARD)
     assert not (tmp_path / "out").exists()
+
+
+def test_students_with_windows_are_even_for_servers(tmp_path: Path) -> None:
+    config = TEACHERS["mistral"] | {"sliding_window": 6}
+    student, joint = uneven(read_architecture(config)), load_space("joint")
+    source = write_student(tmp_path / "student", config, student)
+    with pytest.raises(InputError, match=r"one size of ffn.*--target compress$"):
+        export_student(source, tmp_path / "out", student, "vllm", CARD)
+    spaces = [restricted(joint, "vllm", "mistral", tied=False, windowed=w) for w in (True, False)]
+    assert [space.axes["ffn"].scope for space in spaces] == ["global", "block"]
+    assert [space.remove for space in spaces] == ["layer", "block"]
 
 
 @pytest.fixture
