@@ -220,9 +220,9 @@ def readers_of(
         names = ["llama.cpp"]
     elif not (room is None or 4 * count_parameters(architecture) < room):
         names = [name for name in names if name != "transformers"]
-    own = {name: python if name == target else None for name in names}
-    return {"compress": None} | {
-        name: path
-        for name, path in own.items()
-        if installed(name, path) and reason(architecture, loader_of(name, family)) is None
-    }
+    found: dict[Reader, Path | None] = {"compress": None}
+    for name in names:
+        own = python if name == target else None
+        if installed(name, own) and reason(architecture, loader_of(name, family)) is None:
+            found[name] = own
+    return found
