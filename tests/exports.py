@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from quantized import with_formats
+from tokenizers import Tokenizer, models, pre_tokenizers
 
 from compress.formats.table import FORMATS, Format, by_group
 from compress.model.architecture import Architecture
@@ -36,3 +37,15 @@ def with_experts(architecture: Architecture, format: Format) -> Architecture:
 
 def architecture_of(path: Path, formats: Sequence[Format]) -> Architecture:
     return with_formats(open_checkpoint(path).architecture, formats)
+
+
+def with_words(directory: Path) -> Path:
+    """A model directory with a byte-level tokenizer, as llama.cpp has them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:126]
+    vocabulary = {token: number for number, token in enumerate(["<|end|>", *alphabet, "ab"])}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.add_special_tokens(["<|end|>"])
+    tokenizer.save(str(directory / "tokenizer.json"))
+    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
+    return directory

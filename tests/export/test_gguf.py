@@ -6,10 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from exports import CARD
+from exports import CARD, with_words
 from quantized import uneven, with_formats, write_student
 from tiny_models import LLAMA, tiny_config, write_tiny
-from tokenizers import Tokenizer, models, pre_tokenizers
 
 from compress.core.errors import InputError
 from compress.export.layouts import gguf
@@ -28,18 +27,6 @@ package = pytest.importorskip("gguf")
 WIDE = LLAMA | {"hidden_size": 128, "intermediate_size": 192, "head_dim": 32}
 QWEN2 = tiny_config("qwen2", "Qwen2", "head_dim", hidden_size=64)
 QWEN3 = tiny_config("qwen3", "Qwen3", head_dim=32)
-
-
-def with_words(directory: Path) -> Path:
-    """A model directory with a byte-level tokenizer, as llama.cpp has them."""
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())[:126]
-    vocabulary = {token: number for number, token in enumerate(["<|end|>", *alphabet, "ab"])}
-    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[("a", "b")]))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.add_special_tokens(["<|end|>"])
-    tokenizer.save(str(directory / "tokenizer.json"))
-    (directory / "tokenizer_config.json").write_text('{"eos_token": "<|end|>"}')
-    return directory
 
 
 @pytest.fixture(scope="module")
