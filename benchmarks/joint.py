@@ -281,6 +281,7 @@ def choice_of(session: Session, candidate: Candidate) -> dict[str, Any]:
         "blocks": f"{len(made.blocks)} of {len(whole.blocks)}",
         "hidden": f"{made.hidden} of {whole.hidden}",
         "KV cache": kv_text(made),
+        "outside": formats_text(made.outside_formats),
         "formats": "; ".join(f"{count} {text}" for text, count in formats.most_common()),
         "repaired": len(candidate.repaired),
     }

@@ -74,6 +74,8 @@ def model_card(
     if kv_formats := set(architecture.kv_formats.values()) - {"bf16"}:
         parts.append(KV if kv_formats == set(architecture.kv_formats.values()) else MIXED_KV)
     blocks = {block_name(block): block_text(block) for block in architecture.blocks}
+    if architecture.outside_formats:
+        blocks["outside"] = formats_text(architecture.outside_formats)
     parts += ["## Blocks", table("block", "format and sizes", blocks)]
     return "\n\n".join(parts) + "\n"
 

@@ -34,6 +34,8 @@ SCORE_BATCH, SWEEP_BATCH = 8, 4
 MICRO_TOKENS, HEAD_TOKENS = 1024, 512
 # Arrays over tokens and vocabulary in flight: logits, probabilities, and what becomes of them.
 HEAD_ARRAYS = 4
+# Linear groups that a unit is a part of: what reads the residual stream, and what writes it.
+GROUPS = 2
 EXPORT_TOKENS = 512
 # What a student that is planned before it is searched has of its teacher's weights.
 STUDENT = 0.7
@@ -153,7 +155,7 @@ def score_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
 def matrix_bytes(own: Sizes, asked: Settings) -> int:
     """The contribution matrix in fp32, and once more while its parts are joined."""
     rows = max(1, asked.score_tokens // asked.score_length) * asked.draws
-    return 2 * rows * own.units * (1 + asked.formats) * FP32
+    return 2 * rows * own.units * (1 + GROUPS * asked.formats) * FP32
 
 
 def search_work(own: Sizes, asked: Settings, machine: Machine) -> Work:

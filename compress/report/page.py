@@ -10,7 +10,7 @@ from matplotlib.figure import Figure
 
 from compress.core.files import write_text
 from compress.core.quantities import format_bytes, format_count, format_tokens
-from compress.formats.table import FORMATS
+from compress.formats.table import FORMATS, used_in
 from compress.memory.devices import DEVICES
 from compress.model.architecture import Architecture, kv_text
 from compress.model.families import count_parameters
@@ -59,6 +59,14 @@ def used_formats(architecture: Architecture) -> set[str]:
     return {*architecture.formats, *architecture.kv_formats.values()}
 
 
+def outside_text(architecture: Architecture) -> str:
+    """The formats of embedding and head, if they are not BF16."""
+    formats = architecture.outside_formats
+    if len(used := used_in(formats)) == 1:
+        return f"embedding and head in {min(used).upper()}" if formats else ""
+    return ", ".join(f"{group} in {format.upper()}" for group, format in formats)
+
+
 def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
     """The page."""
     environment = Environment(
@@ -82,6 +90,7 @@ def render(run: RunFiles, figures: Mapping[str, Figure]) -> str:
         picture=picture,
         formats=[f for f in FORMATS if selected and f in used_formats(selected.architecture)],
         kv=kv_text(selected.architecture) if selected else "",
+        outside=outside_text(selected.architecture) if selected else "",
         repairs=repairs(selected) if selected else "",
         charts={name: Markup(inline_svg(chart, name)) for name, chart in figures.items()},
         evaluation=evaluation_grid(run.results) if run.results else None,
