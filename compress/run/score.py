@@ -67,7 +67,8 @@ def scored_formats(recipe: Recipe) -> list[Format]:
 
     Of a space that only prunes those of the default one, if it is to be compared with formats.
     """
-    used = set(load_space(recipe.space or DEFAULT_SPACE).formats)
+    space = load_space(recipe.space or DEFAULT_SPACE)
+    used = {*space.formats, *space.head_formats}
     if used == {"bf16"} and recipe.baselines not in (None, "none"):
         used = set(load_space(DEFAULT_SPACE).formats)
     return [format for format in FORMATS if format in used and format != "bf16"]

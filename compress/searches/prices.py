@@ -17,9 +17,10 @@ import torch
 from optuna.trial import FrozenTrial
 from torch import Tensor
 
-from compress.scores.costs import Scores, change, whole
+from compress.formats.table import Format
+from compress.scores.costs import Scores, cut_rows, rounding_rows, whole
 from compress.scores.tangent import Tangent
-from compress.searches.problem import Choice, Problem
+from compress.searches.problem import Choice, Parts, Problem
 from compress.searches.program import Floats
 from compress.searches.proposals import candidate_of, decode_trial, incumbent
 from compress.searches.space import Option
@@ -57,6 +58,7 @@ class Pricing:
     anchor: tuple[int, int] | None = None
     tangent: Scores | None = None
     slopes: dict[Choice, float] = field(default_factory=dict)
+    parts: Parts = field(default_factory=dict)
     rows: dict[Choice, Floats] = field(default_factory=dict)
 
     def prepare(self, done: Sequence[FrozenTrial]) -> None:
@@ -69,7 +71,8 @@ class Pricing:
             made = candidate_of(self.problem, "anchor", trial.number, proposal)
             point = self.linearize(made, number)
             mean = {key: rows.mean(0, keepdim=True) for key, rows in point.slope.items()}
-            self.tangent, self.slopes = Scores(mean, {}, {}, point.length), {}
+            self.tangent = Scores(mean, {}, {}, point.length)
+            self.slopes, self.parts = {}, {}
             self.anchor = (number, trial.number)
 
     def around(
@@ -110,7 +113,7 @@ class Pricing:
         """
         if choice not in self.rows:
             known = self.problem.known
-            rows = [option_rows(self.problem, known, *pair) for pair in choice]
+            rows = [option_rows(self.problem, known, self.problem.rows, *pair) for pair in choice]
             share = 2 * known.length * len(rows[0])
             self.rows[choice] = (torch.cat(rows) / math.sqrt(share)).double().numpy()
         return self.rows[choice]
@@ -123,7 +126,8 @@ class Pricing:
         """
         if choice not in self.slopes:
             assert self.tangent is not None
-            rows = [option_rows(self.problem, self.tangent, *pair) for pair in choice]
+            own = self.problem, self.tangent, self.parts
+            rows = [option_rows(*own, *pair) for pair in choice]
             held = sum(self.problem.exact_cost(*pair) for pair in choice)
             self.slopes[choice] = float(torch.cat(rows).sum()) / self.tangent.length + held
         return self.slopes[choice]
@@ -148,17 +152,30 @@ def corrected(
     return mean, np.sqrt(np.maximum(0, variance))
 
 
-def option_rows(problem: Problem, scores: Scores, number: int, option: Option) -> Tensor:
+def option_rows(
+    problem: Problem, scores: Scores, known: Parts, number: int, option: Option
+) -> Tensor:
     """Summed contributions [rows] of a block's option, against the whole block in BF16.
 
-    Of a cut as much as its repair leaves of the block's error.
+    Of a cut as much as its repair leaves of the block's error. Options are made of the same parts,
+    which are ``known`` once they were asked for.
     """
     if number == problem.outside:
         return torch.zeros(len(scores.contributions["hidden"]))
     block = problem.teacher.blocks[number]
     if option.removed:
         return -whole(scores, block)
-    rows = change(scores, block, problem.keep_of(number, option), option.formats)
+    keep = problem.keep_of(number, option)
+
+    def part(group: str, format: Format) -> Tensor:
+        key = (number, option.target, group, format)
+        if key not in known:
+            own = scores, block, keep
+            known[key] = rounding_rows(*own, group, format) if group else cut_rows(*own)
+        return known[key]
+
+    parts = [part(*pair) for pair in option.formats if pair[1] != "bf16"]
+    rows = torch.stack([part("", "bf16"), *parts]).sum(0)
     return rows * math.sqrt(problem.share_left_by_repair(number, option))
 
 

@@ -48,6 +48,8 @@ from compress.student.candidate import Candidate, Ranking, student_architecture
 Repairs = Callable[[int, Sequence[Mapping[str, Tensor]]], list[float]]
 # Counts of a cut by axis.
 Target = tuple[tuple[str, int], ...]
+# Summed contributions [rows] of a block's cut in a format of a group, or ("", BF16) of the cut.
+Parts = dict[tuple[int, Target, str, Format], Tensor]
 # One option of a group: what each of its blocks does.
 Choice = tuple[tuple[int, Option], ...]
 
@@ -87,7 +89,7 @@ class Problem:
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
     ratios: dict[tuple[int, Target], float] = field(default_factory=dict)
     cuts: dict[tuple[int, Target], float] = field(default_factory=dict)
-    rows: dict[tuple[int, Target, str, Format], Tensor] = field(default_factory=dict)
+    rows: Parts = field(default_factory=dict)
 
     @property
     def known(self) -> Scores:

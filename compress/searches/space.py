@@ -248,14 +248,18 @@ def offered_formats(
 
 
 def outside_options(architecture: Architecture, hidden: int, space: Space) -> list[Option]:
-    """Every option of the embedding and the head: formats of the space that their shape takes."""
-    shape = architecture.vocab, hidden
-    taken = [format for format in space.head_formats if FORMATS[format].takes(shape)] or ["bf16"]
+    """Every option of the embedding and the head: formats of the space that their shape takes.
+
+    And took before hidden channels went: what is offered was scored.
+    """
+    shapes = [(architecture.vocab, width) for width in (architecture.hidden, hidden)]
+    found = (f for f in space.head_formats if all(FORMATS[f].takes(shape) for shape in shapes))
+    taken = [*found] or ["bf16"]
     groups = outside_groups(architecture)
     few = [f for f in taken if f in (space.embedding_formats or taken)] or ["bf16"]
     choices = itertools.product(*(few if group == EMBEDDING else taken for group in groups))
-    found = (by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices)
-    return [Option(formats=formats) for formats in found]
+    made = (by_group(dict(zip(groups, chosen, strict=True))) for chosen in choices)
+    return [Option(formats=formats) for formats in made]
 
 
 def resized(block: Block, option: Option) -> Block:

@@ -149,7 +149,8 @@ def test_every_space_offers_every_block_something(teacher: Teacher, space: str) 
     problem = teacher.problem(space, 1.0)
     groups = problem.groups(Globals())
     blocks = {number for options in groups for choice in options for number, _ in choice}
-    assert blocks == set(range(len(teacher.architecture.blocks)))
+    beside = {problem.outside} if len(problem.space.head_formats) > 1 else set()
+    assert blocks == set(range(len(teacher.architecture.blocks))) | beside
     prunes = problem.space.remove != "none" or len(problem.space.formats) > 1
     assert all(len(options) > 1 for options in groups) == prunes
 
