@@ -183,8 +183,11 @@ class Problem:
             structure = removed(self.known, self.teacher.blocks[number])
         else:
             structure = self.cut(number, option) + self.exact_cost(number, option)
-            rows = self.rounding(number, option)
-            if rows is not None:
+            # Weights are rounded alike whatever the cache is.
+            alike = replace(option, kv_format=KV_FORMATS[0])
+            if alike != option:
+                rounding = self.cost(number, alike)[1]
+            elif (rows := self.rounding(number, option)) is not None:
                 rounding = kl_of(rows, self.known.length)
         self.costs[number, option] = structure, rounding
         return structure, rounding
