@@ -103,7 +103,7 @@ def config(modules: Mapping[str, Format], architecture: Architecture) -> dict[st
     for module, format in modules.items():
         if format != "bf16":
             by_format.setdefault(format, []).append(target(module))
-    if by_format and {f for module, f in modules.items() if is_experts(module)} == {"bf16"}:
+    if {format for module, format in modules.items() if is_experts(module)} == {"bf16"}:
         by_format.setdefault("fp8", []).append(NO_EXPERTS)
     groups = [
         {

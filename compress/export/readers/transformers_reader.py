@@ -30,6 +30,11 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
         trust_remote_code=request["own_code"],
         local_files_only=True,
     )
+    if dtype == "float32":
+        # Experts that a quantized checkpoint has in BF16 stay so, and scales of INT4.
+        for parameter in model.parameters():
+            if parameter.dtype == torch.bfloat16:
+                parameter.data = parameter.data.float()
     model = model.eval().to(request["device"])
     with torch.inference_mode():
         scores = model(input_ids=rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
