@@ -7,12 +7,12 @@ from pathlib import Path
 from quantized import with_formats
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-from compress.formats.table import FORMATS, Format, by_group
+from compress.formats.table import WEIGHT_ONLY, Format, by_group
 from compress.model.architecture import Architecture
 from compress.model.checkpoint import open_checkpoint
 from compress.searches.space import EXPERTS
 
-QUANTIZED = [name for name in FORMATS if name != "bf16"]
+QUANTIZED = [name for name in WEIGHT_ONLY if name != "bf16"]
 SERVED: list[Format] = ["nvfp4", "int4", "fp8"]
 MIXES: list[Sequence[Format]] = [*([name] for name in QUANTIZED), [*QUANTIZED, "bf16"]]
 SERVED_MIXES: list[Sequence[Format]] = [["bf16"], ["nvfp4"], ["int4"], ["fp8", "nvfp4", "bf16"]]

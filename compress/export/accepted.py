@@ -1,8 +1,15 @@
 """Whether a target loads a student that is there, by the table of targets."""
 
 from compress.core.errors import InputError
-from compress.export.targets import LOADERS, Loader, Target, has_windows, loader_of
-from compress.formats.table import Format
+from compress.export.targets import (
+    EVERY_AXIS,
+    LOADERS,
+    Loader,
+    Target,
+    has_windows,
+    loader_of,
+)
+from compress.formats.table import FORMATS, Format
 from compress.model.architecture import Architecture, Block, kv_text, sizes
 from compress.model.build import is_plain, is_whole, weight_formats
 from compress.searches.space import EMBEDDING, EXPERTS
@@ -76,4 +83,10 @@ def reason(architecture: Architecture, loader: Loader) -> str | None:
         known = loader.tied_formats if architecture.tied else known
         if format not in known:
             return f"the {group} in {', '.join(known)} only, and this student has it in {format}"
+    rounding = {format for format in formats if FORMATS[format].rounds_inputs}
+    if loader.uneven != EVERY_AXIS and rounding and formats - rounding:
+        return (
+            "formats that round inputs or formats that do not, and this student has "
+            f"{min(rounding)} and {min(formats - rounding)}"
+        )
     return None

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.export.targets import SERVERS
-from compress.formats.table import formats_text
+from compress.formats.table import FORMATS, formats_text
 from compress.model.architecture import (
     Architecture,
     Block,
@@ -35,6 +35,10 @@ CODE = (
     "transformers takes both classes from the files here: `trust_remote_code=True`."
 )
 ACTIVATIONS = "Formats are those of weights; activations are BF16, in servers as measured."
+ROUNDING = (
+    "Layers in formats that end in `_a4` or `_a8` round what they read too, by its `input_scale`, "
+    "in servers as measured."
+)
 KV = "The plan assumes an FP8 KV cache: serve it with one (vLLM: `--kv-cache-dtype fp8`)."
 MIXED_KV = "KV caches differ by layer: `compress.load` reads each in its format, as measured."
 
@@ -70,7 +74,8 @@ def model_card(
         f"differ by {facts['logit_difference']:.1e} of their range; bytes are as planned."
     )
     if set(facts["formats"]) != {"bf16"}:
-        parts.append(ACTIVATIONS)
+        rounding = any(FORMATS[format].rounds_inputs for format in architecture.formats)
+        parts.append(ROUNDING if rounding else ACTIVATIONS)
     if kv_formats := set(architecture.kv_formats.values()) - {"bf16"}:
         parts.append(KV if kv_formats == set(architecture.kv_formats.values()) else MIXED_KV)
     blocks = {block_name(block): block_text(block) for block in architecture.blocks}

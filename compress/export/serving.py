@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from compress.export.targets import Target
-from compress.formats.table import Format, KvFormat
+from compress.formats.table import FORMATS, Format, KvFormat
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, largest_batch, largest_context
 from compress.model.architecture import Architecture, Mla
@@ -49,7 +49,11 @@ def kernels(
     kv_formats: Iterable[KvFormat],
 ) -> Iterator[str]:  # fmt: skip
     """What vLLM's kernels of a device do with formats of a model."""
-    if told := ", ".join(sorted({*formats} - {"bf16"})):
+    rounding = sorted(format for format in formats if FORMATS[format].rounds_inputs)
+    if rounding:
+        does = "products of them" if all(map(device.runs, rounding)) else "no products of them"
+        yield f"{device.name}, vLLM: {', '.join(rounding)} round activations; it has {does}"
+    if told := ", ".join(sorted({*formats} - {"bf16", *rounding})):
         yield (
             f"{device.name}, vLLM: weights in {told} stay so in memory, Marlin kernels take them "
             "to BF16 inside; activations are BF16"

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -27,7 +28,7 @@ from compress.export.readers.table import installed
 from compress.export.targets import Target, loader_of
 from compress.export.verify import meant_by, require_planned, sign, verify
 from compress.formats.packed import stored_names
-from compress.formats.table import Rounding
+from compress.formats.table import FORMATS, Rounding
 from compress.model.architecture import Architecture, without_formats
 from compress.model.build import is_plain, student_config
 from compress.model.checkpoint import Checkpoint, open_checkpoint
@@ -109,17 +110,25 @@ def export_student(
     """
     check_target(architecture, target)
     in_fp32, config = replace(placement, dtype=torch.float32), read_config(student)
+    rows = token_rows(architecture, seed=1)
     if "quantization" in config:
         require_same(student, architecture_of(student, config), architecture)
         weights = as_stored(student, architecture)
         measured = stack_at(student, in_fp32)
+    elif any(FORMATS[format].rounds_inputs for format in architecture.formats):
+        # What is measured rounds inputs by the scales that are stored.
+        with TemporaryDirectory() as folder:
+            rounded = Path(folder) / student.name
+            texts = token_rows(architecture) if calibration is None else calibration
+            round_student(student, rounded, architecture, texts, "nearest", placement)
+            return export_student(rounded, out, architecture, target, card, placement=placement)
     else:
         checkpoint = own_checkpoint(student, architecture)
         texts = token_rows(architecture) if calibration is None else calibration
         tensors = rounded_tensors(checkpoint, architecture, texts, "nearest", placement)
         weights = weights_of(tensors, architecture)
         measured = stack_in_formats(checkpoint, architecture, in_fp32)
-    rows, meant = meant_by(measured, token_rows(architecture, seed=1))
+    rows, meant = meant_by(measured, rows)
     del measured
     with atomic_directory(out) as directory:
         layout_of(target, architecture)(

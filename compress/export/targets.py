@@ -5,7 +5,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from compress.core.errors import InputError
-from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.formats.table import FORMATS, KV_FORMATS, WEIGHT_ONLY, Format, KvFormat
+from compress.memory.devices import Device
 from compress.model.architecture import Architecture, window
 from compress.model.families import family_of
 from compress.searches.space import Space
@@ -57,9 +58,9 @@ GGUF_FORMATS: tuple[Format, ...] = ("bf16", "q8_0", "q4_0", "mxfp4")
 # What each loads of any family.
 LOADERS: Mapping[Target, Loader] = {
     "vllm": Loader(
-        formats=("bf16", "fp8", "nvfp4", "int4"),
+        formats=("bf16", "fp8", "nvfp4", "int4", "fp8_a8", "nvfp4_a4"),
         # Its kernels for experts in FP8 round activations too.
-        expert_formats=("bf16", "nvfp4", "int4"),
+        expert_formats=("bf16", "nvfp4", "int4", "fp8_a8", "nvfp4_a4"),
         head_formats=("bf16", "fp8", "nvfp4", "int4"),
         kv_formats=KV_FORMATS,
         mtp=True,
@@ -83,9 +84,9 @@ LOADERS: Mapping[Target, Loader] = {
     ),
     "compress": Loader(
         formats=tuple(FORMATS),
-        head_formats=tuple(FORMATS),
-        embedding_formats=tuple(FORMATS),
-        tied_formats=tuple(FORMATS),
+        head_formats=WEIGHT_ONLY,
+        embedding_formats=WEIGHT_ONLY,
+        tied_formats=WEIGHT_ONLY,
         kv_formats=KV_FORMATS,
         kv_scope="block",
         uneven=EVERY_AXIS,
@@ -181,3 +182,21 @@ def restricted(
 def has_windows(architecture: Architecture) -> bool:
     """Whether any block sees the tokens of a window only."""
     return any(map(window, architecture.blocks))
+
+
+def served_by(space: Space, device: Device | None) -> tuple[Space, str | None]:
+    """The space with only the formats that the device runs, and a line that says what is out.
+
+    InputError where none is left.
+    """
+    gone = [format for format in space.formats if device and not device.runs(format)]
+    if device is None or not gone:
+        return space, None
+    left = tuple(format for format in space.formats if format not in gone)
+    if not left:
+        raise InputError(
+            f"the space asks for {', '.join(gone)}, which {device.name} has no products for; list "
+            "formats of weights alone, or leave --device out and give its memory as --budget"
+        )
+    line = f"{', '.join(gone)} left out: {device.name} has no products of such numbers"
+    return space.model_copy(update={"formats": left}), line

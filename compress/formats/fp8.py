@@ -62,9 +62,14 @@ def unpack(codes: Tensor, scale: Tensor) -> Tensor:
 
 def fake(weight: Tensor, amax: Tensor) -> Tensor:
     """The weight after quantizing and dequantizing, in its own dtype."""
-    flat = weight.detach().reshape(-1)
+    return fake_at(weight, tensor_scale(amax))
+
+
+def fake_at(values: Tensor, scale: Tensor) -> Tensor:
+    """As ``fake``, by the scale of the tensor."""
+    flat = values.detach().reshape(-1)
     result = torch.empty_like(flat)
     for start in range(0, len(flat), CHUNK):
-        codes, scale = pack(flat[start : start + CHUNK], amax)
+        codes = encode(flat[start : start + CHUNK], scale)
         result[start : start + CHUNK] = codes.float() * scale
-    return result.view(weight.shape)
+    return result.view(values.shape)

@@ -59,12 +59,16 @@ def steps(scales: Tensor, scale: Tensor) -> Tensor:
 
 def fake(weight: Tensor, amax: Tensor) -> Tensor:
     """The weight after quantizing and dequantizing, in its own dtype; the last axis is blocked."""
-    scale = tensor_scale(amax)
+    return fake_at(weight, tensor_scale(amax))
+
+
+def fake_at(values: Tensor, scale: Tensor) -> Tensor:
+    """As ``fake``, by the scale of the tensor."""
 
     def steps_of(blocks: Tensor) -> Tensor:
         return steps(block_scale(blocks, scale), scale)
 
-    return fake_blocks(weight, GROUP, steps_of, round_)
+    return fake_blocks(values, GROUP, steps_of, round_)
 
 
 def encode(weight: Tensor, *scales: Tensor) -> Tensor:

@@ -11,8 +11,8 @@ Q8_0      I8 [out, in]       F16 [out, in/32]
 Q4_0      U8 [out, in/2]     F16 [out, in/32]
 ========  =================  ======================  ================
 
-The names and the first two rows are ModelOpt's layout. ``input_scale`` F32 [] is for servers that
-quantize activations. Everything else is stored as it is. ``model/quantized.py`` reads it back.
+The names and the first two rows are ModelOpt's layout. Formats that round inputs have their
+``input_scale`` F32 [] last. Everything else is stored as it is. ``model/quantized.py`` reads it.
 """
 
 from collections.abc import Sequence

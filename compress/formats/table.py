@@ -15,14 +15,16 @@ from typing import Any, Literal
 
 from compress.core.errors import InputError
 
-Format = Literal["bf16", "fp8", "nvfp4", "mxfp4", "int4", "q8_0", "q4_0"]
+Format = Literal[
+    "bf16", "fp8", "nvfp4", "mxfp4", "int4", "q8_0", "q4_0", "fp8_a8", "nvfp4_a4"
+]  # fmt: skip
 KvFormat = Literal["bf16", "fp8"]
 # The format of every linear group of a block, by the group's name; none: BF16 throughout.
 GroupFormats = tuple[tuple[str, Format], ...]
 # How weights come to the values of a format: ``student/rounding.py``.
 Rounding = Literal["nearest", "scales", "second-order"]
 
-# Taken from the input of a linear layer, not from its weight; reading back has no use for it.
+# By which a linear layer rounds what it reads: of the tensor, in formats that do.
 INPUT_SCALE = "input_scale"
 
 
@@ -51,6 +53,10 @@ class NumberFormat:
         codes: torch's name of what the stored weight is made of; codes of 4 bits come in pairs.
         scales: what is stored beside the weight, in the order of ``unpack``.
         shared: fused groups (q/k/v, gate/up, a layer's experts) have one tensor scale.
+        weights: the format that weights have, where what they are multiplied with is rounded too,
+            by a scale of the tensor from calibration.
+        capability: of a device from which servers have products for it, 89 for 8.9; of weights
+            alone they dequantize.
         shape_bytes: of the shape, which is stored beside codes in words that do not tell it.
     """
 
@@ -61,12 +67,19 @@ class NumberFormat:
     kind: Literal["float", "int"] = "float"
     scales: tuple[Scale, ...] = ()
     shared: bool = False
+    weights: Format | None = None
+    capability: int = 0
     shape_bytes: int = 0
 
     @property
     def numerics(self) -> Any:
         """The file with its arithmetic, imported when first asked for; BF16 has none."""
-        return importlib.import_module(f"compress.formats.{self.name}")
+        return importlib.import_module(f"compress.formats.{self.weights or self.name}")
+
+    @property
+    def rounds_inputs(self) -> bool:
+        """Whether layers round what they read, which servers need products of such numbers for."""
+        return self.weights is not None
 
     @property
     def suffixes(self) -> tuple[str, ...]:
@@ -109,8 +122,17 @@ ROWS = (
     NumberFormat(name="int4", bits=4, group=128, kind="int", scales=(BF16,), shape_bytes=16),
     NumberFormat(name="q8_0", bits=8, group=32, codes="int8", kind="int", scales=(FP16,)),
     NumberFormat(name="q4_0", bits=4, group=32, kind="int", scales=(FP16,)),
-)
+    NumberFormat(
+        name="fp8_a8", weights="fp8", capability=89, bits=8, codes="float8_e4m3fn",
+        scales=(WHOLE, INPUT), shared=True,
+    ),
+    NumberFormat(
+        name="nvfp4_a4", weights="nvfp4", capability=100, bits=4, group=16,
+        scales=(E4M3, SECOND, INPUT), shared=True,
+    ),
+)  # fmt: skip
 FORMATS: Mapping[Format, NumberFormat] = {row.name: row for row in ROWS}
+WEIGHT_ONLY: tuple[Format, ...] = tuple(row.name for row in ROWS if not row.rounds_inputs)
 
 # Bytes of a number in a KV cache; the first is what a cache holds where nothing was decided.
 KV_BYTES: Mapping[KvFormat, int] = {"bf16": 2, "fp8": 1}

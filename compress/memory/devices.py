@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Literal
 
 from compress.core.errors import InputError
+from compress.formats.table import FORMATS, Format
 
 # Where the work on a model is done, which is not where its student is served.
 Compute = Literal["auto", "cpu", "cuda"]
@@ -25,6 +26,10 @@ class Device:
     capability: int
     count: int = 1
 
+    def runs(self, format: Format) -> bool:
+        """Whether servers have products for a format there."""
+        return self.capability >= FORMATS[format].capability
+
 
 def card(name: str, visible_gib: float, tflops: float, capability: int) -> Device:
     """One card; ``visible_gib`` is rounded down to whole bytes."""
@@ -38,7 +43,8 @@ def card(name: str, visible_gib: float, tflops: float, capability: int) -> Devic
 # a10g; a100-40, a100-80, h100, h200 and b200 are from memory.
 #
 # Weights of every format of the table run from Ampere on (Marlin kernels: weight-only, dequantized
-# inside the kernel where the card has no such arithmetic). ``export/serving.py`` says what a server
+# inside the kernel where the card has no such arithmetic); those that round inputs need products of
+# such numbers (``formats/table.py``). ``export/serving.py`` says what a server
 # needs to be told.
 DEVICES: Mapping[str, Device] = {
     device.name: device

@@ -6,7 +6,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Any
 
-from compress.formats.table import FORMATS, KV_FORMATS, Format, KvFormat
+from compress.formats.table import FORMATS, KV_FORMATS, WEIGHT_ONLY, Format, KvFormat
 from compress.memory.budget import Budget, in_format, in_head_format, resolve_budget
 from compress.memory.devices import Device
 from compress.memory.footprint import (
@@ -89,7 +89,7 @@ def options_of(
 ) -> Iterator[Option]:
     """Every weight format with every KV format; with one where there is no attention."""
     has_cache = any(cached(block) for block in architecture.blocks)
-    for format in FORMATS:
+    for format in WEIGHT_ONLY:
         for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
             changed = in_kv_format(in_format(architecture, format), kv_format)
             limits = changed, deployment, budget.bytes if budget else 0

@@ -19,14 +19,17 @@ from transformers.utils import logging as transformers_logging
 
 from compress.core.errors import InputError
 from compress.formats.kv import format_of, set_kv_format
-from compress.formats.table import Format
+from compress.formats.packed import stored_names
+from compress.formats.table import FORMATS, Format
 from compress.model.architecture import Architecture, Block, group_format
-from compress.model.checkpoint import GENERATION, open_checkpoint
+from compress.model.checkpoint import GENERATION, Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, read_config
 from compress.model.families import family_of, parameters, settings_of
 from compress.model.families.family import Family
 from compress.model.families.wrapper import text_config
 from compress.model.fill import fill, part_of, place_of, require_filled
+from compress.model.headers import stored_tensors
+from compress.model.inputs import round_inputs
 from compress.model.kernels import modeling
 from compress.model.layout import Parameter
 from compress.model.modules import attention_of
@@ -242,6 +245,14 @@ def weight_format(architecture: Architecture, parameter: Parameter) -> Format:
     return group_format(architecture.blocks[parameter.block], parameter.slot.fused)
 
 
+def input_scales(checkpoint: Checkpoint, architecture: Architecture) -> dict[str, Tensor]:
+    """The stored scales of what weights are multiplied with, by the weights' names on disk."""
+    formats = weight_formats(architecture)
+    rounding = {name: f for name, f in formats.items() if FORMATS[f].rounds_inputs}
+    stored = stored_tensors(checkpoint.path, checkpoint.config) if rounding else {}
+    return {n: checkpoint.read(stored[stored_names(n, f)[-1]]) for n, f in rounding.items()}
+
+
 def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of a directory: plain Hugging Face, heterogeneous, or quantized by us or others.
 
@@ -254,13 +265,15 @@ def load_model(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
 def load(path: str | Path) -> PreTrainedModel:
     """A torch model with transformers' ``forward`` and ``generate``, fp32, from any directory.
 
-    Plain Hugging Face checkpoints, heterogeneous students, and quantized exports (dequantized, and
-    reading an FP8 KV cache where that was decided); ``generate`` as the directory says.
+    Plain Hugging Face checkpoints, heterogeneous students, and quantized exports (dequantized,
+    rounding inputs and reading an FP8 KV cache where that was decided); ``generate`` as the
+    directory says.
     """
     directory = Path(path)
-    model = load_model(directory)
+    model, served = load_model(directory), architecture_of(directory, read_config(directory))
     generates(model, directory)
-    set_kv_formats(model, architecture_of(directory, read_config(directory)))
+    set_kv_formats(model, served)
+    round_inputs(model, served, input_scales(open_checkpoint(directory), served))
     return model
 
 

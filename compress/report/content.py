@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from compress.core.quantities import format_bytes
-from compress.formats.table import FORMATS
+from compress.formats.table import WEIGHT_ONLY
 from compress.memory.budget import in_format, teacher_bytes
 from compress.memory.devices import DEVICES
 from compress.memory.footprint import Footprint, footprint, largest_context
@@ -41,7 +41,7 @@ class Serving:
 
 def servings(teacher: Teacher, selected: Student | None) -> Iterator[Serving]:
     """The teacher in every format, then the student, each in the run's deployment."""
-    served = [(f"teacher, {f.upper()}", in_format(teacher.architecture, f)) for f in FORMATS]
+    served = [(f"teacher, {f.upper()}", in_format(teacher.architecture, f)) for f in WEIGHT_ONLY]
     if selected:
         served.append((f"student {selected.id}", selected.architecture))
     alone = replace(teacher.deployment, context=1)

@@ -9,7 +9,7 @@ from compress.core.errors import Infeasible
 from compress.core.files import fingerprint, write_json
 from compress.core.quantities import format_bytes
 from compress.core.terminal import note
-from compress.export.targets import has_windows, restricted
+from compress.export.targets import has_windows, restricted, served_by
 from compress.measure.kl import Reference
 from compress.memory.budget import in_format
 from compress.memory.footprint import footprint
@@ -90,9 +90,10 @@ def chosen_space(session: Session) -> Space | None:
 
 
 def loaded(session: Session, name: str) -> Space:
-    """A space as teacher and target take it; lines say what the first lacks."""
+    """A space as teacher, target and device take it; lines say what the first and last lack."""
     space, lines = of_teacher(load_space(name), session.whole)
-    for line in lines:
+    space, missing = served_by(space, session.recipe.preset)
+    for line in (*lines, *([missing] if missing else [])):
         note(line)
     architecture = session.architecture
     return restricted(

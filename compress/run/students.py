@@ -16,8 +16,9 @@ from compress.core.terminal import progress
 from compress.export.student import store_student
 from compress.measure.kl import Reference, mean_kl
 from compress.model.architecture import to_json
-from compress.model.build import disk_tensors, load_model
+from compress.model.build import disk_tensors, input_scales, load_model
 from compress.model.checkpoint import in_bf16, open_checkpoint
+from compress.model.inputs import round_inputs
 from compress.report.rows import Student, Teacher, read_students, read_teacher
 from compress.run.directory import Run
 from compress.run.local import localized
@@ -239,6 +240,8 @@ def trained_tensors(
     session.stack.release()
     session.store.clear()
     student = load_model(begins, weights_dtype(recipe.optimizer, placement))
+    scales = input_scales(open_checkpoint(begins), architecture)
+    round_inputs(student, architecture, scales)
     grids = grids_of(begins, architecture, placement.device)
     numerics = numerics_of(recipe.precision, recipe.emulate, placement)
     with session.stack.head() as head, quantized(student, architecture, numerics):

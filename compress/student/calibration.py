@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from compress.formats.fake import fused_groups
 from compress.formats.packed import stored_names
-from compress.formats.table import FORMATS, INPUT_SCALE, Format, Rounding
+from compress.formats.table import FORMATS, Format, Rounding
 from compress.model.architecture import Block, group_format
 from compress.model.families import family_of
 from compress.model.layout import Parameter
@@ -71,7 +71,7 @@ def as_named(
 ) -> Iterator[tuple[str, Tensor]]:
     """A rounded weight as it is stored, under its names; ``amax`` is of what it reads."""
     row, own = FORMATS[format], found.stored
-    if INPUT_SCALE in row.suffixes:
+    if row.rounds_inputs:
         assert amax is not None
         own = (*own, row.numerics.tensor_scale(amax))
     yield from zip(stored_names(name, format), own, strict=True)
@@ -92,7 +92,7 @@ def round_block(
         if (format := group_format(block, weights[names[0]][1].fused)) == "bf16":
             continue
         inputs, amax = [NOTHING] * len(names), None
-        if second or INPUT_SCALE in FORMATS[format].suffixes:
+        if second or FORMATS[format].rounds_inputs:
             inputs, amax = group_inputs(stack, layer, block, names, hidden, second=second)
         group = [weights[name][0] for name in names]
         for name, found in zip(names, round_group(group, format, inputs, rounding), strict=True):

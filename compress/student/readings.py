@@ -78,6 +78,11 @@ def head_inputs(stack: Stack, hidden: Sequence[Tensor]) -> tuple[Inputs, Tensor]
     return Inputs(read.matrix, read.tokens), torch.stack(read.largest).amax()
 
 
+def same(one: Tensor, other: Tensor) -> bool:
+    """Whether two layers read the same."""
+    return one is other or (one.shape == other.shape and torch.equal(one, other))
+
+
 def plain_inputs(
     layer: Any, names: Sequence[str], run: Callable[[], None], *, second: bool
 ) -> tuple[list[Inputs], Tensor]:
@@ -87,7 +92,8 @@ def plain_inputs(
 
     def tap(name: str) -> Callable[[nn.Module, tuple[Tensor, ...]], None]:
         def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-            first = next((other for other, x in seen.items() if x is args[0]), None)
+            # Rounded inputs are equal, not the same.
+            first = next((other for other, x in seen.items() if same(x, args[0])), None)
             seen[name] = args[0]
             if first is not None:
                 reads[name] = reads[first]

@@ -15,11 +15,12 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding
 
 from compress.model.architecture import Architecture
-from compress.model.build import generates, set_kv_formats, skeleton
+from compress.model.build import generates, input_scales, set_kv_formats, skeleton
 from compress.model.checkpoint import Checkpoint, open_checkpoint
 from compress.model.config import architecture_of, beside, read_config
 from compress.model.families import parameters
 from compress.model.fill import empty, fill
+from compress.model.inputs import round_inputs
 from compress.model.layout import Parameter
 from compress.model.modules import Head, final_norm, head_of, scaled_embeddings
 from compress.sweep.placement import REFERENCE, Placement, return_free_memory
@@ -39,7 +40,7 @@ class Stack:
     ``model`` is transformers' own; outside ``layer`` its parameters may be on ``meta``. What fits
     into the placement stays once it is there: embedding, final norm and head first, then layers
     from the first on; the others are read again at every visit. ``read`` gives the tensor of a
-    parameter of ``architecture``.
+    parameter of ``architecture``, ``scales`` are those of inputs (``round_inputs``).
     """
 
     def __init__(
@@ -48,10 +49,12 @@ class Stack:
         architecture: Architecture,
         read: Read,
         placement: Placement = REFERENCE,
+        scales: Mapping[str, Tensor] | None = None,
     ) -> None:
         self.architecture, self.read, self.placement = architecture, read, placement
         self.model: Any = skeleton(config, architecture)
         set_kv_formats(self.model, architecture)
+        round_inputs(self.model, architecture, scales)
         for module in self.model.modules():
             for name in module._non_persistent_buffers_set:
                 module._buffers[name] = getattr(module, name).to(placement.device)
@@ -222,7 +225,8 @@ def stack_of(
         return checkpoint[parameter.name]
 
     architecture = served or checkpoint.architecture
-    stack = Stack(checkpoint.config, architecture, read, placement)
+    scales = input_scales(checkpoint, architecture)
+    stack = Stack(checkpoint.config, architecture, read, placement, scales)
     generates(stack.model, checkpoint.path)
     return stack
 

@@ -123,6 +123,8 @@ FORMULAS = {
     "int4": int4_by_formula,
     "q8_0": q8_0_by_formula,
     "q4_0": q4_0_by_formula,
+    "fp8_a8": fp8_by_formula,
+    "nvfp4_a4": nvfp4_by_formula,
 }
 
 
@@ -271,7 +273,7 @@ def test_the_error_is_at_most_half_a_step(format: Format) -> None:
         "q8_0": (largest / 254 * (1 + 2**-7)).reshape(weight.shape),
         # A whole step where the code 8 is missing.
         "q4_0": (largest / 8 * (1 + 2**-10)).reshape(weight.shape),
-    }[format]
+    }[FORMATS[format].weights or format]
     assert bool(((found - weight).abs() <= bound).all())
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from compress.export.layouts.directory import Quantization, as_stored
-from compress.formats.table import FORMATS, INPUT_SCALE, KV_BYTES, KV_FORMATS, Format, KvFormat
+from compress.formats.table import FORMATS, KV_BYTES, KV_FORMATS, Format, KvFormat
 from compress.model.architecture import Architecture
 from compress.model.quantized import QUANT_CONFIG
 
@@ -35,8 +35,9 @@ def excluded(layers: Mapping[str, Format]) -> list[str]:
 
 def algorithm(format: Format) -> dict[str, Any]:
     """How the layout calls a format."""
-    group = {"group_size": FORMATS[format].group} if FORMATS[format].group > 1 else {}
-    return {"quant_algo": format.upper()} | group
+    row = FORMATS[format]
+    group = {"group_size": row.group} if row.group > 1 else {}
+    return {"quant_algo": str(row.weights or format).upper()} | group
 
 
 def config_group(format: Format, targets: list[str]) -> dict[str, Any]:
@@ -44,7 +45,7 @@ def config_group(format: Format, targets: list[str]) -> dict[str, Any]:
     row = FORMATS[format]
     group = {"group_size": row.group} if row.group > 1 else {}
     numbers = {"dynamic": False, "num_bits": row.bits, "type": row.kind} | group
-    inputs = {"input_activations": numbers} if INPUT_SCALE in row.suffixes else {}
+    inputs = {"input_activations": numbers} if row.rounds_inputs else {}
     return {**inputs, "weights": numbers, "targets": targets}
 
 

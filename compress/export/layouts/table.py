@@ -7,10 +7,12 @@ from pathlib import Path
 from compress.export.layouts.compressed_tensors import COMPRESSED_TENSORS
 from compress.export.layouts.directory import PLAIN, Structure, is_told, write_directory
 from compress.export.layouts.gguf import write_gguf
+from compress.export.layouts.modelopt import MODELOPT
 from compress.export.layouts.stock import OWN, OWN_FORMATS, STOCK
 from compress.export.layouts.student import Student
 from compress.export.layouts.uneven import DECILM, PUZZLE
 from compress.export.targets import Target
+from compress.formats.table import FORMATS
 from compress.model.architecture import Architecture
 from compress.model.build import is_plain
 
@@ -35,4 +37,6 @@ def layout_of(target: Target, architecture: Architecture) -> Layout:
     if target == "llama.cpp":
         return write_gguf
     structure = STOCK if plain else UNEVEN[architecture.family]
-    return partial(write_directory, structure, COMPRESSED_TENSORS if told else PLAIN)
+    rounding = any(FORMATS[format].rounds_inputs for format in architecture.formats)
+    quantization = MODELOPT if rounding else COMPRESSED_TENSORS
+    return partial(write_directory, structure, quantization if told else PLAIN)
