@@ -15,6 +15,7 @@ from compress.model.architecture import (
     sizes,
 )
 from compress.model.families import parameters
+from compress.model.layout import Parameter
 
 # Numbers kept for a backward pass for each that a matrix reads or gives.
 KEPT = 2
@@ -25,7 +26,11 @@ SCAN_CHUNK, SCAN_ARRAYS = 64, 3
 
 @dataclass(frozen=True, kw_only=True)
 class Sizes:
-    """What of a model decides its work: weights by layer and outside, and widths."""
+    """What of a model decides its work: weights by layer and outside, and widths.
+
+    Of what takes a number format in the blocks ``widest`` is the largest number of inputs,
+    ``together`` the weights that are rounded at once, ``columns`` the sum of weights times inputs.
+    """
 
     layers: tuple[int, ...]
     outside: int
@@ -34,6 +39,9 @@ class Sizes:
     units: int
     active: int
     activations: tuple[int, ...]
+    widest: int
+    together: int
+    columns: int
 
     @property
     def weights(self) -> int:
@@ -50,7 +58,8 @@ def sizes_of(architecture: Architecture) -> Sizes:
     """The sizes of a model."""
     blocks = architecture.blocks
     layers, kept = [0] * architecture.layers, [0] * architecture.layers
-    outside, active = 0, 0.0
+    outside, active, columns = 0, 0.0, 0
+    groups: dict[tuple[int, str, int | None], list[Parameter]] = {}
     for each in parameters(architecture):
         if each.block is None:
             outside += each.count
@@ -59,6 +68,9 @@ def sizes_of(architecture: Architecture) -> Sizes:
         used = 1.0 if each.expert is None else getattr(block, "top_k", 1) / sizes(block)["expert"]
         layers[block.layer] += each.count
         active += each.count * used
+        if each.slot.fused:
+            groups.setdefault((each.block, each.slot.fused, each.expert), []).append(each)
+            columns += each.count * each.shape[-1]
         if len(each.shape) > 1:
             kept[block.layer] += round(KEPT * (each.shape[0] + each.shape[-1]) * used)
     for block in blocks:
@@ -70,6 +82,8 @@ def sizes_of(architecture: Architecture) -> Sizes:
         layers=tuple(layers), outside=outside, hidden=architecture.hidden,
         vocab=architecture.vocab, units=architecture.hidden + sum(map(units_of, blocks)),
         active=round(active), activations=tuple(kept),
+        widest=max(each.shape[-1] for own in groups.values() for each in own),
+        together=max(sum(each.count for each in own) for own in groups.values()), columns=columns,
     )  # fmt: skip
 
 

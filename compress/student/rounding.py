@@ -11,7 +11,7 @@ for each error (GPTQ: Frantar et al. 2022, arXiv 2210.17323, algorithm 1), a gro
 chosen when its first column comes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -99,6 +99,20 @@ class Trial:
     coded: Tensor
     values: Tensor
 
+    def where(self, rows: Tensor, other: "Trial") -> "Trial":
+        """These rows [out], the other ones of another trial."""
+
+        def picked(one: Tensor, two: Tensor) -> Tensor:
+            # FP8 has no ``where``.
+            flat = (
+                (one, two) if one.itemsize > 1 else (one.view(torch.uint8), two.view(torch.uint8))
+            )
+            return torch.where(rows[:, None], *flat).view(one.dtype) if one.dim() else one
+
+        scales = tuple(picked(*pair) for pair in zip(self.scales, other.scales, strict=True))
+        coded, values = picked(self.coded, other.coded), picked(self.values, other.values)
+        return Trial(scales, coded, values)
+
     def part(self, rows: slice, row: NumberFormat) -> Rounded:
         """Some rows, with their codes."""
         scales = rows_of(self.scales, rows)
@@ -119,34 +133,30 @@ def by_inputs(
 ) -> Trial:
     """The best of what there is for every row of a weight [out, in], fp32."""
     numerics = row.numerics
-    nearest = Trial(numerics.scales(weight, *common), weight, numerics.fake(weight, *common))
+    best = Trial(numerics.scales(weight, *common), weight, numerics.fake(weight, *common))
     if rounding == "nearest":
-        return nearest
-    trials = [nearest]
+        return best
     width, tokens = weight.shape[1], max(1, inputs.tokens)
     gram = inputs.gram().to(weight) if inputs.tokens else weight.new_zeros(width, width)
     require_read(gram)
     # Of a layer that reads nothing but zeros the weight's own squared error counts.
     gram.diagonal().add_((gram.diagonal().sum() == 0).to(gram))
-    if row.group > 1:
-        scales = best_scales(weight, row, common, gram.diagonal())
-        steps = numerics.steps(*scales)[..., None]
-        grouped = in_groups(weight, row)
-        values = (numerics.round_(grouped / steps) * steps).flatten(-2)
-        trials.append(Trial(scales, weight, values))
-    if rounding == "second-order":
-        damping = DAMPING * (width / tokens) ** 0.5
-        trials.append(second_order(weight, row, common, gram, damping))
-    errors = torch.stack([row_errors(weight - trial.values, gram) for trial in trials])
-    best = errors.argmin(0)  # the first of equals: what is on the grid stays
-    picked = [torch.stack(parts) for parts in zip(*(t.scales for t in trials), strict=True)]
-    at = torch.arange(len(weight), device=weight.device)
-    scales = tuple(each[best, at] if each.dim() > 1 else each[0] for each in picked)
-    coded, values = (
-        torch.stack([getattr(trial, name) for trial in trials])[best, at]
-        for name in ("coded", "values")
-    )
-    return Trial(scales, coded, values)
+    least = row_errors(weight - best.values, gram)
+
+    def others() -> Iterator[Trial]:
+        if row.group > 1:
+            scales = best_scales(weight, row, common, gram.diagonal())
+            steps = numerics.steps(*scales)[..., None]
+            grouped = in_groups(weight, row)
+            yield Trial(scales, weight, (numerics.round_(grouped / steps) * steps).flatten(-2))
+        if rounding == "second-order":
+            yield second_order(weight, row, common, gram, DAMPING * (width / tokens) ** 0.5)
+
+    for trial in others():
+        errors = row_errors(weight - trial.values, gram)
+        # Of equals the first: what is on the grid stays.
+        best, least = best.where(errors >= least, trial), torch.minimum(errors, least)
+    return best
 
 
 def require_read(gram: Tensor) -> None:
