@@ -3,28 +3,37 @@
     python -m benchmarks.quantize --model smollm2-135m --data texts.jsonl
     python -m benchmarks.quantize --model embedded --formats nvfp4 --train-tokens 262144
 
-Every block in one format. KL in nats per token on final text, +- one standard error over sequences;
-``ratio`` is that to the first way, rounding to nearest, whose difference is paired over the same
-sequences. Formats that no block of the model takes are left out, blocks that do not take one stay
-BF16.
+Every linear group that takes a format in it, the others in BF16. KL in nats per token on final
+text, +- one standard error over sequences; ``ratio`` is that to the first way, rounding to nearest,
+whose difference is paired over the same sequences. CPU seconds are of making the student and of
+measuring it, ``GiB`` is the anonymous memory that making it takes above what is there before, at
+its peak.
 """
 
+import os
 import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import get_args
 
 import torch
 
-from benchmarks.common import Clock, Subject, arguments, report, subject
+from benchmarks.common import Subject, arguments, report, subject
+from benchmarks.scale import LOOK_SECONDS, anonymous
 from compress.core.terminal import note
 from compress.export.student import round_student, store_student
-from compress.formats.table import FORMATS, Rounding
+from compress.formats.table import FORMATS, Format, GroupFormats, Rounding, by_group
 from compress.measure.estimates import difference, mean_of
 from compress.measure.kl import sequence_kl
-from compress.memory.budget import in_format
-from compress.model.architecture import Architecture
+from compress.memory.footprint import group_takes
+from compress.model.architecture import Architecture, Block
 from compress.model.build import disk_tensors, load_model
 from compress.model.checkpoint import in_bf16
+from compress.model.families import linear_groups
 from compress.student.grids import grids_of, on_grids
 from compress.sweep.stack import stack_at
 from compress.sweep.states import stored_states
@@ -55,30 +64,60 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as folder:
             begins = found.path
             for way in ways:
-                out, clock = Path(folder) / way, Clock()
+                out = Path(folder) / way
                 if way == "trained":
-                    trained(found, architecture, begins, out)
+                    work = partial(trained, found, architecture, begins, out)
                 else:
-                    round_student(found.path, out, architecture, rows, way)
-                seconds, begins = clock.seconds, out
+                    work = partial(round_student, found.path, out, architecture, rows, way)
+                begun, memory = time.process_time(), peak(work)
+                made, begins = time.process_time(), out
                 kl = mean_of(torch.cat(list(sequence_kl(stack_at(out), final))).numpy())
                 nearest = nearest or kl
                 change, error = difference(nearest, kl)
                 shown.append(
                     {
                         "format": format,
-                        "blocks": sum(bool(block.formats) for block in architecture.blocks),
+                        "groups": sum(
+                            f == format for b in architecture.blocks for _, f in b.formats
+                        ),
                         "rounding": way,
                         "kl": kl.value,
                         "se": kl.stderr,
                         "ratio": kl.value / nearest.value,
                         "change": change,
                         "change se": error,
-                        "seconds": seconds,
+                        "seconds": made - begun,
+                        "seconds to measure": time.process_time() - made,
+                        "GiB": memory / 2**30,
                     }
                 )
                 note(f"{format}, {way}: {kl.value:.4f}")
     report("quantize", settings, {"calibration tokens": rows.numel()}, list(shown[0]), shown)
+
+
+def in_format(teacher: Architecture, format: Format) -> Architecture:
+    """The teacher with every linear group that takes a format in it."""
+    hidden, family = teacher.hidden, teacher.family
+
+    def own(block: Block) -> GroupFormats:
+        groups = linear_groups(block, family)
+        taken = {g for g in groups if group_takes(block, g, hidden, family, format)}
+        return by_group({group: format if group in taken else "bf16" for group in groups})
+
+    blocks = tuple(replace(block, formats=own(block)) for block in teacher.blocks)
+    return replace(teacher, blocks=blocks)
+
+
+def peak(work: Callable[[], None]) -> int:
+    """Bytes of anonymous memory that some work takes at its peak, above what is there before."""
+    before = highest = anonymous(os.getpid())
+    with ThreadPoolExecutor(1) as pool:
+        done = pool.submit(work)
+        while not done.done():
+            highest = max(highest, anonymous(os.getpid()))
+            time.sleep(LOOK_SECONDS)
+        done.result()
+    return highest - before
 
 
 def trained(found: Subject, architecture: Architecture, begins: Path, out: Path) -> None:

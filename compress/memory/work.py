@@ -4,12 +4,15 @@ Bytes are those on the placement beside the process itself. What has to be there
 weights of the largest part (a layer; or embedding and head)::
 
     score    w, a rounding error of w per format, of one batch the inputs of all layers and a
-             gradient per draw, activations of a layer, logits, the contribution matrix in fp32
+             gradient per draw, activations of a layer, logits, the contribution matrix in fp32;
+             or rounding, where that takes more
     search   2 w (read and made), the matrix, the teacher's states of the text, logits; or a
-             finalist's training, where that takes more
+             finalist's training or rounding, where that takes more
     local    w, and weights and moments of a layer
     distill  weights and moments of the student, the head, inputs of all layers, logits
-    export   2 w, logits, all in fp32
+    export   2 w, logits, all in fp32; or rounding, where that takes more
+    rounding on text: 2 w, states of the text, a Gram matrix and two of its size that factor it,
+             the weights that are rounded together in all ways that are tried
 
 Besides, a stage takes what is free: layers that stay (a third of the memory), inputs of more
 batches (a quarter), cut blocks (an eighth). Time is that of the products, at a rate, and of reading
@@ -17,7 +20,7 @@ what does not stay. Times are rough: text decides when replays and trials stop.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
@@ -50,6 +53,10 @@ MASTERS = 16
 READ_RATE = 1e9
 # Candidates measured for each trial, baselines with them; tangents for each; passes of one.
 MEASURED, TANGENTS, TANGENT_PASSES = 1.5, 0.3, 3
+# A Gram matrix and what factors it; a weight in fp32 and what becomes of it in what is tried.
+GRAMS, TRIED = 3, 8
+# Forward passes of a text that is rounded on: as far as each group, and through the layer.
+ROUNDING_PASSES = 3.5
 BACKWARD = 2  # forward passes that a backward pass through trained weights is worth
 
 
@@ -74,6 +81,8 @@ class Settings:
     distill_tokens: int
     distill_length: int
     optimizer: str
+    rounding: str = "nearest"
+    calibration_tokens: int = 0
     formats: int = 2
     student: float = STUDENT
 
@@ -116,7 +125,7 @@ def work_of(architecture: Architecture, asked: Settings, machine: Machine) -> li
         score_work(own, asked, machine),
         search_work(own, asked, machine),
         distill_work(own, asked, machine),
-        export_work(own),
+        export_work(own, asked),
     ]
     if asked.local_tokens:
         found.insert(2, local_work(own, asked, machine))
@@ -144,12 +153,33 @@ def score_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
     passes = asked.score_tokens * (2 + asked.draws + scan)
     after = layers / 2 * asked.replay_tokens  # every layer is removed in turn, halves follow it
     heads = (asked.score_tokens + layers * asked.replay_tokens) * own.vocab * own.hidden
-    return Work(
+    found = Work(
         stage="score", parts=parts, more=staying(own, machine) + (batches - 1) * inputs,
         operations=2 * (own.active * (passes + after) + heads),
         sweeps=2 + asked.replay_tokens / (SWEEP_BATCH * asked.score_length),
         weights=own.weights * number, host=matrix if machine.accelerator else 0,
     )  # fmt: skip
+    return with_rounding(found, own, asked, number, asked.formats)
+
+
+def with_rounding(work: Work, own: Sizes, asked: Settings, number: int, times: int) -> Work:
+    """A stage that also rounds the model on text, ``times`` over: the more of bytes, both times."""
+    if asked.rounding == "nearest" or not times:
+        return work
+    tokens = asked.calibration_tokens
+    parts = {
+        "weights of a layer": made_bytes(own, number),
+        "states of the text": tokens * own.hidden * number,
+        "Gram matrices": GRAMS * own.widest**2 * FP32,
+        "rounded weights": TRIED * own.together * FP32,
+    }
+    operations = 2 * (ROUNDING_PASSES * tokens * own.active + times * own.columns)
+    return replace(
+        work,
+        parts=max(work.parts, parts, key=lambda each: sum(each.values())),
+        operations=work.operations + operations,
+        sweeps=work.sweeps + 1,
+    )
 
 
 def matrix_bytes(own: Sizes, asked: Settings) -> int:
@@ -181,6 +211,7 @@ def search_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
         sweeps=asked.trials * MEASURED * asked.select_tokens / batch, weights=own.weights * number,
         host=matrix if machine.accelerator else 0,
     )  # fmt: skip
+    trials = with_rounding(trials, own, asked, FP32, asked.finalists)
     training = distill_work(own, asked, machine)
     if not asked.short_distill_tokens or not asked.finalists or trials.least > training.least:
         return trials
@@ -230,17 +261,18 @@ def distill_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
     )  # fmt: skip
 
 
-def export_work(own: Sizes) -> Work:
+def export_work(own: Sizes, asked: Settings) -> Work:
     """Packing, and reading back; in fp32 everywhere."""
     parts = {
         "weights of a layer": made_bytes(own, FP32),
         "logits": 3 * EXPORT_TOKENS * own.vocab * FP32,
     }
     operations = 2 * 3 * EXPORT_TOKENS * (own.active + own.vocab * own.hidden)
-    return Work(
+    found = Work(
         stage="export", parts=parts, more=0, operations=operations, sweeps=4,
         weights=own.weights * FP32,
     )  # fmt: skip
+    return with_rounding(found, own, asked, FP32, 1)
 
 
 def made_bytes(own: Sizes, number: int) -> int:

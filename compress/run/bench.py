@@ -16,7 +16,7 @@ from compress.measure.kl import Reference, measure
 from compress.model.build import is_plain
 from compress.model.families import count_active, count_parameters
 from compress.report.rows import Student
-from compress.run.score import REPAIR, counted, gram_file
+from compress.run.score import REPAIR, counted, gram_file, rounded_teacher
 from compress.run.score import STAGE as SCORE
 from compress.run.session import Session
 from compress.run.students import is_cut, train_inputs
@@ -73,6 +73,10 @@ class Bench:
     session: Session
     scores: Scores
     text: Reference
+
+    def __post_init__(self) -> None:
+        """Candidates are rounded as the recipe says."""
+        self.text.store.rounded = rounded_teacher(self.session)
 
     @cached_property
     def grams(self) -> Grams:

@@ -158,7 +158,6 @@ def search(session: Session) -> tuple[Student, ...]:
             if not (over := run.stage_done(STAGE, inputs, candidates)):
                 begin_again(session)
         if not over:
-            session.store.rounded = scoring.rounded_teacher(session)
             text, fresh = selection_text(session)
             note_little_text(session.recipe, text)
             benches = [Bench(one, scores, text) for one in sweep]

@@ -75,3 +75,11 @@ def test_this_machine_is_timed() -> None:
     machine = this_machine(2**30)
     assert machine.memory == 2**30
     assert machine.flops > 1e8
+
+
+def test_rounding_on_text_is_counted() -> None:
+    near, second = (works(HYBRID_12B, rounding=name) for name in ("nearest", "second-order"))
+    for stage in ("score", "search", "export"):
+        assert second[stage].operations > near[stage].operations
+        assert second[stage].least >= near[stage].least
+    assert second["export"].parts["Gram matrices"] > 0
