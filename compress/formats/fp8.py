@@ -13,7 +13,7 @@ Kernels that multiply in BF16 (Marlin) round the scale to it: one that is a BF16
 import torch
 from torch import Tensor
 
-from compress.formats.blocks import CHUNK
+from compress.formats.blocks import CHUNK, in_chunks
 
 E4M3_MAX = 448.0
 # The smallest number of FP32 and BF16 with all its digits.
@@ -45,8 +45,12 @@ def round_(scaled: Tensor) -> Tensor:
 
 def encode(weight: Tensor, scale: Tensor) -> Tensor:
     """The E4M3 codes at this scale, of the weight's shape."""
-    # fp32 before the division: rounding to BF16 on the way would round twice.
-    return (weight.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    def codes(flat: Tensor) -> Tensor:
+        # fp32 before the division: rounding to BF16 on the way would round twice.
+        return (flat.float() / scale).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn)
+
+    return in_chunks(codes, weight.reshape(-1)).view(weight.shape)
 
 
 def pack(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor]:

@@ -18,6 +18,7 @@ from compress.formats.blocks import (
     e2m1_codes,
     e2m1_values,
     fake_blocks,
+    in_chunks,
     in_pairs,
     largest,
     round_e2m1_,
@@ -57,8 +58,12 @@ def fake(weight: Tensor) -> Tensor:
 
 def encode(weight: Tensor, scales: Tensor) -> Tensor:
     """The codes at these scales, in pairs [..., in/2]."""
-    codes = e2m1_codes(weight.reshape(-1, GROUP) / steps(scales).view(-1, 1))
-    return in_pairs(codes).view(*weight.shape[:-1], -1)
+    found = in_chunks(
+        lambda blocks, own: in_pairs(e2m1_codes(blocks / own)),
+        weight.reshape(-1, GROUP),
+        steps(scales).view(-1, 1),
+    )
+    return found.view(*weight.shape[:-1], -1)
 
 
 def pack(weight: Tensor) -> tuple[Tensor, Tensor]:

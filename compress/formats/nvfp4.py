@@ -21,6 +21,7 @@ from compress.formats.blocks import (
     e2m1_codes,
     e2m1_values,
     fake_blocks,
+    in_chunks,
     in_pairs,
     largest,
     round_e2m1_,
@@ -49,7 +50,11 @@ def block_scale(blocks: Tensor, scale: Tensor, ratio: float | Tensor = 1.0) -> T
 def scales(weight: Tensor, amax: Tensor, ratio: float | Tensor = 1.0) -> tuple[Tensor, Tensor]:
     """E4M3 block scales [..., in/16] and the tensor scale, as they are stored."""
     scale, rows = tensor_scale(amax), weight.reshape(-1, GROUP)
-    return block_scale(rows, scale, ratio).view(*weight.shape[:-1], -1), scale
+    if isinstance(ratio, Tensor):
+        found = block_scale(rows, scale, ratio)
+    else:
+        found = in_chunks(lambda blocks: block_scale(blocks, scale, ratio), rows)
+    return found.view(*weight.shape[:-1], -1), scale
 
 
 def steps(scales: Tensor, scale: Tensor) -> Tensor:
@@ -73,8 +78,12 @@ def fake_at(values: Tensor, scale: Tensor) -> Tensor:
 
 def encode(weight: Tensor, *scales: Tensor) -> Tensor:
     """The codes at these scales, in pairs [..., in/2]."""
-    codes = e2m1_codes(weight.reshape(-1, GROUP) / steps(*scales).view(-1, 1))
-    return in_pairs(codes).view(*weight.shape[:-1], -1)
+    found = in_chunks(
+        lambda blocks, own: in_pairs(e2m1_codes(blocks / own)),
+        weight.reshape(-1, GROUP),
+        steps(*scales).view(-1, 1),
+    )
+    return found.view(*weight.shape[:-1], -1)
 
 
 def pack(weight: Tensor, amax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
