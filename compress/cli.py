@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 import typer
 
-from compress import flags
+from compress import flags, serving
 from compress.core.errors import InputError
 from compress.core.exits import exit_code
 from compress.core.signals import interrupt
@@ -192,6 +192,10 @@ def verify(
     from compress.run import stages
 
     stages.verify(directory, reader, reader_python, check(given, "command line"))
+
+
+app.command()(serving.bench)
+app.command()(serving.profile)
 
 
 @app.command(name="eval")

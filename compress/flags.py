@@ -78,7 +78,8 @@ EVALUATED = (
 )
 DISTILLED = ("local_tokens", "distill_tokens", *TRAINED, *ROUNDED, *PLACED)
 SEARCHED = (
-    *SERVED, "active_parameters", "baselines", "target", "mtp", "ranking", "trials",
+    *SERVED, "active_parameters", "profile", "min_tokens_per_second", "max_latency", "baselines",
+    "target", "mtp", "ranking", "trials",
     "reselect_rounds", "finalists", "short_distill_tokens", "select_tokens", "repair_tokens",
     "eval_data", "final_tokens", "workers", *SCORED, *TRAINED, *ROUNDED,
 )  # fmt: skip

@@ -13,7 +13,8 @@ from compress.run.evaluate import Asked
 from compress.run.recipe import Recipe, write_recipe
 
 COMMANDS = [
-    *("plan", "score", "search", "prune", "distill", "quantize", "export", "verify", "eval"),
+    *("plan", "score", "search", "prune", "distill", "quantize", "export", "verify"),
+    *("bench", "profile", "eval"),
     *("pretrain", "run", "report", "quickstart", "fetch"),
 ]
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import compress
 
 ROOT = Path(compress.__file__).parent
-# Bottom up. flags, api and cli are single files above all packages.
+# Bottom up. flags, api, serving and cli are single files above all packages.
 ORDER = (
     "core", "formats", "model", "memory", "text", "sweep", "student", "measure", "scores", "train",
-    "searches", "export", "report", "run", "flags", "api", "cli",
+    "searches", "export", "report", "run", "flags", "api", "serving", "cli",
 )  # fmt: skip
 LONGEST_FILE = 350
 

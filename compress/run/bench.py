@@ -100,7 +100,7 @@ class Bench:
         ratio = partial(repair_ratios, session.checkpoint, self.grams) if space.repair else None
         return Problem(
             session.whole, self.scores, space, recipe.deployment, session.budget.bytes,
-            blind_to_rounding, recipe.active, recipe.ranking, ratio,
+            blind_to_rounding, recipe.active, recipe.ranking, ratio, recipe.speed,
         )  # fmt: skip
 
     def explored(self, problem: Problem, study: str, trials: int) -> list[Row]:
@@ -120,6 +120,7 @@ class Bench:
                 "ranking": problem.ranking,
                 "budget": problem.budget,
                 "active": problem.active,
+                "speed": asdict(problem.speed) if problem.speed else None,
                 "mtp": bool(problem.teacher.mtp),
                 "deployment": asdict(problem.deployment),
                 "select_tokens": recipe.select_tokens,

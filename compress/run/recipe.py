@@ -17,6 +17,7 @@ from compress.export.targets import Target
 from compress.formats.table import Rounding
 from compress.memory.devices import Compute, Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
+from compress.memory.latency import SpeedBound, read_profile
 from compress.model.config import read_config
 from compress.model.find import commit_of, is_named, pinned_revision, resolve_model
 from compress.model.headers import weight_files
@@ -80,6 +81,15 @@ class Recipe(BaseModel):
     )
     active_parameters: str | None = Field(
         None, description="Parameters that one token may use at most (1.2B)."
+    )
+    profile: str | None = Field(
+        None, description="What compress profile wrote: seconds of blocks on the serving machine."
+    )
+    min_tokens_per_second: float | None = Field(
+        None, gt=0, description="Tokens a second that a student generates at least, by the profile."
+    )
+    max_latency: float | None = Field(
+        None, gt=0, description="Seconds that the profile's prompt takes a student at most."
     )
     context: str = Field("2k", description="Context the student is served with (2k, 128k, 1M).")
     batch_size: int = Field(1, ge=1, description="Sequences served at once.")
@@ -220,6 +230,20 @@ class Recipe(BaseModel):
         return self.limits[0] if self.limits else None
 
     @cached_property
+    def speed(self) -> SpeedBound | None:
+        """The bound on seconds, if there is one; InputError where there is no profile for it."""
+        file, least, prompt = self.profile, self.min_tokens_per_second, self.max_latency
+        if least is None and prompt is None:
+            return None
+        if file is None:
+            raise InputError(
+                "--min-tokens-per-second and --max-latency need --profile FILE, which compress "
+                "profile MODEL writes on the machine that serves"
+            )
+        token = None if least is None else 1 / least
+        return SpeedBound(read_profile(Path(file)), prompt, token)
+
+    @cached_property
     def memory_bytes(self) -> int | None:
         """What the work may take, if it is bounded."""
         return None if self.memory is None else parse_bytes(self.memory, "memory")
@@ -267,7 +291,7 @@ def check(settings: dict[str, Any], source: str) -> Recipe:
 def complete(recipe: Recipe, source: str) -> Recipe:
     """The recipe itself; InputError where one of its quantities is wrong."""
     # Quantities are kept as written, but a wrong one is refused here, not in a later stage.
-    _ = recipe.deployment, recipe.active, recipe.preset, recipe.memory_bytes
+    _ = recipe.deployment, recipe.active, recipe.speed, recipe.preset, recipe.memory_bytes
     if recipe.budget is not None and not recipe.limits:
         parse_budget(recipe.budget)
     for budget, limit in zip(recipe.budgets, recipe.limits, strict=True):

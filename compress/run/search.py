@@ -118,6 +118,7 @@ def search_inputs(session: Session, space: Space) -> dict[str, Any]:
         "baselines": comparisons(session, space)[1],
         "budget": [one.budget.bytes for one in session.at_each_budget()],
         "active": recipe.active,
+        "speed": asdict(recipe.speed) if recipe.speed else None,
         "deployment": asdict(session.recipe.deployment),
         "version": 4,
         **{key: getattr(recipe, key) for key in keys},
@@ -175,7 +176,7 @@ def require_searchable(session: Session, space: Space) -> None:
     recipe = session.recipe
     for one in session.at_each_budget():
         sizes = one.whole, None, space, one.recipe.deployment, one.budget.bytes
-        require_feasible(Problem(*sizes, active=recipe.active))
+        require_feasible(Problem(*sizes, active=recipe.active, speed=recipe.speed))
         share = min(STUDENT, one.budget.bytes / one.teacher_bytes)
         require_stage("search", one.architecture, recipe, session.placement, share)
     require_ranked(session.architecture, recipe.ranking)

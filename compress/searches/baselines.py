@@ -159,10 +159,11 @@ def step_of(axis: str, format: Format) -> int:
 
 
 def fits(problem: Problem, options: Sequence[Option]) -> bool:
-    """Whether a choice is within the budget, and the bound on active parameters if there is one."""
+    """Whether a choice is within the budget, and the bounds on active parameters and speed."""
     candidate = problem.candidate("x", "x", options, Globals())
     few = problem.active is None or count_active(candidate.architecture) <= problem.active
-    return few and total_bytes(candidate, problem.deployment) <= problem.budget
+    fast = problem.speed is None or problem.speed.kept(candidate.architecture)
+    return few and fast and total_bytes(candidate, problem.deployment) <= problem.budget
 
 
 def randomly(problem: Problem, count: int, seed: int) -> list[tuple[Candidate, float]]:

@@ -18,8 +18,8 @@ from compress.memory.footprint import (
     outside_bytes,
     state_bytes,
 )
+from compress.memory.latency import SpeedBound
 from compress.model.architecture import Architecture, block_name
-from compress.model.families import block_active, outside_count
 from compress.scores.costs import (
     Scores,
     choose,
@@ -30,7 +30,8 @@ from compress.scores.costs import (
     rounding_rows,
     top,
 )
-from compress.searches.knapsack import Knapsack, Limit
+from compress.searches.knapsack import Knapsack
+from compress.searches.limits import bounds, limit
 from compress.searches.space import (
     REMOVED,
     Option,
@@ -71,7 +72,8 @@ class Problem:
     """A teacher, its scores, a space and a budget; costs of options are computed once.
 
     Without scores it only answers what fits. ``blind_to_rounding`` leaves the cost of formats out
-    of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses,
+    of the choice (prune, then quantize). ``active`` bounds the parameters that one token uses and
+    ``speed`` the seconds that a profile predicts,
     ``ranking`` decides which units stay, not what they cost. With ``repair_ratios`` every cut block
     is repaired. Where only whole layers may go, one costs the sum of what its blocks cost alone.
     """
@@ -85,6 +87,7 @@ class Problem:
     active: int | None = None
     ranking: Ranking = "contribution"
     repair_ratios: Repairs | None = None
+    speed: SpeedBound | None = None
     costs: dict[tuple[int, Option], tuple[float, float]] = field(default_factory=dict)
     keeps: dict[tuple[int, Option], dict[str, Tensor]] = field(default_factory=dict)
     ratios: dict[tuple[int, Target], float] = field(default_factory=dict)
@@ -278,25 +281,10 @@ class Problem:
             bytes=[np.array([taken_by(choice) for choice in group]) for group in groups],
             room=self.budget - beside - self.deployment.workspace_bytes,
             at_least_one=[survivors] if survivors else [],
-            limits=self.limits(groups, globals_),
+            limits=[
+                limit(b, self.teacher, groups) for b in bounds(narrow, self.active, self.speed)
+            ],
         )
-
-    def limits(self, groups: Sequence[Sequence[Choice]], globals_: Globals) -> list[Limit]:
-        """What binds besides the bytes: active parameters, if they are bounded."""
-        if self.active is None:
-            return []
-        hidden, family = self.hidden(globals_), self.teacher.family
-
-        def active(choice: Choice) -> int:
-            return sum(
-                block_active(resized(self.teacher.blocks[n], o), hidden, family)
-                for n, o in choice
-                if not o.removed and n < self.outside
-            )
-
-        fixed = outside_count(replace(self.teacher, hidden=hidden))
-        amounts = [np.array([float(active(choice)) for choice in options]) for options in groups]
-        return [Limit(amounts, self.active - fixed)]
 
     def global_cost(self, globals_: Globals) -> float:
         """Predicted KL of the hidden size."""

@@ -1,5 +1,6 @@
 """Proposals: from a global choice and the knapsack's answer to what is worth measuring."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -145,7 +146,7 @@ def require_feasible(problem: Problem) -> None:
             f"{format_bytes(floor)} ({floor} bytes); what would help: {', '.join(hints)}"
         )
     if problem.active is not None and (
-        (fewest := fewest_active(problem.active, knapsacks)) > problem.active
+        (fewest := least_of(0, problem.active, knapsacks)) > problem.active
     ):
         raise Infeasible(
             f"active_parameters {format_count(problem.active)} is below the fewest that this "
@@ -153,6 +154,15 @@ def require_feasible(problem: Problem) -> None:
             "parameters); what would help: more --active-parameters, a larger --budget, a "
             "space with smaller choices"
         )
+    bounds = problem.speed.bounds if problem.speed else {}
+    for at, (name, most) in enumerate(bounds.items(), 0 if problem.active is None else 1):
+        least = least_of(at, math.floor(most * 1e9), knapsacks) / 1e9
+        if least > most:
+            raise Infeasible(
+                f"the fastest that this space reaches within the budget takes {least * 1e3:.2f} ms "
+                f"of a {name} by the profile, more than the {most * 1e3:.2f} ms that are asked; "
+                "what would help: a lower bound on the speed, a space with smaller choices"
+            )
 
 
 def seeds(problem: Problem) -> list[Proposal]:
@@ -208,14 +218,14 @@ def unpriced(problem: Problem, globals_: Globals) -> Knapsack:
     return problem.knapsack(problem.groups(globals_), globals_, priced=False)
 
 
-def fewest_active(bound: int, knapsacks: Sequence[Knapsack]) -> int:
-    """The fewest active parameters within the budget, exactly, if they exceed the bound.
+def least_of(at: int, bound: int, knapsacks: Sequence[Knapsack]) -> int:
+    """The least that is taken of a limit within the budget, exactly, if it exceeds the bound.
 
-    Otherwise those of the first knapsack, one per global choice, that keeps it.
+    Otherwise that of the first knapsack, one per global choice, that keeps it.
     """
     found: list[int] = []
     for knapsack in knapsacks:
-        [limit] = knapsack.limits
+        limit = knapsack.limits[at]
         least = solve(replace(knapsack, costs=limit.amounts, limits=()), relative_gap=0.0)
         if least is not None:
             found.append(bound - limit.bound + round(least.cost))

@@ -9,7 +9,10 @@ those with quantized weights to 8 bits in blocks of 32: that is llama.cpp's arit
 
 import importlib
 import json
+import os
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +57,34 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bench(request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of prompts and of tokens generated after them."""
+    package: Any = importlib.import_module("llama_cpp")
+    prompt, cores = request["prompt"], len(os.sched_getaffinity(0))
+    [file] = Path(request["directory"]).glob("*.gguf")
+    model = package.Llama(
+        model_path=str(file), n_ctx=prompt + request["generate"], n_batch=prompt, n_ubatch=prompt,
+        n_threads=cores, n_threads_batch=cores, verbose=False,
+    )  # fmt: skip
+    prompts, tokens = [], []
+    for _ in range(request["repeats"]):
+        model.reset()
+        start = time.perf_counter()
+        model.eval(request["tokens"])
+        prompts.append(time.perf_counter() - start)
+        for token in request["tokens"][: request["generate"]]:
+            start = time.perf_counter()
+            model.eval([token])
+            tokens.append(time.perf_counter() - start)
+    return {
+        "reader": f"llama.cpp (llama-cpp-python {package.__version__})",
+        "prompt_seconds": prompts, "token_seconds": tokens,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     asked = Path(sys.argv[1])
-    answer = read(json.loads(asked.read_text(encoding="utf-8")))
+    request = json.loads(asked.read_text(encoding="utf-8"))
+    answer = read(request) if "rows" in request else bench(request)
     asked.with_name("answer.json").write_text(json.dumps(answer), encoding="utf-8")

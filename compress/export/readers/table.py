@@ -6,6 +6,9 @@ package: ``python FILE REQUEST``. REQUEST is a JSON file, the answer ``answer.js
     request   directory, rows [R][T], prompt, top, own_code, device
     answer    reader, dtype, text [R][T - 1], ids and values [R][T - 1][top], greedy [R][T - prompt]
 
+    timings   directory, tokens, prompt, generate, repeats, own_code, device
+    answer    reader, prompt_seconds, token_seconds, peak_bytes
+
 ``text`` are log-probabilities of each row's tokens after the first, ``ids`` and ``values`` the
 likeliest tokens there and theirs, ``greedy`` what is generated after the first ``prompt`` tokens.
 ``own_code`` lets it run the Python files of the directory, which are ours. The reader of this
@@ -16,8 +19,9 @@ import io
 import json
 import os
 import subprocess
+import sys
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import redirect_stderr
 from dataclasses import dataclass
 from importlib import import_module
@@ -63,6 +67,15 @@ def installed(name: Reader, python: Path | None) -> bool:
     return python is not None or find_spec(READERS[name].package) is not None
 
 
+def require_installed(name: Reader, python: Path | None) -> None:
+    """InputError where a reader cannot be asked."""
+    if not installed(name, python):
+        raise InputError(
+            f"{READERS[name].package} is not installed here; name a Python that has it with "
+            "--reader-python"
+        )
+
+
 def ask(
     name: Reader, directory: Path, rows_RT: Tensor, prompt: int, python: Path | None, device: str
 ) -> Predictions:
@@ -72,11 +85,7 @@ def ask(
         InputError: no such Python, or it does not have the reader's package.
         VerificationFailed: the reader does not load the directory, with what it says.
     """
-    if not installed(name, python):
-        raise InputError(
-            f"{READERS[name].package} is not installed here; name a Python that has it with "
-            "--reader-python"
-        )
+    require_installed(name, python)
     request = {
         "directory": str(directory.absolute()), "rows": rows_RT.tolist(), "prompt": prompt,
         "top": TOP, "own_code": has_own_code(directory), "device": device,
@@ -101,6 +110,25 @@ def has_own_code(directory: Path) -> bool:
             if said is not None and f"{said.rpartition('.')[0]}.py" not in files:
                 raise VerificationFailed(f"other code: auto_map names {said}, which is not here")
     return bool(files)
+
+
+def timed(
+    name: Reader,
+    directory: Path,
+    tokens: Sequence[int],
+    generate: int,
+    repeats: int,
+    python: Path | None,
+    device: str,
+) -> Any:
+    """Seconds that a reader takes, in a process of its own; InputError as ``ask``."""
+    require_installed(name, python)
+    request = {
+        "directory": str(directory.absolute()), "tokens": list(tokens), "prompt": len(tokens),
+        "generate": generate, "repeats": repeats, "own_code": has_own_code(directory),
+        "device": device,
+    }  # fmt: skip
+    return there(name, request, python or Path(sys.executable))
 
 
 def here(name: Reader, request: Mapping[str, Any]) -> Any:

@@ -6,7 +6,9 @@ another version of transformers reads in an environment of its own.
 
 import importlib
 import json
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -56,7 +58,41 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bench(request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of prompts and of tokens generated after them, in the dtype of the directory."""
+    transformers: Any = importlib.import_module("transformers")
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        request["directory"],
+        dtype="auto",
+        trust_remote_code=request["own_code"],
+        local_files_only=True,
+    )
+    model = model.eval().to(request["device"])
+    whole = torch.tensor([request["tokens"]], device=request["device"])
+    prompts: list[float] = []
+    tokens: list[float] = []
+
+    def timed(ids: torch.Tensor, cache: Any, into: list[float]) -> Any:
+        start = time.perf_counter()
+        found = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        int(found.logits.argmax())  # waits for a device
+        into.append(time.perf_counter() - start)
+        return found.past_key_values
+
+    with torch.inference_mode():
+        for _ in range(request["repeats"]):
+            cache = timed(whole, None, prompts)
+            for n in range(request["generate"]):
+                cache = timed(whole[:, n : n + 1], cache, tokens)
+    return {
+        "reader": f"transformers {transformers.__version__}",
+        "prompt_seconds": prompts, "token_seconds": tokens,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     asked = Path(sys.argv[1])
-    answer = read(json.loads(asked.read_text(encoding="utf-8")))
+    request = json.loads(asked.read_text(encoding="utf-8"))
+    answer = read(request) if "rows" in request else bench(request)
     asked.with_name("answer.json").write_text(json.dumps(answer), encoding="utf-8")

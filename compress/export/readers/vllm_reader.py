@@ -12,7 +12,9 @@ scales that are BF16 numbers; see ``layouts`` for the others. A GPU runs vLLM's 
 import importlib
 import json
 import os
+import resource
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -132,7 +134,41 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def bench(request: dict[str, Any]) -> dict[str, Any]:
+    """Seconds of prompts and of tokens generated after them, one request at a time."""
+    vllm: Any = importlib.import_module("vllm")
+    if importlib.import_module("vllm.platforms").current_platform.is_cpu():
+        register()
+    more, ids = request["generate"], request["tokens"]
+    model = vllm.LLM(
+        model=request["directory"],
+        skip_tokenizer_init=True,
+        max_model_len=len(ids) + more + 1,
+        max_num_seqs=1,
+        enforce_eager=True,
+        enable_prefix_caching=False,
+        trust_remote_code=request["own_code"],
+    )
+
+    def timed(tokens: int) -> float:
+        how = vllm.SamplingParams(
+            max_tokens=tokens, temperature=0.0, ignore_eos=True, detokenize=False
+        )
+        start = time.perf_counter()
+        model.generate([{"prompt_token_ids": ids}], how, use_tqdm=False)
+        return time.perf_counter() - start
+
+    timed(1)
+    prompts = [timed(1) for _ in range(request["repeats"])]
+    tokens = [(timed(1 + more) - min(prompts)) / more for _ in range(request["repeats"])]
+    return {
+        "reader": f"vLLM {vllm.__version__}", "prompt_seconds": prompts, "token_seconds": tokens,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+    }  # fmt: skip
+
+
 if __name__ == "__main__":
     asked = Path(sys.argv[1])
-    answer = read(json.loads(asked.read_text(encoding="utf-8")))
+    request = json.loads(asked.read_text(encoding="utf-8"))
+    answer = read(request) if "rows" in request else bench(request)
     asked.with_name("answer.json").write_text(json.dumps(answer), encoding="utf-8")
