@@ -64,6 +64,9 @@ TRAINED = (
     "optimizer",
     "precision",
     "emulate",
+    "loss",
+    "validate_every",
+    "patience",
 )
 ROUNDED = ("rounding", "calibration_tokens")
 EVALUATED = (

@@ -25,15 +25,18 @@ def mean_kl_from_hidden(
     teacher_ND: Tensor,
     teacher_head: Head,
     chunk: int = CHUNK,
+    *,
+    reverse: bool = False,
 ) -> Tensor:
     """Mean of KL(teacher || student) over the tokens, in nats: that of ``kl_from_hidden``.
 
+    With ``reverse`` of KL(student || teacher).
     Differentiable once, in the student's hidden states and head; the teacher is a constant.
     """
     frozen = replace(teacher_head, weight=teacher_head.weight.detach())
     apply: Any = _MeanKl.apply
     found: Tensor = apply(
-        student_ND, student_head.weight, student_head, teacher_ND.detach(), frozen, chunk
+        student_ND, student_head.weight, student_head, teacher_ND.detach(), frozen, chunk, reverse
     )
     return found
 
@@ -44,7 +47,7 @@ class _MeanKl(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, hidden_ND: Tensor, weight_VD: Tensor, head: Head, teacher_ND: Tensor,
-        teacher_head: Head, chunk: int,
+        teacher_head: Head, chunk: int, reverse: bool,
     ) -> Tensor:  # fmt: skip
         head = replace(head, weight=weight_VD.detach())
         wanted = any(ctx.needs_input_grad[:2])
@@ -61,12 +64,11 @@ class _MeanKl(torch.autograd.Function):
                 student_NV = logits_NV.log_softmax(-1)
                 del logits_NV
                 teacher_NV = teacher_head.logits(teacher_ND[rows]).log_softmax(-1)
-                probability_NV = teacher_NV.exp()
-                total += torch.vdot(probability_NV.view(-1), teacher_NV.sub_(student_NV).view(-1))
+                whole, residual_NV = (reverse_kl if reverse else forward_kl)(student_NV, teacher_NV)
+                total += whole
                 if gradient_ND is None:
                     continue
-                # The gradient in the student's logits: softmax(student) - softmax(teacher).
-                residual_NV = student_NV.exp_().sub_(probability_NV).mul_(slope_NV)
+                residual_NV.mul_(slope_NV)
                 gradient_ND[rows] = residual_NV @ weight_VD.float()
                 if gradient_VD is not None:
                     gradient_VD.addmm_(residual_NV.T, hidden_ND[rows].float())
@@ -80,4 +82,25 @@ class _MeanKl(torch.autograd.Function):
         hidden_type, weight_type, count = ctx.types
         share = gradients[0] / count
         whole = None if gradient_VD is None else gradient_VD.mul_(share).to(weight_type)
-        return gradient_ND.mul_(share).to(hidden_type), whole, None, None, None, None
+        return gradient_ND.mul_(share).to(hidden_type), whole, None, None, None, None, None
+
+
+def forward_kl(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of KL(teacher || student) of log-probabilities, which are consumed, and its gradient.
+
+    The gradient in the student's logits is softmax(student) - softmax(teacher).
+    """
+    probability_NV = teacher_NV.exp()
+    whole = torch.vdot(probability_NV.view(-1), teacher_NV.sub_(student_NV).view(-1))
+    return whole, student_NV.exp_().sub_(probability_NV)
+
+
+def reverse_kl(student_NV: Tensor, teacher_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of KL(student || teacher) of log-probabilities, which are consumed, and its gradient.
+
+    With gaps g = log q - log p the gradient in the student's logits is q (g - sum q g).
+    """
+    gap_NV = torch.sub(student_NV, teacher_NV, out=teacher_NV)
+    probability_NV = student_NV.exp_()
+    kl_N1 = (probability_NV * gap_NV).sum(-1, keepdim=True)
+    return kl_N1.sum(), gap_NV.sub_(kl_N1).mul_(probability_NV)

@@ -26,7 +26,7 @@ from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
 from compress.text.sources import is_hub_text, require_text
-from compress.train.recipes import OptimizerName, PrecisionName
+from compress.train.recipes import OptimizerName, PrecisionName, terms_of
 
 
 def absolute(path: str) -> str:
@@ -190,6 +190,23 @@ class Recipe(BaseModel):
         description="What trains students: AdamW in fp32, with moments in 8 bits (needs torchao), "
         "or with fp32 weights and moments on the CPU beside a GPU (offload).",
     )
+    loss: str = Field(
+        "kl",
+        description="What distillation brings down: a sum of kl (teacher to student), reverse-kl, "
+        "ce (the text itself), cosine and mse (final hidden states), with weights: kl + 0.1*ce.",
+    )
+    validate_every: int = Field(
+        0,
+        ge=0,
+        description="Training tokens between two measurements of KL and nats on training text "
+        "that is held out; 0: none.",
+    )
+    patience: int = Field(
+        0,
+        ge=0,
+        description="Measurements in a row that may be worse than the best before distillation "
+        "ends, with what was best; 0: all.",
+    )
     precision: PrecisionName | None = Field(
         None,
         description="What the products of a distillation compute in; default: fp32 on a CPU, bf16 "
@@ -297,6 +314,7 @@ def complete(recipe: Recipe, source: str) -> Recipe:
     for budget, limit in zip(recipe.budgets, recipe.limits, strict=True):
         if recipe.limits.count(limit) > 1:
             raise InputError(f"{source}: budget {recipe.budget!r} names {budget} twice")
+    terms_of(recipe.loss)
     if not (recipe.local_tokens or recipe.distill_tokens):
         raise InputError(f"{source}: local_tokens and distill_tokens are both 0: nothing to train")
     if recipe.baselines not in (None, "all", "none"):

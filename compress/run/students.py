@@ -185,6 +185,7 @@ def train_inputs(
         "settings": [tokens, recipe.distill_batch_tokens, recipe.learning_rate, recipe.optimizer],
         "length": recipe.distill_length,
         "precision": recipe.precision,
+        "loss": [recipe.loss, recipe.validate_every, recipe.patience],
         "architecture": to_json(candidate.architecture),
         "rounding": rounding_of(session, candidate.architecture),
         "keep": {key: index.tolist() for key, index in candidate.keep.items()},
@@ -213,6 +214,8 @@ def train(
             tokens=tokens, batch_tokens=session.recipe.distill_batch_tokens,
             learning_rate=session.recipe.learning_rate, seed=session.recipe.seed,
             optimizer=session.recipe.optimizer, precision=session.recipe.precision, start=start,
+            loss=session.recipe.loss, validate_every=session.recipe.validate_every,
+            patience=session.recipe.patience,
         )  # fmt: skip
         tensors = trained_tensors(session, candidate, settings, begins, directory)
         store_student(begins, directory / STUDENT, candidate.architecture, tensors)
@@ -245,8 +248,9 @@ def trained_tensors(
     grids = grids_of(begins, architecture, placement.device)
     numerics = numerics_of(recipe.precision, recipe.emulate, placement)
     with session.stack.head() as head, quantized(student, architecture, numerics):
+        lesson = Lesson(states, head, candidate.keep.get("hidden"))
         train_on_teacher(
-            Lesson(states, head), student, rows, settings, placement, directory,
+            lesson, student, rows, settings, placement, directory,
             roundings=roundings(architecture, grids), numerics=numerics,
         )  # fmt: skip
     trained = chain(disk_tensors(student, architecture), open_checkpoint(begins).mtp())

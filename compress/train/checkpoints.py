@@ -4,9 +4,12 @@ The last ``KEPT`` stay. What recognizes the training and its losses so far are i
 file: it is a checkpoint or is not. Where the newest is broken, the one before it counts.
 """
 
+import itertools
 import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,30 +29,62 @@ FILES = "training-*.safetensors"
 KEPT = 2
 
 
+@dataclass
+class History:
+    """What a training has come to: the loss of every step, NaN where it was skipped.
+
+    ``validations`` are steps and what was measured after them; less is better.
+    """
+
+    losses: list[float] = field(default_factory=list)
+    validations: list[tuple[int, float]] = field(default_factory=list)
+
+    @property
+    def skipped(self) -> int:
+        """How many of the last steps in a row were skipped."""
+        found = itertools.takewhile(math.isnan, reversed(self.losses))
+        return sum(1 for _ in found)
+
+    @property
+    def best(self) -> int | None:
+        """The step after which validation was best, the first of equals; None without any."""
+        return min(self.validations, key=lambda one: one[1])[0] if self.validations else None
+
+    def turned(self, patience: int) -> bool:
+        """Whether the last ``patience`` validations were all worse than the best."""
+        steps = [step for step, _ in self.validations]
+        return patience > 0 and self.best in steps[: -patience or None]
+
+
 def save(
     directory: Path,
     model: nn.Module,
     optimizer: Optimizer,
+    history: History,
     curve: Sequence[Mapping[str, float]],
     identity: str,
     world: World,
 ) -> None:
-    """Write the checkpoint that a curve of so many points has come to, and the curve."""
+    """Write the checkpoint that a history has come to, and its curve."""
     tensors = {f"model.{name}": tensor for name, tensor in tensors_of(model).items()}
     for name, parameter in model.named_parameters():
         for key, tensor in state_of(optimizer, parameter).items():
             tensors[f"{name}/{key}"] = tensor
     specs = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
-    losses = json.dumps([point["loss"] for point in curve])
-    file = directory / FILES.replace("*", f"{len(curve):07}")
-    about = {"identity": identity, "losses": losses}
+    file = directory / file_of(len(history.losses))
+    about = {"identity": identity, "history": json.dumps(asdict(history))}
     writer = tensor_writer(file, specs, about) if world.leads else nullcontext(ignore)
     with writer as write:
         for name, tensor in tensors.items():
             write(name, whole(tensor))
     if world.leads:
         write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in curve))
-        forget(directory, KEPT)
+        forget(directory, KEPT, history.best)
+
+
+def file_of(step: int) -> str:
+    """The name of the checkpoint after so many steps."""
+    return FILES.replace("*", f"{step:07}")
 
 
 def ignore(name: str, tensor: Tensor) -> None:
@@ -58,16 +93,17 @@ def ignore(name: str, tensor: Tensor) -> None:
 
 def resume(
     directory: Path, model: nn.Module, optimizer: Optimizer, identity: str, world: World
-) -> list[float]:
-    """Load the newest checkpoint that is whole into model and optimizer; the losses so far.
+) -> History:
+    """Load the newest checkpoint that is whole into model and optimizer; the history so far.
 
-    None where there is no checkpoint, or one of another training. InputError where all are broken.
+    An empty one where there is no checkpoint, or one of another training. InputError where all are
+    broken.
     """
     if (name := world.told(newest(directory, identity) if world.leads else None)) is None:
-        return []
+        return History()
     opened: Any = safe_open
     with opened(directory / name, framework="pt") as file:
-        losses: list[float] = json.loads(file.metadata()["losses"])
+        history = History(**json.loads(file.metadata()["history"]))
         fill(model, {key: file.get_tensor(f"model.{key}") for key in tensors_of(model)})
         names = file.keys()
         for key, parameter in model.named_parameters():
@@ -75,7 +111,14 @@ def resume(
             state = {name.removeprefix(f"{key}/"): file.get_tensor(name) for name in own}
             spread = {part: sharded_as(tensor, parameter) for part, tensor in state.items()}
             restore(optimizer, parameter, spread)
-    return losses
+    return history
+
+
+def load_weights(directory: Path, step: int, model: nn.Module) -> None:
+    """Give a model the weights and buffers of the checkpoint after so many steps."""
+    opened: Any = safe_open
+    with opened(directory / file_of(step), framework="pt") as file:
+        fill(model, {key: file.get_tensor(f"model.{key}") for key in tensors_of(model)})
 
 
 @torch.no_grad()
@@ -106,8 +149,13 @@ def newest(directory: Path, identity: str) -> str | None:
     return None
 
 
-def forget(directory: Path, keep: int = 0) -> None:
-    """Delete all checkpoints but the last so many, and what a kill left of one; the curve stays."""
+def forget(directory: Path, keep: int = 0, best: int | None = None) -> None:
+    """Delete all checkpoints but the last so many, and what a kill left of one; the curve stays.
+
+    So does the one after ``best`` steps.
+    """
     kept = set(sorted(directory.glob(FILES))[-keep:] if keep else ())
+    if best is not None:
+        kept.add(directory / file_of(best))
     for file in set(directory.glob("training-*")) - kept:
         file.unlink()

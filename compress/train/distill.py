@@ -1,4 +1,4 @@
-"""Distillation: the student learns the teacher's whole distribution, forward KL and nothing else.
+"""Distillation: the student learns the teacher's whole distribution, by forward KL if not asked.
 
 Of the teacher only its final hidden states of the text and its head are there: the KL is exact (to
 the rounding of the states), and logits exist for one chunk of tokens at a time. Products
@@ -16,17 +16,19 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from compress.core.errors import InputError
-from compress.measure.mean_kl import mean_kl_from_hidden
 from compress.model.modules import Head, final_hidden, head_of
 from compress.sweep.placement import REFERENCE, Placement
 from compress.sweep.states import StoredStates
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, digest, train
+from compress.train.losses import Seen
 from compress.train.masters import Roundings
 from compress.train.optimizers import bytes_of
 from compress.train.precision import Numerics, numerics_of
-from compress.train.recipes import OptimizerName, PrecisionName
+from compress.train.recipes import OptimizerName, PrecisionName, Term, terms_of
 from compress.train.world import world
 
+VALIDATION_TOKENS = 8192
+KL = terms_of("kl")
 # Tokens whose activations are in memory at a time; a batch is made of so many parts as it takes.
 MICRO_TOKENS = 1024
 # Numbers kept for the backward pass for each that a matrix product reads or gives: what is between
@@ -41,7 +43,8 @@ ACTIVATION_SHARE = 0.5
 class DistillSettings:
     """How long and how hard; rates rise over ``warmup_share`` of the steps, then fall to zero.
 
-    ``start`` is as in ``TrainSettings``.
+    ``start`` and ``patience`` are as in ``TrainSettings``, ``validate_every`` counts tokens, and
+    ``loss`` is a text for ``terms_of``. The last rows are validated on, if any are.
     """
 
     tokens: int
@@ -54,33 +57,47 @@ class DistillSettings:
     precision: PrecisionName | None = None
     checkpoint_seconds: float = 100.0
     start: str = ""
+    loss: str = "kl"
+    validate_every: int = 0
+    patience: int = 0
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """What a student learns from: final hidden states [N, T, D] of rows of text, and their head."""
+    """What a student learns from: final hidden states [N, T, D] of rows of text, and their head.
+
+    ``channels`` are those of D that the student has, None for all.
+    """
 
     states: Tensor | StoredStates
     head: Head
+    channels: Tensor | None = None
 
 
 class Lesson(nn.Module):
-    """A student before its teacher's head: the forward pass gives the loss."""
+    """A student before its teacher's head: the forward pass gives the loss.
+
+    ``channels`` are the teacher's hidden channels that the student has, None for all.
+    """
 
     def __init__(
-        self, student: PreTrainedModel, head: Head, placement: Placement, numerics: Numerics
-    ) -> None:
+        self, student: PreTrainedModel, head: Head, placement: Placement, numerics: Numerics,
+        terms: tuple[Term, ...] = KL, channels: Tensor | None = None,
+    ) -> None:  # fmt: skip
         super().__init__()
         self.student, self.head, self.numerics = student, head, numerics
-        self.placement = placement
+        self.placement, self.terms, self.channels = placement, terms, channels
 
     def forward(self, ids_BT: Tensor, teacher_BTD: Tensor) -> Tensor:
-        """Mean KL(teacher || student) over all positions of rows, nats per token."""
+        """The loss over all positions of rows; not in training, KL to the teacher and nats [2]."""
         device = self.placement.device
-        teacher_ND = teacher_BTD.to(device, self.placement.dtype).flatten(0, 1)
+        teacher_BTD, ids_BT = teacher_BTD.to(device, self.placement.dtype), ids_BT.to(device)
         with self.numerics.computing(device):
-            student_ND = final_hidden(self.student, ids_BT.to(device)).flatten(0, 1)
-            return mean_kl_from_hidden(student_ND, head_of(self.student), teacher_ND, self.head)
+            student_BTD, own = final_hidden(self.student, ids_BT), head_of(self.student)
+            seen = Seen(ids_BT, student_BTD, own, teacher_BTD, self.head, self.channels)
+            if self.training:
+                return seen.total(self.terms)
+            return torch.stack([seen.value("kl"), seen.value("ce")])
 
 
 def distill(
@@ -122,9 +139,9 @@ def distill(
     student.train(True)
     micro = max(MICRO_TOKENS // rows.shape[1], 1)
     recompute(student, is_tight(student, micro * rows.shape[1], settings.optimizer, placement))
-    numbers = torch.arange(len(rows))[:, None]
-
     how = numerics or numerics_of(None, False, placement)
+    train_on = len(rows) - held_out(rows, settings)
+    numbers, held = torch.arange(train_on)[:, None], torch.arange(train_on, len(rows))
 
     def loss_of(lesson: nn.Module, step: int) -> Iterator[Tensor]:
         how.at((step + 0.5) / steps)
@@ -132,13 +149,24 @@ def distill(
         for part in torch.split(ours.share(whole), micro):
             yield lesson(rows[part], teacher.states[part]) * (len(part) / len(whole))
 
+    @torch.no_grad()
+    def validate(lesson: nn.Module) -> dict[str, float]:
+        lesson.train(False)
+        parts = [lesson(rows[part], teacher.states[part]) for part in torch.split(held, micro)]
+        lesson.train(True)
+        lengths = torch.tensor([len(part) for part in torch.split(held, micro)])
+        kl, nats = (torch.stack(parts).cpu() * lengths[:, None] / len(held)).sum(0).tolist()
+        return {"validation KL": kl, "validation nats": nats}
+
+    terms = terms_of(settings.loss)
     curve = train(
-        Lesson(student, teacher.head, placement, how),
+        Lesson(student, teacher.head, placement, how, terms, teacher.channels),
         loss_of,
         train_settings(rows, settings),
         what="distill",
         directory=directory,
         progress=progress,
+        validate=validate,
         world=ours,
         roundings={f"student.{name}": each for name, each in (roundings or {}).items()},
     )
@@ -175,7 +203,16 @@ def train_settings(rows: Tensor, settings: DistillSettings) -> TrainSettings:
         checkpoint_seconds=settings.checkpoint_seconds,
         data=digest(rows),
         start=settings.start,
+        loss=settings.loss,
+        validate_every=-(-settings.validate_every // (batch * rows.shape[1])),
+        patience=settings.patience,
     )
+
+
+def held_out(rows: Tensor, settings: DistillSettings) -> int:
+    """How many of the last rows are validated on: a few thousand tokens, at most an eighth."""
+    most = max(VALIDATION_TOKENS // rows.shape[1], 1)
+    return min(most, len(rows) // 8) if settings.validate_every else 0
 
 
 def is_tight(student: Any, tokens: int, optimizer: OptimizerName, placement: Placement) -> bool:

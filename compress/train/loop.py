@@ -18,14 +18,14 @@ import torch
 from torch import Tensor, nn
 
 from compress.core import terminal
-from compress.core.errors import InputError
 from compress.core.files import fingerprint
 from compress.core.signals import stoppable
-from compress.train.checkpoints import resume, save
+from compress.train.care import BAD_STEPS, Events, NotFinite
+from compress.train.checkpoints import History, load_weights, resume, save
 from compress.train.masters import Masters, Roundings
 from compress.train.optimizers import Optimizer, optimizer_of, set_rate
 from compress.train.recipes import OptimizerName, PrecisionName
-from compress.train.world import ALONE, World, give_back, sharded, tensors_of
+from compress.train.world import ALONE, World, give_back, sharded, tensors_of, whole
 
 CLIP = 1.0
 
@@ -38,7 +38,9 @@ class TrainSettings:
 
     ``start`` names the weights it begins with; empty, they are digested.
     A checkpoint is written every ``checkpoint_every`` steps, but not before ``checkpoint_seconds``
-    have passed since the last, and so many times what writing that one took.
+    have passed since the last, and so many times what writing that one took. Validation is every
+    ``validate_every`` steps, and at the end; after ``patience`` in a row that were worse than the
+    best (0: however many) the training ends, and is what it was after the best.
     """
 
     steps: int
@@ -54,6 +56,9 @@ class TrainSettings:
     precision: PrecisionName | None = None
     data: str = ""
     start: str = ""
+    loss: str = ""
+    validate_every: int = 0
+    patience: int = 0
 
 
 # A step's loss, or parts of it that add up.
@@ -79,6 +84,7 @@ def train(
     directory: Path | None = None,
     progress: Progress | None = None,
     after_step: Callable[[nn.Module, int], Mapping[str, float] | None] | None = None,
+    validate: Callable[[nn.Module], Mapping[str, float]] | None = None,
     world: World = ALONE,
     roundings: Roundings | None = None,
 ) -> list[CurvePoint]:
@@ -94,8 +100,10 @@ def train(
     ``what`` names the progress bar, which a ``progress`` of the caller's replaces. ``after_step``
     runs after every update (its figures join the progress report). It may change buffers of the
     module, which checkpoints keep, and nothing else. With ``roundings`` of parameters by name their
-    masters are trained and kept, and losses are of what these round to. InputError names the step
-    where the loss is not finite.
+    masters are trained and kept, and losses are of what these round to. ``validate`` measures the
+    module; its first figure decides what is best. Steps whose loss or gradient is not finite are
+    skipped, and no points of the curve; what is out of the ordinary is in ``EVENTS``. InputError
+    after ``BAD_STEPS`` of them in a row.
     """
     rates = settings.learning_rate, settings.weight_decay
     # Taken before a checkpoint is loaded: the same start, settings and text are the same training.
@@ -104,32 +112,56 @@ def train(
     masters = Masters(trained, roundings) if roundings else None
     optimizer = optimizer_of(trained, settings.optimizer, *rates)
     with in_place(masters):
-        losses = resume(directory, trained, optimizer, identity, world) if directory else []
-    left = settings.steps - len(losses)
-    written, cost = time.monotonic(), 0.0
-    reporting = nullcontext(progress) if progress else shown(what, left if world.leads else 0)
+        past = resume(directory, trained, optimizer, identity, world) if directory else History()
+    losses, events = past.losses, Events(directory if world.leads else None)
+    first, written, cost = len(losses), time.monotonic(), 0.0
+    began = written
+    left = settings.steps - first if world.leads else 0
+    reporting = nullcontext(progress) if progress else shown(what, left)
     with stoppable() as asked, reporting as report:
-        for step in range(len(losses), settings.steps):
+        while (step := len(losses)) < settings.steps and not past.turned(settings.patience):
             # Of what rounds stochastically.
             torch.manual_seed((settings.seed * 1_000_003 + step) * world.size + world.rank)
             loss = loss_of(trained, step)
-            losses.append(update(trained, optimizer, loss, step, settings, world, masters))
+            try:
+                losses.append(update(trained, optimizer, loss, step, settings, world, masters))
+            except NotFinite as error:
+                losses.append(math.nan)
+                events.add("skipped", step + 1, reason=str(error))
+                if past.skipped == BAD_STEPS:
+                    raise
+            events.spike(losses)
             done = step + 1
-            figures = after_step(trained, done) if after_step else None
+            figures = dict(after_step(trained, done) or {}) if after_step else {}
+            last, every = done == settings.steps, settings.validate_every
+            if validate and every and (last or done % every == 0):
+                measured = dict(validate(trained))
+                past.validations.append((done, next(iter(measured.values()))))
+                events.add("validation", done, **measured)
+                figures |= measured
             pause = settings.checkpoint_seconds * max(1.0, cost)
             due = done % settings.checkpoint_every == 0 and time.monotonic() - written >= pause
+            best = settings.patience > 0 and past.best == done
+            due |= last or best or past.turned(settings.patience)
             ending, due = world.any(asked(), due and world.leads)
-            if directory and (due or ending or done == settings.steps):
+            if directory and (due or ending):
                 begun = time.monotonic()
                 points = [dataclasses.asdict(point) for point in curve_of(losses, settings)]
                 with in_place(masters):
-                    save(directory, trained, optimizer, points, identity, world)
+                    save(directory, trained, optimizer, past, points, identity, world)
                 written = time.monotonic()
                 cost = written - begun
-            rate = rate_at(step, settings)
-            report(done, settings.steps, {"loss": losses[-1], "lr": rate, **(figures or {})})
+            speed = (done - first) * settings.batch_tokens / (time.monotonic() - began)
+            now = {"loss": losses[-1], "lr": rate_at(step, settings), "tokens/s": speed}
+            report(done, settings.steps, now | figures)
             if ending:
+                events.add("interrupted", done)
                 raise KeyboardInterrupt
+    kept = past.best if settings.patience else None
+    if directory and kept is not None and kept != len(losses):
+        events.add("turned", len(losses), best=kept)
+        with in_place(masters):
+            load_weights(directory, kept, trained)
     give_back(trained, model)
     return curve_of(losses, settings)
 
@@ -143,7 +175,7 @@ def update(
     model: nn.Module, optimizer: Optimizer, loss: Loss, step: int, settings: TrainSettings,
     world: World = ALONE, masters: Masters | None = None,
 ) -> float:  # fmt: skip
-    """One step down the gradient; the loss of all processes, which must be finite.
+    """One step down the gradient; the loss of all processes. NotFinite where there is none to take.
 
     Of a loss in parts, only one part's graph is in memory at a time.
     """
@@ -152,13 +184,15 @@ def update(
         value += part.item()
         torch.autograd.backward(part)
     value = world.sum(torch.tensor(value, dtype=torch.float64)).item()
-    if not math.isfinite(value):
-        raise InputError(
-            f"the loss is {value} at step {step + 1} of {settings.steps}; a lower "
-            f"learning_rate (now {settings.learning_rate:g}) usually helps"
+    norm = float(whole(nn.utils.clip_grad_norm_(model.parameters(), CLIP)))
+    if not (math.isfinite(value) and math.isfinite(norm)):
+        optimizer.zero_grad()
+        found = f"gradient is {norm}" if math.isfinite(value) else f"loss is {value}"
+        raise NotFinite(
+            f"the {found} at step {step + 1} of {settings.steps}; a lower learning_rate (now "
+            f"{settings.learning_rate:g}) usually helps"
         )
     set_rate(optimizer, rate_at(step, settings))
-    nn.utils.clip_grad_norm_(model.parameters(), CLIP)
     if settings.optimizer == "adamw8bit":
         # Its rounding draws random numbers.
         torch.manual_seed(settings.seed * 1_000_003 + step)
@@ -169,11 +203,12 @@ def update(
 
 
 def curve_of(losses: list[float], settings: TrainSettings) -> list[CurvePoint]:
-    """The curve that the losses of the first steps make."""
+    """The curve that the losses of the first steps make; skipped ones have no point."""
     tokens, rate = settings.batch_tokens, partial(rate_at, settings=settings)
     return [
         CurvePoint(step=step + 1, tokens=(step + 1) * tokens, loss=loss, lr=rate(step))
         for step, loss in enumerate(losses)
+        if not math.isnan(loss)
     ]
 
 

@@ -56,7 +56,9 @@ class Offloaded:
             parameter.copy_(master)
 
     def zero_grad(self) -> None:
-        """Gradients are gone after every step."""
+        """Let gradients go; after a step they are gone already."""
+        for parameter in self.masters:
+            parameter.grad = None
 
 
 Optimizer = torch.optim.Optimizer | Offloaded

@@ -72,10 +72,8 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         loss: Tensor = reader(ours.share(whole)).mean() / ours.size
         return loss
 
-    def after_step(reader: nn.Module, step: int) -> dict[str, float] | None:
+    def after_step(reader: nn.Module, step: int) -> None:
         balance(reader, ours)
-        due = step % settings.checkpoint_every == 0 or step == settings.steps
-        return held_out.measure(reader) if due else None
 
     asked = TrainSettings(
         steps=settings.steps,
@@ -87,6 +85,8 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
         seed=settings.seed,
         checkpoint_every=settings.checkpoint_every,
         precision=settings.precision,
+        validate_every=settings.checkpoint_every,
+        patience=settings.patience,
         data=digest(rows),
     )
     with quantized(model, read_architecture(settings.model), numerics):
@@ -98,6 +98,7 @@ def pretrain(recipe: Path, out: Path, progress: Progress | None = None) -> dict[
             directory=work_of(out),
             progress=progress,
             after_step=after_step,
+            validate=held_out.measure,
             world=ours,
         )
     if not ours.leads:

@@ -5,13 +5,17 @@ Nothing here imports torch.
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
+
+from compress.core.errors import InputError
 
 # AdamW in fp32, with its moments in 8 bits, or with weights and moments kept on the CPU.
 OptimizerName = Literal["adamw", "adamw8bit", "offload"]
 
+# Terms of a student's loss, ``train/losses.py``.
+TermName = Literal["kl", "reverse-kl", "ce", "cosine", "mse"]
 PrecisionName = Literal["fp32", "bf16", "fp8-hybrid", "fp8-block", "nvfp4"]
 
 
@@ -89,6 +93,35 @@ PRECISIONS: dict[PrecisionName, Precision] = {each.name: each for each in (
 )}  # fmt: skip
 
 
+@dataclass(frozen=True)
+class Term:
+    """One loss with its weight."""
+
+    name: TermName
+    weight: float = 1.0
+
+
+def terms_of(text: str) -> tuple[Term, ...]:
+    """The terms of a text; InputError where it is no sum of known ones."""
+    known = get_args(TermName)
+    found = list[Term]()
+    for part in text.split("+"):
+        weight, times, name = part.rpartition("*")
+        try:
+            value = float(weight) if times else 1.0
+        except ValueError:
+            value = 0.0
+        if name.strip() not in known or not 0 < value < float("inf"):
+            raise InputError(
+                f"loss {text!r}: {part.strip()!r} is no term; one is {', '.join(known)}, or a "
+                "positive weight times one, such as kl + 0.1*ce"
+            )
+        found.append(Term(next(each for each in known if each == name.strip()), value))
+    if len({term.name for term in found}) < len(found):
+        raise InputError(f"loss {text!r} has a term twice")
+    return tuple(found)
+
+
 class TokenizerRecipe(BaseModel):
     """A byte-level BPE to be trained on the train split."""
 
@@ -101,7 +134,9 @@ class PretrainRecipe(BaseModel):
 
     ``tokenizer`` may be the path of a directory that has one; ``model`` is a Hugging Face config;
     ``data`` is a file or directory of texts, null the embedded one. Paths are relative to the
-    working directory. ``precision`` null is fp32 on a CPU and bf16 on a GPU; ``emulate`` computes
+    working directory. Held-out text is measured at every checkpoint; training ends after
+    ``patience`` of them in a row that were worse than the best, 0: never. ``precision`` null is
+    fp32 on a CPU and bf16 on a GPU; ``emulate`` computes
     in the reference where the machine has no units for it.
     """
 
@@ -118,5 +153,6 @@ class PretrainRecipe(BaseModel):
     weight_decay: float = Field(ge=0)
     seed: int = 0
     checkpoint_every: int = Field(default=100, ge=1)
+    patience: int = Field(default=0, ge=0)
     precision: PrecisionName | None = None
     emulate: bool = False

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from compress.core.errors import InputError
+from compress.train.care import BAD_STEPS, EVENTS, is_spike
 from compress.train.checkpoints import KEPT, forget
 from compress.train.loop import CurvePoint, Progress, TrainSettings, batch_at, rate_at, train
 
@@ -141,15 +143,62 @@ def test_a_signal_leaves_a_checkpoint_of_its_step(tmp_path: Path, number: signal
     assert all(torch.equal(tensor, resumed[name]) for name, tensor in whole.items())
 
 
-def test_a_loss_that_is_not_finite_names_its_step() -> None:
+def test_a_step_that_is_not_finite_changes_nothing_and_a_run_of_them_ends(tmp_path: Path) -> None:
     model, _, _ = problem()
-    weight = next(model.parameters())
+    weight, seen = next(model.parameters()), list[Tensor]()
 
-    def loss_of(trained: nn.Module, step: int) -> Tensor:
-        return weight.sum() * (float("nan") if step == 2 else 1.0)
+    def loss_of(trained: nn.Module, step: int, bad: tuple[int, ...] = (2,)) -> Tensor:
+        seen.append(weight.detach().clone())
+        return weight.square().sum() * (float("nan") if step in bad else 1.0)
 
-    with pytest.raises(InputError, match=r"nan at step 3 of 12"):
-        train(model, loss_of, SETTINGS, progress=quiet)
+    curve = train(model, loss_of, SETTINGS, directory=tmp_path, progress=quiet)
+    assert torch.equal(seen[3], seen[2])
+    assert not torch.equal(seen[4], seen[3])
+    assert [point.step for point in curve] == [1, 2, *range(4, 13)]
+    events = map(json.loads, (tmp_path / EVENTS).read_text().splitlines())
+    assert [(event["event"], event["step"]) for event in events] == [("skipped", 3)]
+    bad = tuple(range(4, 4 + BAD_STEPS))
+    with pytest.raises(InputError, match=r"nan at step 9 of 12"):
+        train(model, partial(loss_of, bad=bad), SETTINGS, progress=quiet)
+
+
+def test_a_loss_far_above_the_last_ones_is_a_spike() -> None:
+    usual = [2.0 + 0.01 * (step % 3) for step in range(40)]
+    assert is_spike([*usual, 3.0])
+    assert not is_spike([*usual, 2.03])
+    assert not is_spike([*usual[:5], 3.0])
+
+
+@pytest.mark.parametrize("stop", [0, 7])
+def test_where_validation_turns_the_best_weights_are_kept(tmp_path: Path, stop: int) -> None:
+    validations = {2: 3.0, 4: 1.0, 6: 2.0, 8: 1.5, 10: 0.5}
+    settings = dataclasses.replace(SETTINGS, validate_every=2, patience=2)
+    weights = dict[int, Tensor]()
+
+    def fitted(progress: Progress) -> tuple[nn.Module, list[CurvePoint]]:
+        model, x, y = problem()
+        done = list[int]()
+
+        def loss_of(trained: nn.Module, step: int) -> Tensor:
+            weights[step] = trained[0].weight.detach().clone()
+            done[:] = [step + 1]
+            return ((trained(x) - y) ** 2).mean()
+
+        def validate(trained: nn.Module) -> dict[str, float]:
+            return {"kl": validations[done[0]]}
+
+        return model, train(
+            model, loss_of, settings, directory=tmp_path, progress=progress, validate=validate
+        )
+
+    if stop:
+        with pytest.raises(Interrupted):
+            fitted(stop_at(stop))
+    model, curve = fitted(quiet)
+    assert curve[-1].step == 8
+    assert torch.equal(model[0].weight, weights[4])
+    # Asked again it is the same, at once.
+    assert torch.equal(fitted(stop_at(1))[0][0].weight, weights[4])
 
 
 def test_the_rate_rises_stays_and_falls() -> None:
