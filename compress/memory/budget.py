@@ -3,8 +3,9 @@
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
-from compress.formats.table import FORMATS, Format, by_group
+from compress.formats.table import FORMATS, WEIGHT_ONLY, Format, by_group
 from compress.memory.devices import Device
 from compress.memory.footprint import Deployment, block_takes, footprint
 from compress.model.architecture import Architecture, without_formats
@@ -46,6 +47,9 @@ def in_format(architecture: Architecture, format: Format) -> Architecture:
 
 def in_head_format(architecture: Architecture, format: Format) -> Architecture:
     """The architecture with its head and its embedding in a format; InputError if they refuse."""
+    if format not in WEIGHT_ONLY:
+        known = ", ".join(WEIGHT_ONLY)
+        raise InputError(f"{format} rounds what a layer reads; embedding and head take {known}")
     FORMATS[format].require((architecture.vocab, architecture.hidden))
     formats = by_group(dict.fromkeys(outside_groups(architecture), format))
     return replace(architecture, outside_formats=formats)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.fake import fake_quantize
-from compress.formats.table import FORMATS, Format
+from compress.formats.table import FORMATS, WEIGHT_ONLY, Format
 from compress.measure.losses import kl_from_hidden
 from compress.model.families import outside_groups
 from compress.scores.contributions import Progress
@@ -30,7 +30,8 @@ def outside_costs(
     a rounded one is there only while it is used.
     """
     architecture, place = stack.architecture, stack.placement
-    taken = [f for f in formats if FORMATS[f].takes((architecture.vocab, architecture.hidden))]
+    shape = architecture.vocab, architecture.hidden
+    taken = [f for f in formats if f in WEIGHT_ONLY and FORMATS[f].takes(shape)]
 
     def rounded(group: str, format: Format) -> Tensor:
         table = stack.read(stack.outside(group)).to(place.device).float()
