@@ -150,7 +150,7 @@ def scores_of(
         known, step = directory / "kv.json", stepwise(advance, blocks)
         kv = kv_costs(stack, replayed, STOP, step, known)
     with progress("score: exact costs of embedding and head formats", blocks) as advance:
-        beside = outside_costs(stack, replayed, formats, stepwise(advance, blocks))
+        beside = outside_costs(stack, replayed, formats, stepwise(advance, blocks), rounded)
     return Scores(found, removals, kv, rows.shape[1], beside)
 
 
@@ -200,7 +200,7 @@ def rounding_inputs(session: Session) -> dict[str, object] | None:
         "rounding": [recipe.rounding, recipe.calibration_tokens, recipe.distill_length],
         "check": [recipe.score_tokens, recipe.score_length],
         "formats": formats,
-        "version": 1,
+        "version": 2,
     }
 
 

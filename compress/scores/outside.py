@@ -11,6 +11,8 @@ from compress.formats.table import FORMATS, WEIGHT_ONLY, Format
 from compress.measure.losses import kl_from_hidden
 from compress.model.families import outside_groups
 from compress.scores.contributions import Progress
+from compress.student.rounded_teacher import RoundedTeacher
+from compress.student.surgery import Cut
 from compress.sweep.stack import Stack
 
 # Sequences that go through a layer together.
@@ -23,19 +25,25 @@ def outside_costs(
     tokens: Tensor,
     formats: Sequence[Format],
     progress: Progress = lambda done, total: None,
+    teacher: RoundedTeacher | None = None,
 ) -> dict[str, float]:
     """KL of storing the embedding or the head alone in a format, by ``head/nvfp4``, nats per token.
 
     A tied embedding is both. One sweep over ``tokens`` [sequences, T] carries all embeddings along;
-    a rounded one is there only while it is used.
+    a rounded one is there only while it is used. Rounded as in ``teacher``, or to nearest.
     """
     architecture, place = stack.architecture, stack.placement
     shape = architecture.vocab, architecture.hidden
     taken = [f for f in formats if f in WEIGHT_ONLY and FORMATS[f].takes(shape)]
 
     def rounded(group: str, format: Format) -> Tensor:
-        table = stack.read(stack.outside(group)).to(place.device).float()
-        return fake_quantize([table], format)[0].to(place.dtype)
+        each = stack.outside(group)
+        table = stack.read(each).to(place.device).float()
+        if teacher is None:
+            return fake_quantize([table], format)[0].to(place.dtype)
+        number, whole = len(architecture.blocks), Cut(each.name, each.name, each.slot, {})
+        [found] = teacher.group(number, [whole], {each.name: table}, each.sizes, format)
+        return found.to(place.dtype)
 
     batches = torch.split(tokens, BATCH)
     hidden = {"": [stack.embed(ids) for ids in batches]}

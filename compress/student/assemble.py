@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from compress.formats.fake import fake_quantize_block
+from compress.formats.table import GroupFormats
 from compress.memory.machine import RESIDENT_SHARE
 from compress.model.architecture import Architecture, kv_format_of, sizes
 from compress.model.build import generates, student_config
@@ -23,7 +24,7 @@ from compress.student.candidate import Candidate, block_keep
 from compress.student.grams import Grams
 from compress.student.rounded import rounded
 from compress.student.rounded_teacher import RoundedTeacher
-from compress.student.surgery import cut_block, cut_outside, cuts_of
+from compress.student.surgery import Cut, cut_block, cut_outside, cuts_of
 from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack, part_bytes
 
@@ -119,19 +120,28 @@ class BlockStore:
         made = dict(cut_block(self.teacher, candidate, number, grams, place.device))
         known = {local_name(each, architecture): each for each in own}
         if formats:
-            wide = {name: tensor.float() for name, tensor in made.items()}
-            groups = {name: each.slot.fused for name, each in known.items()}
-            if self.rounded is None:
-                made = fake_quantize_block(wide, groups, formats)
-            else:
-                cuts = [*cuts_of(candidate, teacher, number)]
-                axis_sizes = sizes(teacher.blocks[number]) | {"hidden": teacher.hidden}
-                made = wide | self.rounded.rounded(number, cuts, wide, axis_sizes, formats)
+            axis_sizes = sizes(teacher.blocks[number]) | {"hidden": teacher.hidden}
+            cuts = [*cuts_of(candidate, teacher, number)]
+            made = self.formatted(number, cuts, made, axis_sizes, formats)
         cast = [
             (each, made[name].to(torch.float32 if each.slot.float32 else place.dtype))
             for name, each in known.items()
         ]
         return dict(zip(known, fused(cast, architecture), strict=True))
+
+    def formatted(
+        self,
+        number: int,
+        cuts: Sequence[Cut],
+        made: Tensors,
+        axis_sizes: Mapping[str, int],
+        formats: GroupFormats,
+    ) -> dict[str, Tensor]:
+        """Tensors that were cut, after their formats and back, fp32; as in ``RoundedTeacher``."""
+        wide = {name: tensor.float() for name, tensor in made.items()}
+        if self.rounded is None:
+            return fake_quantize_block(wide, {each.name: each.slot.fused for each in cuts}, formats)
+        return wide | self.rounded.rounded(number, cuts, wide, axis_sizes, formats)
 
     def outside(self, candidate: Candidate) -> Tensors:
         """Embedding, final norm and head: the teacher's own, or their kept hidden channels.
@@ -139,7 +149,6 @@ class BlockStore:
         In the candidate's formats.
         """
         stack, formats = self.stack, candidate.architecture.outside_formats
-        fused = {each.name: each.slot.fused for each in stack.parts[None]}
 
         def make() -> Tensors:
             place = stack.placement
@@ -151,8 +160,11 @@ class BlockStore:
                     }
             found = dict(cut_outside(self.teacher, candidate, place.device))
             if formats:
-                wide = {name: tensor.float() for name, tensor in found.items()}
-                found = fake_quantize_block(wide, fused, formats)
+                teacher, keep = self.teacher.architecture, candidate.keep
+                kept = {axis: index for axis, index in keep.items() if axis == "hidden"}
+                cuts = [Cut(each.name, each.name, each.slot, kept) for each in stack.parts[None]]
+                axis_sizes = {"hidden": teacher.hidden, "vocab": teacher.vocab}
+                found = self.formatted(len(teacher.blocks), cuts, found, axis_sizes, formats)
             return {name: tensor.to(place.dtype) for name, tensor in found.items()}
 
         return self.get((units_of(candidate.keep, "hidden"), formats), make)

@@ -6,9 +6,10 @@ teacher, where a student that is exported is rounded by its own (``calibration``
 
 Of a fused group there are X^T X of what it reads, the weights in every format as they are stored,
 and the share of the squared error of its output that rounding to nearest makes which is left, on
-text that was not rounded on. Embedding and head are not among them: a search rounds those to
-nearest. Of what routed experts read of the residual stream only the diagonal
-is kept, a matrix each would be larger than they are: where that is cut they have scales alone.
+text that was not rounded on. Embedding and head, a block of their own after the last one, have the
+matrix alone, an embedding none: its rows are looked up. Of what routed experts read of the residual
+stream only the diagonal is kept, a matrix each would be larger than they are: where that is cut
+they have scales alone.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -22,11 +23,12 @@ from torch import Tensor
 
 from compress.formats.fake import fused_groups, group_amax
 from compress.formats.table import FORMATS, Format, GroupFormats, Rounding
+from compress.model.families import outside_groups
 from compress.model.layout import kept_positions, parse, shape
 from compress.model.modules import weights_of
 from compress.model.tensor_files import save_tensors
 from compress.student.masks import numbered
-from compress.student.readings import group_inputs
+from compress.student.readings import group_inputs, head_inputs
 from compress.student.rounding import NOTHING, Inputs, Rounded, round_group, row_errors
 from compress.student.surgery import Cut
 from compress.sweep.placement import REFERENCE, Placement
@@ -71,10 +73,17 @@ def round_teacher(
         fitted = [stack.run(number, layer, states) for states in fitted]
         checked = [stack.run(number, layer, states) for states in checked]
         progress(1)
+    for outside in outside_groups(stack.architecture):
+        each, inputs = stack.outside(outside), NOTHING
+        if outside == "head":
+            inputs, _ = head_inputs(stack, fitted)
+        names = [each.name.removesuffix(".weight")]
+        found = rounded_group([stack.read(each)], names, [inputs], [], (), rounding)
+        save_tensors(found, file_of(directory, len(stack.architecture.blocks), outside))
 
 
 def file_of(directory: Path, number: int, group: str) -> Path:
-    """The file of a fused group of the teacher's block of this number."""
+    """The file of a fused group of the teacher's block of this number, or beside the blocks."""
     return directory / f"{number:04}-{group}.safetensors"
 
 
@@ -152,7 +161,7 @@ class RoundedTeacher:
         found, own = dict[str, Tensor](), dict(formats)
         for names in fused_groups(weights, {each.name: each.slot.fused for each in cuts}):
             group = [each for each in cuts if each.name in names]
-            if (format := own[str(group[0].slot.fused)]) != "bf16":
+            if (format := own.get(str(group[0].slot.fused), "bf16")) != "bf16":
                 values = self.group(number, group, weights, axis_sizes, format)
                 found |= zip(names, values, strict=True)
         return found

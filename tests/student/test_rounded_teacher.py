@@ -7,13 +7,13 @@ from pathlib import Path
 import pytest
 import torch
 from cuts import FFN, GROUP, HEAD, HIDDEN, WIDTH, candidate
-from quantized import with_formats
+from quantized import with_formats, with_outside
 from torch import Tensor
 
 from compress.formats.table import FORMATS, Format
 from compress.model.build import weight_formats
 from compress.model.checkpoint import open_checkpoint
-from compress.model.families import parameters
+from compress.model.families import outside_groups, parameters
 from compress.scores.gated import Gated
 from compress.student.assemble import BlockStore
 from compress.student.candidate import Candidate
@@ -120,3 +120,19 @@ def test_scores_price_what_rounding_leaves(tiny_llama: Path, tmp_path: Path) -> 
                 for name, error in errors["nvfp4"].items():
                     ratio = float(some[block]["nvfp4"][name].norm() / error.norm())
                     assert 0 < ratio < 1
+
+
+def test_embedding_and_head_are_nearer_than_to_nearest(tiny: Path, tmp_path: Path) -> None:
+    store = made(tiny, tmp_path)
+    plain = student_of(store, {}, "bf16")
+    architecture = with_outside(plain.architecture, "nvfp4", "nvfp4")
+    student = replace(plain, architecture=architecture)
+    found, whole = tensors_of(store, student), tensors_of(store, plain)
+    store.rounded = None
+    store.clear()
+    near = tensors_of(store, student)
+    name = store.stack.outside("embedding").name
+    assert (found[name] - whole[name]).norm() < (near[name] - whole[name]).norm()
+    for group in outside_groups(architecture):
+        name = store.stack.outside(group).name
+        assert not torch.equal(found[name], near[name])
