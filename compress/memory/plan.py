@@ -87,9 +87,12 @@ class Plan:
 def options_of(
     architecture: Architecture, deployment: Deployment, budget: Budget | None
 ) -> Iterator[Option]:
-    """Every weight format with every KV format; with one where there is no attention."""
+    """Every weight format that a block takes with every KV format; one without attention."""
     has_cache = any(cached(block) for block in architecture.blocks)
+    family, hidden = architecture.family, architecture.hidden
     for format in WEIGHT_ONLY:
+        if not any(block_takes(block, hidden, family, format) for block in architecture.blocks):
+            continue
         for kv_format in KV_FORMATS if has_cache else KV_FORMATS[:1]:
             changed = in_kv_format(in_format(architecture, format), kv_format)
             limits = changed, deployment, budget.bytes if budget else 0
