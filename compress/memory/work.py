@@ -240,12 +240,14 @@ def local_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
 
 
 def distill_work(own: Sizes, asked: Settings, machine: Machine) -> Work:
-    """A student trained whole."""
+    """A student trained whole, in formats: as it is stored beside what is trained."""
     number, layers, share = machine.number_bytes, len(own.layers), asked.student
+    stored = FP32 if asked.optimizer == "adamw" else number
     batch = max(MICRO_TOKENS, asked.distill_length)
     again = layers * own.hidden + max(own.activations)
     parts = {
         "weights and moments": round(TRAINED[asked.optimizer, number] * share * own.weights),
+        "rounded weights": round(stored * share * own.weights),
         "teacher's head": own.vocab * own.hidden * number,
         "activations": again * batch * number,
         "logits": HEAD_ARRAYS * HEAD_TOKENS * own.vocab * FP32,

@@ -138,7 +138,7 @@ def distill(
     student.requires_grad_(True)
     student.train(True)
     micro = max(MICRO_TOKENS // rows.shape[1], 1)
-    recompute(student, is_tight(student, micro * rows.shape[1], settings.optimizer, placement))
+    recompute(student, is_tight(student, micro * rows.shape[1], settings, placement, roundings))
     how = numerics or numerics_of(None, False, placement)
     train_on = len(rows) - held_out(rows, settings)
     numbers, held = torch.arange(train_on)[:, None], torch.arange(train_on, len(rows))
@@ -215,11 +215,16 @@ def held_out(rows: Tensor, settings: DistillSettings) -> int:
     return min(most, len(rows) // 8) if settings.validate_every else 0
 
 
-def is_tight(student: Any, tokens: int, optimizer: OptimizerName, placement: Placement) -> bool:
+def is_tight(
+    student: Any, tokens: int, settings: DistillSettings, placement: Placement,
+    roundings: Roundings | None,
+) -> bool:  # fmt: skip
     """Whether what a forward pass over so many tokens keeps would take too much of the memory."""
     if placement.memory is None:
         return False
-    trained = sum(p.numel() for p in student.parameters()) * bytes_of(optimizer, placement)
+    trained = sum(p.numel() for p in student.parameters()) * bytes_of(settings.optimizer, placement)
+    if roundings:
+        trained += sum(p.nbytes for p in student.parameters())
     matrices = (weight for weight in student.model.layers.parameters() if weight.ndim > 1)
     numbers = KEPT * tokens * sum(sum(weight.shape[-2:]) for weight in matrices)
     free: float = placement.memory - trained
