@@ -20,6 +20,7 @@ from compress.model.experts import Experts, experts_of_block
 from compress.model.layout import Slot, parse, size_of, split
 from compress.model.modules import after, final_norm, layer_of, seeing, slots_of
 from compress.scores.gated import Errors, Gated
+from compress.scores.shifts import Shift
 from compress.student.masks import (
     Unmasked,
     is_alive,
@@ -179,9 +180,9 @@ class Taps:
         def gather(values: Tensor) -> Tensor:
             return of_sequences(values.reshape(self.sequences, -1, values.shape[-1]))
 
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+        def hook(module: Any, args: tuple[Tensor, ...], output: Tensor) -> None:
             value = self.unmasked.inputs.get(module, args[0].detach())
-            self.tap(block, slot, own, value, args[0], output, gather)
+            self.tap(block, slot, module.weight, own, value, args[0], output, gather)
 
         return hook
 
@@ -189,6 +190,7 @@ class Taps:
         self,
         block: Block,
         slot: Slot,
+        weight: Tensor,
         errors: Mapping[Format, Tensor],
         value: Tensor,
         x: Tensor,
@@ -198,7 +200,7 @@ class Taps:
     ) -> None:
         """Tap y = W x, where ``value`` is x before its mask.
 
-        Taken are the units that the input is made of, and what rounding W costs.
+        Taken are the units that the input is made of, and what formats of W cost.
         """
         units = units_of(parse(slot.shape)[1].products[0], block)
         reads_units = units is not None
@@ -225,12 +227,12 @@ class Taps:
         # The side that is made of units keeps its index; of two such sides the one that is made of
         # an expert's own.
         by_input = units is not None and (expert is None or "expert" in units.axes)
-        shifts = {} if by_input else {f: value @ error.T for f, error in errors.items()}
+        shifts = [Shift(value, weight.detach(), error, f) for f, error in errors.items()]
 
         def rounding(grad: Tensor) -> None:
-            for format, error in errors.items():
-                cost = value * (grad @ error) if by_input else grad * shifts[format]
-                add(int(by_input), gather(cost), f"/{slot.fused}/{format}")
+            for shift in shifts:
+                cost = shift.cost(grad, by_input=by_input)
+                add(int(by_input), gather(cost), f"/{slot.fused}/{shift.format}")
 
         on_gradient(y, rounding)
 
@@ -286,7 +288,8 @@ class Taps:
                 ) -> None:  # fmt: skip
                     module = name.format(expert=expert)
                     own = {f: error[module] for f, error in errors.items() if module in error}
-                    self.tap(block, slot, own, value, seen, put, gather, (expert, len(kept)))
+                    matrix, which = experts.weight(name, expert), (expert, len(kept))
+                    self.tap(block, slot, matrix, own, value, seen, put, gather, which)
 
                 seen = x[token]
                 read = experts.read(seen, expert)
