@@ -8,6 +8,8 @@ from quantized import with_formats
 from torch import Tensor
 
 from compress.core.errors import InputError
+from compress.core.files import read_json
+from compress.export.accepted import check_target
 from compress.export.student import export_student, round_student
 from compress.export.targets import served_by
 from compress.formats.table import FORMATS, Format
@@ -91,3 +93,20 @@ def test_a_device_is_offered_what_its_kernels_run() -> None:
         assert (line is None) == (formats == set(ROUNDING))
     with pytest.raises(InputError, match=r"nvfp4_a4.*a10g has no products"):
         served_by(space.model_copy(update={"formats": ("nvfp4_a4",)}), find_device("a10g"))
+
+
+@pytest.mark.parametrize("format", ROUNDING)
+def test_servers_get_modelopts_layout_which_transformers_does_not_find(
+    tiny_llama: Path, tmp_path: Path, format: Format
+) -> None:
+    architecture = with_formats(open_checkpoint(tiny_llama).architecture, [format])
+    round_student(tiny_llama, tmp_path / "student", architecture, tokens(0, 32), "second-order")
+    export_student(tmp_path / "student", tmp_path / "out", architecture, "vllm", {})
+    told = read_json(tmp_path / "out" / "config.json")["quantization_config"]
+    assert told["quant_algo"] == format.partition("_")[0].upper()
+    assert "input_activations" in told["config_groups"]["group_0"]
+    [file] = (tmp_path / "out").glob("*.safetensors")
+    assert file.name != "model.safetensors"
+    mixed = with_formats(architecture, [format, "int4"])
+    with pytest.raises(InputError, match=r"round inputs or formats that do not"):
+        check_target(mixed, "vllm")

@@ -16,6 +16,7 @@ from compress.model.architecture import Architecture, to_json
 from compress.model.build import weight_formats
 from compress.model.checkpoint import write_files
 from compress.model.families import family_of, stored_parameters
+from compress.model.headers import INDEX, SINGLE
 
 
 def in_memory(name: str, architecture: Architecture) -> str:
@@ -53,11 +54,14 @@ class Quantization:
         config: what config.json says besides: of the modules with a matrix, under the reader's
             names, each with its format, and of the architecture (KV formats).
         files: further files, a text by its name, of the same.
+        hidden: transformers would read codes without their scales, so that there is no file which
+            it looks for: shards without an index, which servers find by pattern.
     """
 
     tensors: Callable[[Weight], Mapping[str, Tensor]]
     config: Callable[[Mapping[str, Format], Architecture], dict[str, Any]]
     files: Callable[[Mapping[str, Format], Architecture], Mapping[str, str]] = lambda *_: {}
+    hidden: bool = False
 
 
 def as_stored(weight: Weight) -> dict[str, Tensor]:
@@ -121,6 +125,10 @@ def write_directory(
     specs = dict(held(weight_specs(architecture)))
     json = to_json(architecture)
     write_files(directory, held(student.weights), specs, config, student.source, json)
+    if quantization.hidden:
+        (directory / INDEX).unlink(missing_ok=True)
+        if (whole := directory / SINGLE).is_file():
+            whole.rename(directory / "model-00001-of-00001.safetensors")
     further = {**structure.files(architecture), **quantization.files(modules, architecture)}
     for name, text in further.items():
         write_text(directory / name, text)
