@@ -1,7 +1,8 @@
 """The score stage: contributions, exact removals and KV formats, once per teacher and text.
 
 What other rankings go by is a stage of its own, only where the recipe asks for one. Gram matrices
-are another, only for spaces that repair what they cut.
+are another, only for spaces that repair what they cut. The teacher in every format is a third, only
+where rounding goes by what weights read.
 """
 
 import shutil
