@@ -8,7 +8,8 @@ from compress.memory.plan import Plan, make_plan
 from compress.model.find import resolve_model
 from compress.report.rows import STUDENTS
 from compress.run.directory import require_free, run_at
-from compress.run.recipe import Recipe, check, checked_files
+from compress.run.recipe import Recipe, check
+from compress.run.sources import checked_files
 
 if TYPE_CHECKING:
     from compress.run.session import Session

@@ -17,12 +17,12 @@ from compress.run.directory import Run, by_path, find_run, is_run, require_free,
 from compress.run.recipe import (
     Recipe,
     check,
-    checked_files,
     near,
     read_recipe,
     require_model,
     to_yaml,
 )
+from compress.run.sources import checked_files
 
 Command = Callable[..., None]
 

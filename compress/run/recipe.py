@@ -18,14 +18,11 @@ from compress.formats.table import Rounding
 from compress.memory.devices import Compute, Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
 from compress.memory.latency import SpeedBound, read_profile
-from compress.model.config import read_config
-from compress.model.find import commit_of, is_named, pinned_revision, resolve_model
-from compress.model.headers import weight_files
-from compress.model.weights import planned_architecture
+from compress.model.find import is_named, pinned_revision
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
 from compress.student.candidate import Ranking
-from compress.text.sources import is_hub_text, require_text
+from compress.text.sources import is_hub_text
 from compress.train.recipes import OptimizerName, PrecisionName, terms_of
 
 
@@ -330,23 +327,6 @@ def read_recipe(path: Path) -> Recipe:
 def to_yaml(recipe: Recipe) -> str:
     """Every key with its value, in the order of the class; ``read_recipe`` gives it back."""
     return yaml.safe_dump(recipe.model_dump(), sort_keys=False)
-
-
-def checked_files(recipe: Recipe) -> Recipe:
-    """The recipe, which names the commit of a hub model.
-
-    Raises:
-        InputError: the model is none that a search can run, or a text is not there.
-    """
-    path = resolve_model(recipe.model, recipe.revision, config_only=True)
-    config = read_config(path)
-    planned_architecture(path, config)
-    if commit_of(path) is None:
-        weight_files(path, config)  # a snapshot may not have come yet
-    for text in (recipe.data, recipe.eval_data):
-        if text is not None:
-            require_text(text)
-    return recipe.changed(revision=commit_of(path)) if is_named(recipe.model) else recipe
 
 
 def keep_recipe(recipe: Recipe, run: Run) -> None:

@@ -20,8 +20,9 @@ from compress.model.checkpoint import open_checkpoint
 from compress.model.config import read_config
 from compress.model.find import resolve_model
 from compress.run.directory import Run
-from compress.run.recipe import check, checked_files
+from compress.run.recipe import check
 from compress.run.session import Session
+from compress.run.sources import checked_files
 
 COMMITS = {"main": "a" * 40, "v1": "b" * 40, None: "a" * 40}
 TOKENS = torch.arange(24).view(2, 12)

@@ -12,8 +12,9 @@ from tiny_models import EVERY, write_tiny
 from compress.core.errors import InputError
 from compress.core.files import digests, read_json, write_json
 from compress.run.directory import Run
-from compress.run.recipe import Recipe, check, checked_files, near, read_recipe, write_recipe
+from compress.run.recipe import Recipe, check, near, read_recipe, write_recipe
 from compress.run.session import Session
+from compress.run.sources import checked_files
 from compress.run.students import find_candidate
 
 COMMIT, NEXT = "c" * 40, "d" * 40

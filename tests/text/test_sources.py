@@ -11,8 +11,9 @@ from datasets import Dataset
 
 from compress.core.errors import InputError
 from compress.run.directory import Run
-from compress.run.recipe import check, checked_files
+from compress.run.recipe import check
 from compress.run.session import Session
+from compress.run.sources import checked_files
 from compress.text import sources
 from compress.text.documents import read_documents
 from compress.text.sources import fetch_text, require_text
