@@ -23,6 +23,9 @@ def bench(
     *,
     reader: Served = "transformers",
     reader_python: ReaderPython = None,
+    profile: Annotated[
+        Path | None, typer.Option(help="What compress profile wrote, to compare with.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Serve models on this machine and say how fast.
@@ -30,11 +33,13 @@ def bench(
     Prompt and generated tokens a second and peak memory, and their ratios to the first model's, in
     one run in which the models take turns.
     """
+    from compress.memory.latency import read_profile
     from compress.model.find import resolve_model
     from compress.run.serving import bench as measured
     from compress.run.serving import print_speeds
 
-    speeds = measured([resolve_model(model) for model in models], reader, reader_python)
+    known = None if profile is None else read_profile(profile)
+    speeds = measured([resolve_model(model) for model in models], reader, reader_python, known)
     if json:
         print(jsonlib.dumps([asdict(each) for each in speeds]))
     else:

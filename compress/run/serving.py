@@ -12,12 +12,14 @@ import torch
 
 from compress.core.errors import InputError
 from compress.core.quantities import format_bytes
-from compress.core.terminal import progress, table
+from compress.core.terminal import note, progress, table
 from compress.export.layouts.gguf import FILE, write_gguf
 from compress.export.layouts.student import Weight
 from compress.export.readers import Reader
 from compress.export.readers.table import timed
 from compress.export.student import student_of
+from compress.memory.latency import Profile
+from compress.model.architecture import Architecture
 from compress.model.checkpoint import open_checkpoint
 from compress.model.config import architecture_of, read_config
 from compress.model.families import stored_parameters
@@ -30,17 +32,25 @@ QUANTILE = 0.25
 
 @dataclass(frozen=True)
 class Speed:
-    """How a reader serves a model: tokens a second of a prompt and after it, and its peak."""
+    """How a reader serves a model: tokens a second of a prompt and after it, and its peak.
+
+    ``predicted`` are the first two as a profile has them, if one is given.
+    """
 
     model: str
     reader: str
     prompt: float
     generation: float
     peak_bytes: int
+    predicted: tuple[float, float] | None = None
 
 
 def bench(
-    models: Sequence[Path], reader: Reader, python: Path | None, device: str = "cpu"
+    models: Sequence[Path],
+    reader: Reader,
+    python: Path | None,
+    profile: Profile | None = None,
+    device: str = "cpu",
 ) -> list[Speed]:
     """Every model as a reader serves it, one request at a time; models take turns.
 
@@ -52,7 +62,9 @@ def bench(
     """
     if reader == "compress":
         raise InputError("compress is no server; --reader is transformers, llama.cpp or vllm")
-    vocab = min(architecture_of(model, read_config(model)).vocab for model in models)
+    architectures = [architecture_of(model, read_config(model)) for model in models]
+    vocab = min(architecture.vocab for architecture in architectures)
+    predicted = [None if profile is None else rates(profile, each) for each in architectures]
     tokens = torch.randint(vocab, (PROMPT,), generator=torch.Generator().manual_seed(0)).tolist()
     answers: list[list[Any]] = [[] for _ in models]
     with progress("bench", ROUNDS * len(models)) as advance, readable(models, reader) as folders:
@@ -60,10 +72,16 @@ def bench(
             for folder, found in zip(folders, answers, strict=True):
                 found.append(timed(reader, folder, tokens, GENERATE, REPEATS, python, device))
                 advance(1, folder.name)
-    return [speed(model, found) for model, found in zip(models, answers, strict=True)]
+    return [speed(*each) for each in zip(models, answers, predicted, strict=True)]
 
 
-def speed(model: Path, answers: Sequence[Any]) -> Speed:
+def rates(profile: Profile, architecture: Architecture) -> tuple[float, float]:
+    """Tokens a second of a prompt and after it, by a profile."""
+    seconds = profile.model(architecture)
+    return profile.prompt_tokens / seconds.prompt, 1 / seconds.token
+
+
+def speed(model: Path, answers: Sequence[Any], predicted: tuple[float, float] | None) -> Speed:
     """What the answers of all rounds say of a model."""
 
     def seconds(key: str) -> float:
@@ -72,7 +90,7 @@ def speed(model: Path, answers: Sequence[Any]) -> Speed:
     return Speed(
         model=str(model), reader=answers[0]["reader"], prompt=PROMPT / seconds("prompt_seconds"),
         generation=1 / seconds("token_seconds"),
-        peak_bytes=max(answer["peak_bytes"] for answer in answers),
+        peak_bytes=max(answer["peak_bytes"] for answer in answers), predicted=predicted,
     )  # fmt: skip
 
 
@@ -114,3 +132,10 @@ def print_speeds(speeds: Sequence[Speed]) -> None:
             for each in speeds
         ],
     )  # fmt: skip
+    for each in speeds:
+        if each.predicted is not None:
+            prompt, generation = each.predicted
+            note(
+                f"{each.model}: the profile predicts {prompt:.1f} and {generation:.1f} tokens/s, "
+                f"{prompt / each.prompt:.2f} and {generation / each.generation:.2f} of the measured"
+            )
