@@ -180,3 +180,18 @@ def read_profile(file: Path) -> Profile:
 def write_profile(profile: Profile, file: Path) -> None:
     """Write a profile as JSON."""
     file.write_bytes(JSON.dump_json(profile, indent=1) + b"\n")
+
+
+def speed_bound(file: str | None, least: float | None, prompt: float | None) -> SpeedBound | None:
+    """The bound of tokens a second at least, and seconds of a prompt at most; None: neither.
+
+    InputError where there is no profile for it.
+    """
+    if least is None and prompt is None:
+        return None
+    if file is None:
+        raise InputError(
+            "--min-tokens-per-second and --max-latency need --profile FILE, which compress "
+            "profile MODEL writes on the machine that serves"
+        )
+    return SpeedBound(read_profile(Path(file)), prompt, None if least is None else 1 / least)

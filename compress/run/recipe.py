@@ -17,7 +17,7 @@ from compress.export.targets import Target
 from compress.formats.table import Rounding
 from compress.memory.devices import Compute, Device, find_device
 from compress.memory.footprint import Deployment, SsmFormat
-from compress.memory.latency import SpeedBound, read_profile
+from compress.memory.latency import SpeedBound, speed_bound
 from compress.model.find import is_named, pinned_revision
 from compress.run.directory import Run
 from compress.searches.space import asked_kinds, shipped_spaces
@@ -246,16 +246,7 @@ class Recipe(BaseModel):
     @cached_property
     def speed(self) -> SpeedBound | None:
         """The bound on seconds, if there is one; InputError where there is no profile for it."""
-        file, least, prompt = self.profile, self.min_tokens_per_second, self.max_latency
-        if least is None and prompt is None:
-            return None
-        if file is None:
-            raise InputError(
-                "--min-tokens-per-second and --max-latency need --profile FILE, which compress "
-                "profile MODEL writes on the machine that serves"
-            )
-        token = None if least is None else 1 / least
-        return SpeedBound(read_profile(Path(file)), prompt, token)
+        return speed_bound(self.profile, self.min_tokens_per_second, self.max_latency)
 
     @cached_property
     def memory_bytes(self) -> int | None:

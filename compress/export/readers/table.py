@@ -123,9 +123,10 @@ def timed(
 ) -> Any:
     """Seconds that a reader takes, in a process of its own; InputError as ``ask``."""
     require_installed(name, python)
+    own_code = "auto_map" in read_json(directory / CONFIG) and has_own_code(directory)
     request = {
         "directory": str(directory.absolute()), "tokens": list(tokens), "prompt": len(tokens),
-        "generate": generate, "repeats": repeats, "own_code": has_own_code(directory),
+        "generate": generate, "repeats": repeats, "own_code": own_code,
         "device": device,
     }  # fmt: skip
     return there(name, request, python or Path(sys.executable))

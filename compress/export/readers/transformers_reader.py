@@ -6,7 +6,6 @@ another version of transformers reads in an environment of its own.
 
 import importlib
 import json
-import resource
 import sys
 import time
 from pathlib import Path
@@ -58,6 +57,12 @@ def read(request: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def peak_bytes() -> int:
+    """The most memory that this process had (Linux; getrusage counts who started it, too)."""
+    said = Path("/proc/self/status").read_text(encoding="utf-8")
+    return int(said.partition("VmHWM:")[2].split()[0]) * 1024
+
+
 def bench(request: dict[str, Any]) -> dict[str, Any]:
     """Seconds of prompts and of tokens generated after them, in the dtype of the directory."""
     transformers: Any = importlib.import_module("transformers")
@@ -87,7 +92,7 @@ def bench(request: dict[str, Any]) -> dict[str, Any]:
     return {
         "reader": f"transformers {transformers.__version__}",
         "prompt_seconds": prompts, "token_seconds": tokens,
-        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
+        "peak_bytes": peak_bytes(),
     }  # fmt: skip
 
 
