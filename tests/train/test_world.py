@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 from collections.abc import Callable, Sequence
@@ -101,14 +102,29 @@ def test_two_processes_distil_as_one_which_goes_on_alone(
         torch.testing.assert_close(others[name], weight, **CLOSE)
 
 
-def train_by_command(path: Path, out: Path) -> None:
-    raise SystemExit(run_command(["pretrain", str(path), "--out", str(out)]))
+def command(*arguments: str) -> None:
+    raise SystemExit(run_command(list(arguments)))
+
+
+def test_two_processes_distil_a_candidate_of_a_run(run_copy: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(run_copy, other)
+    given = ("--distill-tokens", "256", "--distill-length", "16", "--distill-batch-tokens", "64")
+    run_command(["distill", str(run_copy), *given])
+    assert together(2, command, "distill", str(other), *given) == [0, 0]
+    [one] = run_copy.glob("distill/*[0-9]/curve.jsonl")
+    points, others = (
+        [json.loads(line)["loss"] for line in (run / one.relative_to(run_copy)).open()]
+        for run in (run_copy, other)
+    )
+    assert len(points) == 4
+    assert points == pytest.approx(others, rel=1e-4)
 
 
 def test_two_nodes_pretrain_as_one_process(tmp_path: Path) -> None:
     path, one, two = recipe(tmp_path), tmp_path / "one", tmp_path / "two"
     metrics = pretrain(path, one, progress=quiet)
-    assert together(2, train_by_command, path, two, nodes=2) == [0, 0]
+    assert together(2, command, "pretrain", str(path), "--out", str(two), nodes=2) == [0, 0]
     assert json.loads((two / "metrics.json").read_text()) == pytest.approx(metrics, rel=1e-3)
     weights, others = (load_file(out / "model.safetensors") for out in (one, two))
     for name, weight in weights.items():
