@@ -295,7 +295,7 @@ def write_words(file: Path) -> None:
 
 # A search of seconds on a tiny model.
 QUICK = {
-    "budget": "36%", "space": "joint", "context": "64", "sequence_length": 32,
+    "target": "compress", "budget": "36%", "space": "joint", "context": "64", "sequence_length": 32,
     "score_tokens": 256, "score_length": 32, "draws": 2, "replay_tokens": 128, "repair_tokens": 256,
     "calibration_tokens": 512, "select_tokens": 160, "final_tokens": 256, "trials": 6,
     "finalists": 1, "short_distill_tokens": 256, "distill_batch_tokens": 128, "distill_length": 32,

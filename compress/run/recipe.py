@@ -105,7 +105,11 @@ class Recipe(BaseModel):
         description="What is compared with at the same bytes: all, none, or kinds separated by "
         "commas; default: all, of a space that is named those that are a part of it.",
     )
-    target: Target = Field("compress", description="Loader the student has to work with.")
+    target: Target = Field(
+        "vllm",
+        description="What the student is served with: only what it loads is searched. compress "
+        "takes everything and is read by compress.load alone.",
+    )
     mtp: Literal["keep", "drop"] | None = Field(
         None,
         description="What becomes of layers that predict further tokens (MTP): kept in BF16, their "

@@ -141,6 +141,8 @@ def require_feasible(problem: Problem) -> None:
             hints.append("a space with an FP8 KV cache, where the device runs one")
         if len(space.formats) == 1 or not space.prunes:
             hints.append("--space joint")
+        if space.stock or space.kv_scope == "global":
+            hints.append("--target compress, which takes more than servers do")
         raise Infeasible(
             f"budget {format_bytes(problem.budget)} is below the smallest size this space reaches, "
             f"{format_bytes(floor)} ({floor} bytes); what would help: {', '.join(hints)}"

@@ -26,6 +26,7 @@ from compress.cli import app, main
 
 # A search of seconds.
 SMALL = [
+    *("--target", "compress"),
     *("--sequence-length", "32", "--score-tokens", "64", "--draws", "1", "--replay-tokens", "32"),
     *(
         "--select-tokens",
@@ -245,7 +246,8 @@ def test_a_space_that_is_none(command: Command, tiny_llama: Path, text: Path) ->
         search = command.search(tiny_llama, "--data", text, "--space", "s.yaml")
         assert said in command.fails(2, *search)
     search = command.search(tiny_llama, "--data", text, "--space", "jint")
-    assert "space 'jint' is neither a file nor one of formats, joint" in command.fails(2, *search)
+    said = "space 'jint' is neither a file nor one of formats, gguf, joint"
+    assert said in command.fails(2, *search)
 
 
 def test_runs_and_candidates_that_do_not_exist(command: Command, finished: Path) -> None:

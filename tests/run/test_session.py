@@ -159,7 +159,8 @@ def test_layers_that_predict_further_tokens_are_for_targets_that_use_them(tmp_pa
 
     assert kept(target="vllm")
     assert kept(mtp="keep")
-    assert not kept()
+    assert kept()
+    assert not kept(target="compress")
     assert not kept(target="transformers")
     assert not kept(target="vllm", mtp="drop")
     path = write_tiny(tmp_path / "teacher", EVERY["hybrid"])
