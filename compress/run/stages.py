@@ -39,7 +39,7 @@ from compress.train.precision import numerics_of
 
 # The main job on the embedded teacher: a budget that number formats alone do not reach.
 QUICKSTART: dict[str, Any] = dict(
-    budget="34%", target="compress", space="joint", context="2k", trials=24, finalists=1, draws=8,
+    budget="34%", space="joint", context="2k", trials=24, finalists=1, draws=8,
     select_tokens=4096, replay_tokens=2048, short_distill_tokens=49152,
     distill_batch_tokens=1024, learning_rate=6e-4,
 )  # fmt: skip

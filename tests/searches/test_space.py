@@ -77,7 +77,8 @@ def test_a_space_for_stock_loaders_has_students_of_one_config_only(family: str) 
         groups = problem.groups(globals_)
         if not all(any(not option.removed for _, option in choice[:1]) for choice, *_ in groups):
             continue
-        kept = [pair for choice, *_ in groups for pair in choice]
+        kept = [pair for choice, *_ in groups[: len(teacher.blocks)] for pair in choice]
+        kept = [(number, option) for number, option in kept if number < len(teacher.blocks)]
         blocks = tuple(resized(teacher.blocks[n], replace(o, formats=())) for n, o in kept)
         student = replace(teacher, hidden=problem.hidden(globals_), blocks=blocks)
         assert is_plain(student)
