@@ -3,9 +3,9 @@
 ``OMP_NUM_THREADS=2 python -m benchmarks.packing`` (needs nvidia-modelopt): the same weights, all
 linear layers in one format, weights to nearest. ``GiB/s`` are BF16 bytes of those layers by the
 seconds from the model to the directory that is whole, verification and calibration left out: ours
-reads the files and streams, ModelOpt's ``export_hf_checkpoint`` begins with the model in memory and
-its ranges known (once: its model is packed then; ours the faster of ``--repeats``). ``group MiB`` is
-what packing the largest fused group takes beside it.
+reads the files and streams, ModelOpt's ``export_hf_checkpoint`` begins with the model in memory
+and its ranges known (once: its model is packed then; ours the faster of ``--repeats``). ``group
+MiB`` is what packing the largest fused group takes beside it.
 """
 
 import importlib

@@ -20,6 +20,7 @@ from compress.core.exits import exit_code
 from compress.core.signals import interrupt
 from compress.core.terminal import command, note
 from compress.flags import Json, Model, Planned, PrintConfig, RunName, Target
+from compress.flags import ReaderPython as Other
 from compress.formats.table import Format, KvFormat
 from compress.run.directory import find_run, is_run, run_at, shown
 from compress.run.guide import next_step, possessions
@@ -164,7 +165,9 @@ def quantize(run: Target, *, print_config: PrintConfig = False, **given: Any) ->
 
 @app.command()
 @flags.settings("target", *flags.ROUNDED, *flags.PLACED)
-def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
+def export(
+    run: Target, *, reader_python: Other = None, print_config: PrintConfig = False, **given: Any
+) -> None:
     """Write a student in its formats, and verify it.
 
     A Hugging Face directory, which is read back before it counts.
@@ -172,7 +175,7 @@ def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> N
     chosen, recipe, candidate = flags.resume(run, print_config, **given)
     from compress.run import stages
 
-    stages.export(chosen, recipe, candidate)
+    stages.export(chosen, recipe, candidate, reader_python)
     note(f"next: {command('eval', near(recipe.model), flags.beside(recipe, run))}")
 
 
@@ -182,13 +185,10 @@ def verify(
     directory: flags.Exported,
     *,
     reader: flags.ReaderName = None,
-    reader_python: flags.ReaderPython = None,
+    reader_python: Other = None,
     **given: Any,
 ) -> None:
-    """Compare an export with the student that was measured.
-
-    Its files, every tensor, log-probabilities and greedy tokens. Exit code 4 where they differ.
-    """
+    """Compare an export with the student that was measured; exit code 4 where they differ."""
     from compress.run import stages
 
     stages.verify(directory, reader, reader_python, check(given, "command line"))

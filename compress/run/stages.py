@@ -121,7 +121,9 @@ def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
     note(f"{candidate.id}: KL {whole:.4f} as cut, in BF16; {served:.4f} in {formats}: {directory}")
 
 
-def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
+def export(
+    run: Run, recipe: Recipe, name: str | None = None, python: Path | None = None
+) -> dict[str, Any]:
     """Export the latest student in its formats; what was verified by reading it back."""
     session = Session(run, recipe)
     candidate, row = students.find_candidate(session, name)
@@ -143,7 +145,9 @@ def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
     deployed, code = (recipe.deployment, recipe.preset), not is_plain(architecture)
     card["serving"] = serving("DIRECTORY", architecture, recipe.target, *deployed, code=code)
     place = session.placement
-    facts = export_student(directory, out, architecture, recipe.target, card, placement=place)
+    facts = export_student(
+        directory, out, architecture, recipe.target, card, placement=place, python=python
+    )
     note(
         f"{out}: {format_bytes(facts['bytes'])} of tensors, verified: read back by "
         f"{facts['reader']}, log-probabilities differ by at most "
