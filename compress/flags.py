@@ -53,12 +53,13 @@ Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on std
 
 PLACED = ("compute", "memory")
 SERVED = ("budget", "context", "batch_size", "ssm_format", "workspace", "device")
+# What weights are rounded on are sequences to train on.
+ROUNDED = ("rounding", "calibration_tokens", "distill_length")
 SCORED = (
     "revision", "space", "data", "seed", "sequence_length", "score_tokens", "score_length",
-    "draws", "replay_tokens", *PLACED,
+    "draws", "replay_tokens", *ROUNDED, *PLACED,
 )  # fmt: skip
 TRAINED = (
-    "distill_length",
     "distill_batch_tokens",
     "learning_rate",
     "optimizer",
@@ -68,7 +69,6 @@ TRAINED = (
     "validate_every",
     "patience",
 )
-ROUNDED = ("rounding", "calibration_tokens")
 EVALUATED = (
     "revision",
     "data",
@@ -84,7 +84,7 @@ SEARCHED = (
     *SERVED, "active_parameters", "profile", "min_tokens_per_second", "max_latency", "baselines",
     "target", "mtp", "ranking", "trials",
     "reselect_rounds", "finalists", "short_distill_tokens", "select_tokens", "repair_tokens",
-    "eval_data", "final_tokens", "workers", *SCORED, *TRAINED, *ROUNDED,
+    "eval_data", "final_tokens", "workers", *SCORED, *TRAINED,
 )  # fmt: skip
 
 
