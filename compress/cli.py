@@ -20,7 +20,6 @@ from compress.core.exits import exit_code
 from compress.core.signals import interrupt
 from compress.core.terminal import command, note
 from compress.flags import Json, Model, Planned, PrintConfig, RunName, Target
-from compress.flags import ReaderPython as Other
 from compress.formats.table import Format, KvFormat
 from compress.run.directory import find_run, is_run, run_at, shown
 from compress.run.guide import next_step, possessions
@@ -164,10 +163,8 @@ def quantize(run: Target, *, print_config: PrintConfig = False, **given: Any) ->
 
 
 @app.command()
-@flags.settings("target", *flags.ROUNDED, *flags.PLACED)
-def export(
-    run: Target, *, reader_python: Other = None, print_config: PrintConfig = False, **given: Any
-) -> None:
+@flags.settings("target", "reader_python", *flags.ROUNDED, *flags.PLACED)
+def export(run: Target, *, print_config: PrintConfig = False, **given: Any) -> None:
     """Write a student in its formats, and verify it.
 
     A Hugging Face directory, which is read back before it counts.
@@ -175,7 +172,7 @@ def export(
     chosen, recipe, candidate = flags.resume(run, print_config, **given)
     from compress.run import stages
 
-    stages.export(chosen, recipe, candidate, reader_python)
+    stages.export(chosen, recipe, candidate)
     note(f"next: {command('eval', near(recipe.model), flags.beside(recipe, run))}")
 
 
@@ -185,7 +182,7 @@ def verify(
     directory: flags.Exported,
     *,
     reader: flags.ReaderName = None,
-    reader_python: Other = None,
+    reader_python: flags.ReaderPython = None,
     **given: Any,
 ) -> None:
     """Compare an export with the student that was measured; exit code 4 where they differ."""

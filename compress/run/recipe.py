@@ -110,6 +110,9 @@ class Recipe(BaseModel):
         description="What the student is served with: only what it loads is searched. compress "
         "takes everything and is read by compress.load alone.",
     )
+    reader_python: Text = Field(
+        None, description="A Python that has the target's server, to read exports back with."
+    )
     mtp: Literal["keep", "drop"] | None = Field(
         None,
         description="What becomes of layers that predict further tokens (MTP): kept in BF16, their "

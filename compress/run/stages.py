@@ -121,9 +121,7 @@ def quantize(run: Run, recipe: Recipe, name: str | None = None) -> None:
     note(f"{candidate.id}: KL {whole:.4f} as cut, in BF16; {served:.4f} in {formats}: {directory}")
 
 
-def export(
-    run: Run, recipe: Recipe, name: str | None = None, python: Path | None = None
-) -> dict[str, Any]:
+def export(run: Run, recipe: Recipe, name: str | None = None) -> dict[str, Any]:
     """Export the latest student in its formats; what was verified by reading it back."""
     session = Session(run, recipe)
     candidate, row = students.find_candidate(session, name)
@@ -145,6 +143,7 @@ def export(
     deployed, code = (recipe.deployment, recipe.preset), not is_plain(architecture)
     card["serving"] = serving("DIRECTORY", architecture, recipe.target, *deployed, code=code)
     place = session.placement
+    python = None if recipe.reader_python is None else Path(recipe.reader_python)
     facts = export_student(
         directory, out, architecture, recipe.target, card, placement=place, python=python
     )
