@@ -79,7 +79,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> tuple[Stack, Architectur
     found = contributions(stack, TOKENS, 4, [])
     exact = removal_costs(stack, TOKENS)
     rankings = activation_scores(stack, TOKENS)
-    return stack, architecture, Scores(found, exact, {}, LENGTH, rankings)
+    return stack, architecture, Scores(found, exact, {}, LENGTH, rankings=rankings)
 
 
 @pytest.mark.parametrize("ranking", RANKINGS)
@@ -193,7 +193,7 @@ def test_router_saliency_does_not_count_how_often_an_expert_is_chosen(tmp_path: 
     gate.e_score_correction_bias[0] = -9
     model.model.layers[1].mixer.experts.down_proj[3] *= 4
     found = activation_scores(stack_with(checkpoint, model), TOKENS)
-    scores = Scores({}, {}, {}, LENGTH, found)
+    scores = Scores({}, {}, {}, LENGTH, rankings=found)
     assert priority(scores, moe, "expert", "router").argmax() == 3
     assert activation_importance(found, moe, "expert", {}).argmax() != 3
     assert priority(scores, moe, "expert", "router")[0] == 0
