@@ -23,13 +23,13 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 from compress.formats.fake import shared
-from compress.formats.table import FORMATS, Format, KvFormat
+from compress.formats.table import FORMATS, Format, GroupFormats, KvFormat, by_group
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.measure.predictions import kl_gradient_to, kl_to, predictions
 from compress.memory.budget import in_format
 from compress.model.architecture import Architecture, in_kv_format
 from compress.model.build import set_kv_formats
-from compress.model.families import parameters, read_architecture
+from compress.model.families import linear_groups, parameters, read_architecture
 from compress.model.layout import Parameter
 from compress.model.modules import Head, mixers_of
 from compress.scores.contributions import drawn
@@ -75,7 +75,7 @@ KEPT = {
 class Faked(Stack):
     """A stack whose embedding asks for no values of ids."""
 
-    def embed(self, ids_BT: Tensor) -> Tensor:
+    def embed(self, ids_BT: Tensor, table: Tensor | None = None) -> Tensor:
         """Hidden states [B, T, D]."""
         shape = (*ids_BT.shape, self.architecture.hidden)
         return torch.zeros(shape, device=self.placement.device, dtype=self.placement.dtype)
@@ -111,10 +111,19 @@ def stack_of(family: str, dtype: torch.dtype, memory: int | None = 0) -> Faked:
     return Faked(teacher.config, teacher.architecture, read, place)
 
 
+def in_formats(architecture: Architecture, number: int, *formats: Format) -> GroupFormats:
+    """A block's linear groups, in turn in these formats."""
+    groups = linear_groups(architecture.blocks[number], architecture.family)
+    return by_group(dict(zip(groups, itertools.cycle(formats), strict=False)))
+
+
 def candidate_of(architecture: Architecture) -> Candidate:
-    """A student that lacks something along every axis, in several formats."""
+    """A student that lacks something along every axis, in several formats within blocks too."""
     keep = KEPT[architecture.family]
-    formats: dict[int, Format] = {1: "nvfp4", 2: "fp8"}
+    formats = {
+        1: in_formats(architecture, 1, "nvfp4", "fp8"),
+        2: in_formats(architecture, 2, "fp8", "bf16"),
+    }
     everywhere: dict[int, KvFormat] = dict.fromkeys(architecture.kv_formats, "fp8")
     student = student_architecture(architecture, keep, formats, everywhere)
     return Candidate(id="x", kind="joint", architecture=student, keep=keep)
@@ -171,8 +180,8 @@ def losses(stack: Stack) -> None:
 
 def contributions(stack: Stack) -> None:
     """Gates of the teacher and of a student, of units and of formats, and drawn labels."""
-    keep = masks_of(stack.architecture)
-    for gated in (Gated(stack), Gated(stack, keep, {1: "nvfp4"})):
+    keep, mixed = masks_of(stack.architecture), in_formats(stack.architecture, 1, "nvfp4", "fp8")
+    for gated in (Gated(stack), Gated(stack, keep, {1: mixed})):
         taps = Taps(gated, draws=2, squares=True)
 
         def upstream(batch: int, hidden: Tensor, head: Head) -> list[Tensor]:
