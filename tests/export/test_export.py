@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from compress import load
 from compress.core.errors import InputError, VerificationFailed
 from compress.export.student import export_student, token_rows
-from compress.export.targets import Target, restricted
+from compress.export.targets import LOADERS, Target, restricted
 from compress.formats.fake import shared
 from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, Format
@@ -109,7 +109,11 @@ def test_vllm_takes_the_formats_that_its_loader_knows(
     listed = space.model_copy(update={"formats": (*space.formats, format)})
     with pytest.raises(InputError, match=rf"the space lists {format}; use --target compress"):
         restricted(listed, "vllm", "llama", tied=False)
-    assert restricted(listed, "compress", "llama", tied=False) == listed
+    known = LOADERS["compress"].embedding_formats
+    assert format in known
+    own = restricted(listed, "compress", "llama", tied=False)
+    assert own == listed.model_copy(update={"embedding_formats": known})
+    assert restricted(listed, "compress", "llama", tied=True) == listed
 
 
 @pytest.mark.parametrize("format", QUANTIZED)

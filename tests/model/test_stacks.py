@@ -51,8 +51,9 @@ def test_a_token_uses_its_experts_of_a_stack_and_each_has_scales(family: str) ->
     stored = [dataclasses.replace(block, formats=each) for each in own]
     taken = [block_bytes(each, 64, "gpt_oss") for each in stored]
     weights, matrices = 4 * 3 * 32 * 64, 4 * 3
-    assert taken[0] - taken[1] == weights - matrices * 8
-    assert taken[0] - taken[2] == 2 * weights - (weights // 2 + weights // 16 + matrices * 8)
+    # A scale in FP32 each: formats of weights alone have none of inputs.
+    assert taken[0] - taken[1] == weights - matrices * 4
+    assert taken[0] - taken[2] == 2 * weights - (weights // 2 + weights // 16 + matrices * 4)
 
 
 def mxfp4(stack: Tensor) -> tuple[Tensor, Tensor]:

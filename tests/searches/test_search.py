@@ -8,7 +8,9 @@ import torch
 from tiny_models import HYBRID, LLAMA, write_tiny
 
 from compress.core.errors import Infeasible, InputError
-from compress.formats.table import Format
+from compress.export.accepted import check_target, differing
+from compress.export.targets import Target, loader_of
+from compress.formats.table import FORMATS, Format
 from compress.measure.kl import sequence_kl
 from compress.memory.footprint import footprint
 from compress.model.architecture import (
@@ -19,7 +21,7 @@ from compress.model.architecture import (
     kv_format_of,
     kv_text,
 )
-from compress.model.build import is_plain
+from compress.model.build import is_plain, weight_formats
 from compress.model.checkpoint import open_checkpoint
 from compress.model.families import count_parameters
 from compress.run.recipe import check
@@ -37,7 +39,9 @@ from teachers import DEPLOYMENT, TOKENS, Teacher, first_candidates
 
 SPACES = sorted(shipped_spaces())
 # What a space must reach of each tiny teacher; formats alone save least.
-SHARE = {"formats": 0.9, "joint": 0.5, "puzzle": 0.75, "minitron": 0.75, "minipuzzle": 0.75}
+SHARE = {
+    "formats": 0.9, "joint": 0.5, "gguf": 0.5, "puzzle": 0.75, "minitron": 0.75, "minipuzzle": 0.75,
+}  # fmt: skip
 
 
 @pytest.fixture(scope="module", params=["llama", "hybrid"])
@@ -157,12 +161,21 @@ def test_every_space_offers_every_block_something(teacher: Teacher, space: str) 
 
 @pytest.mark.parametrize("target", ["transformers", "vllm"])
 @pytest.mark.parametrize("space", ["joint", "puzzle", "minitron", "minipuzzle"])
-def test_a_stock_target_gives_plain_students(teacher: Teacher, space: str, target: str) -> None:
-    for candidate in first_candidates(teacher.problem(space, SHARE[space], target)):
-        assert is_plain(candidate.architecture)
-        if target == "transformers":
-            assert candidate.architecture.formats == {"bf16"}
-            assert kv_text(candidate.architecture) == "bf16"
+def test_a_target_gives_students_that_its_table_says_it_loads(
+    teacher: Teacher, space: str, target: Target
+) -> None:
+    problem = teacher.problem(space, SHARE[space], target)
+    loader = loader_of(target, teacher.architecture.family)
+    found = first_candidates(problem)
+    assert found
+    for candidate in found:
+        architecture = candidate.architecture
+        check_target(architecture, target)
+        if not loader.uneven:
+            assert is_plain(architecture)
+        assert set(differing(architecture)) <= set(loader.uneven)
+        assert set(weight_formats(architecture).values()) <= {*loader.formats}
+        assert kv_text(architecture) in loader.kv_formats
 
 
 # Measuring
@@ -290,10 +303,11 @@ def test_a_space_decides_which_formats_are_scored(tmp_path: Path) -> None:
     default: list[Format] = ["fp8", "nvfp4"]
     assert scored_formats(check({}, "test")) == default
     for name in SPACES:
-        of_space = [format for format in default if format in load_space(name).formats]
+        listed = load_space(name).formats
+        of_space = [format for format in FORMATS if format in listed and format != "bf16"]
         assert scored_formats(check({"space": name}, "test")) == of_space
         compared = scored_formats(check({"space": name, "baselines": "all"}, "test"))
-        assert compared == default
+        assert compared == (of_space or default)
     file = tmp_path / "space.yaml"
     text = "remove: none\naxes: {}\nkv_formats: [bf16]\nformats: "
     for listed, expected in (("[bf16, int4, mxfp4]", ["mxfp4", "int4"]), ("[bf16]", [])):
