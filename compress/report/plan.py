@@ -107,7 +107,7 @@ def print_work(works: Sequence[Work], machine: Machine) -> None:
     table(
         f"the work on {machine.name}: {format_bytes(machine.memory)}, "
         f"{8 * machine.number_bytes} bits, {rate}",
-        ("stage", "takes at least", "takes here", "fits", "about", "most of it"),
+        ("stage", "at least", "takes here", "fits", "about", "most of it"),
         [
             (
                 work.stage,

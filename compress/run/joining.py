@@ -33,7 +33,7 @@ def led(run: Callable[[], Any]) -> Any:
 
 def join() -> None:
     """Join what the first process trains until its command ends."""
-    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):  # the first one speaks
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):  # the first one speaks
         while True:
             try:
                 told = world().told(None)

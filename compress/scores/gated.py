@@ -91,7 +91,11 @@ class Gated:
         """A block's weights after formats and back, by module, of the groups that have one."""
         own = dict(formats)
         fused = {name: str(slot.fused) for name, (_, slot) in weights.items()}
-        exact = {name: weight for name, (weight, _) in weights.items() if fused[name] in own}
+        exact = {
+            name: weight
+            for name, (weight, _) in weights.items()
+            if own.get(fused[name], "bf16") != "bf16"
+        }
         made = fake_quantize_block(exact, fused, formats)
         if self.rounded is not None:
             for names in fused_groups(exact, fused):

@@ -324,5 +324,5 @@ def test_an_interrupted_search_continues(
     assert not Path("runs/a/candidates.json").exists()
     code, lines = command(*search)
     assert code == 0, lines
-    assert lines[-1].startswith("next: compress export a")
+    assert lines[-1].startswith("next: compress distill a")
     assert Path("runs/a/candidates.json").is_file()

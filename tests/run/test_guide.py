@@ -35,8 +35,10 @@ def test_the_next_step_is_the_first_whose_files_are_missing(run: Run) -> None:
     assert next_step(run) == "compress plan runs/a/export/c2"
 
 
-def test_students_in_other_formats_only_are_not_trained(run: Run) -> None:
+def test_students_in_other_formats_only_are_trained_the_teacher_itself_is_not(run: Run) -> None:
     write_search(run.path, student("c1", architecture(16, "fp8")))
+    assert next_step(run) == "compress distill a"
+    write_search(run.path, student("c1", architecture(16)))
     assert next_step(run) == "compress export a"
 
 

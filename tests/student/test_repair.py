@@ -167,7 +167,8 @@ def test_a_repaired_candidate_measures_as_the_student_written_and_loaded(
     number, keep = (3, {"ffn": torch.arange(48)})
     repaired = cut_candidate(checkpoint, number, keep, repaired=True)
     blocks = list(repaired.architecture.blocks)
-    blocks[number] = replace(blocks[number], formats=in_one_format(blocks[number], "llama", "fp8"))
+    formats = in_one_format(blocks[number], checkpoint.architecture.family, "fp8")
+    blocks[number] = replace(blocks[number], formats=formats)
     repaired = replace(repaired, architecture=replace(repaired.architecture, blocks=tuple(blocks)))
     prune(checkpoint, repaired, tmp_path / "student", grams)
     written = open_checkpoint(tmp_path / "student")
@@ -213,14 +214,15 @@ def problem(teachers: Teachers) -> Problem:
     stack = stack_of(teacher.checkpoint)
     scores = Scores(found, removal_costs(stack, TOKENS[:4]), kv_costs(stack, TOKENS[:4]), 48)
     return Problem(
-        architecture, scores, load_space("joint"), DEPLOYMENT,
-        teacher_bytes(architecture, DEPLOYMENT) * 3 // 5,
+        architecture, scores, load_space("joint").model_copy(update={"head_formats": ("bf16",)}),
+        DEPLOYMENT,
+        teacher_bytes(architecture, DEPLOYMENT) // 3,
         repair_ratios=partial(repair_ratios, teacher.checkpoint, teacher.grams),
     )  # fmt: skip
 
 
 def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem) -> None:
-    plain = replace(problem, repair_ratios=None, costs={}, keeps={})
+    plain = replace(problem, repair_ratios=None, costs={}, cuts={}, keeps={})
     for with_repair, without in zip(
         problem.groups(Globals()), plain.groups(Globals()), strict=True
     ):
@@ -229,7 +231,7 @@ def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem
             assert option == same
             (cut, bits), (whole, same_bits) = problem.cost(number, option), plain.cost(number, same)
             left = problem.share_left_by_repair(number, option)
-            held = plain.kv_cost(number, same)
+            held = plain.exact_cost(number, same)
             assert (cut, bits) == (pytest.approx(left * (whole - held) + held), same_bits)
             assert option.target or left == 1
     proposal = decode(problem, globals_of(problem, {}))
@@ -243,7 +245,7 @@ def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem
 def test_a_space_without_repair_computes_no_matrices(
     tiny_hybrid: Path, problem: Problem, tmp_path: Path
 ) -> None:
-    session = Session(Run(tmp_path), Recipe(model=str(tiny_hybrid), budget="50%"))
+    session = Session(Run(tmp_path), Recipe(model=str(tiny_hybrid), budget="50%", rounding="nearest"))
     bench = Bench(session, problem.known, session.reference(TOKENS[:1]))
     space = load_space("puzzle").model_copy(update={"repair": False})
     assert bench.problem(space).repair_ratios is None
