@@ -1,5 +1,6 @@
 """Layers that predict further tokens (MTP): kept along a hidden cut and counted, or dropped."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -156,6 +157,12 @@ def test_a_student_keeps_or_drops_them(family: str, tmp_path: Path) -> None:
     assert torch.equal(ours, theirs)
 
 
+def matches(module: str, target: str) -> bool:
+    """Whether a group of compressed-tensors names a module."""
+    is_pattern = target.startswith("re:")
+    return bool(re.match(target[3:], module)) if is_pattern else target == module
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_an_export_holds_them_in_bf16(family: str, tmp_path: Path) -> None:
     path = write_tiny(tmp_path / "m", EVERY[family])
@@ -168,10 +175,16 @@ def test_an_export_holds_them_in_bf16(family: str, tmp_path: Path) -> None:
         assert torch.equal(found[parameter.name], before[parameter.name])
     config = read_json(tmp_path / "out" / "config.json")
     assert config["num_nextn_predict_layers"] == 1
-    ignored = [name.removesuffix("*") for name in config["quantization_config"]["ignore"]]
-    for parameter in mtp_parameters(architecture):
-        if len(parameter.shape) > 1:
-            assert any(parameter.name.startswith(name) for name in ignored)
+    # Servers quantize the modules that a group targets, by name or by a class of modules.
+    groups = config["quantization_config"]["config_groups"].values()
+    targets = [target for group in groups for target in group["targets"]]
+    # Classes call the stem of a Nemotron-H "model", its checkpoints "backbone".
+    modules = {name.rpartition(".")[0].replace("backbone.", "model.") for name in before}
+    further = {parameter.name.rpartition(".")[0] for parameter in mtp_parameters(architecture)}
+    named = {module for module in modules if any(matches(module, target) for target in targets)}
+    assert named
+    assert named.isdisjoint(further)
+    assert all(target in named or target.startswith("re:^") for target in targets)
     assert load_model(tmp_path / "out")(TOKENS).logits.isfinite().all()
 
 
