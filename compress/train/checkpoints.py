@@ -65,7 +65,7 @@ def save(
     identity: str,
     world: World,
 ) -> None:
-    """Write the checkpoint that a history has come to, and its curve."""
+    """Write the curve, and the checkpoint that a history has come to."""
     tensors = {f"model.{name}": tensor for name, tensor in tensors_of(model).items()}
     for name, parameter in model.named_parameters():
         for key, tensor in state_of(optimizer, parameter).items():
@@ -73,12 +73,13 @@ def save(
     specs = {n: torch.empty(t.shape, dtype=t.dtype, device="meta") for n, t in tensors.items()}
     file = directory / file_of(len(history.losses))
     about = {"identity": identity, "history": json.dumps(asdict(history))}
+    if world.leads:  # first: what is killed before it has a checkpoint writes its curve again
+        write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in curve))
     writer = tensor_writer(file, specs, about) if world.leads else nullcontext(ignore)
     with writer as write:
         for name, tensor in tensors.items():
             write(name, whole(tensor))
     if world.leads:
-        write_text(directory / CURVE, "".join(json.dumps(point) + "\n" for point in curve))
         forget(directory, KEPT, history.best)
 
 
