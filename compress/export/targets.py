@@ -151,6 +151,9 @@ def restricted(
         )
     known = loader.tied_formats if tied else loader.head_formats
     heads = tuple(format for format in space.head_formats if format in known)
+    # An embedding has formats of the head's where the loader does not know fewer.
+    free = tied or set(heads) <= set(loader.embedding_formats)
+    embeddings = None if free else loader.embedding_formats
     whole = {"scope": "global"}
     update: dict[str, object] = {
         "axes": {
@@ -158,9 +161,9 @@ def restricted(
             for axis, choice in space.axes.items()
         },
         "head_formats": heads or known[:1],
-        "embedding_formats": None if tied else loader.embedding_formats,
-        "expert_formats": loader.expert_formats,
-        "first": loader.first,
+        "embedding_formats": narrowed(space.embedding_formats, embeddings),
+        "expert_formats": narrowed(space.expert_formats, loader.expert_formats),
+        "first": loader.first or space.first,
         "stock": space.stock or not loader.uneven,
     }
     if loader.kv_scope == "global":
@@ -177,6 +180,15 @@ def restricted(
             "use --target compress or a space without it"
         )
     return space.model_copy(update=update)
+
+
+def narrowed(
+    listed: tuple[Format, ...] | None, known: tuple[Format, ...] | None
+) -> tuple[Format, ...] | None:
+    """The listed formats that are known, or the first known one; None stands for any."""
+    if listed is None or known is None:
+        return listed or known
+    return tuple(format for format in listed if format in known) or known[:1]
 
 
 def has_windows(architecture: Architecture) -> bool:

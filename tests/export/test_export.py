@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from compress import load
 from compress.core.errors import InputError, VerificationFailed
 from compress.export.student import export_student, token_rows
-from compress.export.targets import LOADERS, Target, restricted
+from compress.export.targets import Target, restricted
 from compress.formats.fake import shared
 from compress.formats.packed import stored_names
 from compress.formats.table import FORMATS, Format
@@ -109,11 +109,12 @@ def test_vllm_takes_the_formats_that_its_loader_knows(
     listed = space.model_copy(update={"formats": (*space.formats, format)})
     with pytest.raises(InputError, match=rf"the space lists {format}; use --target compress"):
         restricted(listed, "vllm", "llama", tied=False)
-    known = LOADERS["compress"].embedding_formats
-    assert format in known
-    own = restricted(listed, "compress", "llama", tied=False)
-    assert own == listed.model_copy(update={"embedding_formats": known})
-    assert restricted(listed, "compress", "llama", tied=True) == listed
+    few = {"embedding_formats": ("fp8",), "expert_formats": ("bf16", "fp8"), "first": "attention"}
+    for asked in (listed, listed.model_copy(update=few)):
+        for tied in (False, True):
+            assert restricted(asked, "compress", "llama", tied=tied) == asked
+    served = restricted(space.model_copy(update=few), "vllm", "llama", tied=False)
+    assert (served.embedding_formats, served.expert_formats) == (("bf16",), ("bf16",))
 
 
 @pytest.mark.parametrize("format", QUANTIZED)
