@@ -33,7 +33,8 @@ def led(run: Callable[[], Any]) -> Any:
 
 def join() -> None:
     """Join what the first process trains until its command ends."""
-    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):  # the first one speaks
+    # The first one speaks.
+    with open(os.devnull, "w", encoding="utf-8") as nowhere, redirect_stderr(nowhere):
         while True:
             try:
                 told = world().told(None)

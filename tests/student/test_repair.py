@@ -245,7 +245,8 @@ def test_every_cut_costs_what_its_repair_leaves_and_is_repaired(problem: Problem
 def test_a_space_without_repair_computes_no_matrices(
     tiny_hybrid: Path, problem: Problem, tmp_path: Path
 ) -> None:
-    session = Session(Run(tmp_path), Recipe(model=str(tiny_hybrid), budget="50%", rounding="nearest"))
+    recipe = Recipe(model=str(tiny_hybrid), budget="50%", rounding="nearest")
+    session = Session(Run(tmp_path), recipe)
     bench = Bench(session, problem.known, session.reference(TOKENS[:1]))
     space = load_space("puzzle").model_copy(update={"repair": False})
     assert bench.problem(space).repair_ratios is None
