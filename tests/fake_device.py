@@ -17,19 +17,31 @@ from typing import Any
 
 import pytest
 import torch
-from tiny_models import HYBRID, LLAMA
+from fake_students import (
+    CONFIGS,
+    NAME,
+    SHAPE,
+    FakedCheckpoint,
+    candidate_of,
+    in_formats,
+    masks_of,
+    outside_formats,
+    rows,
+    stack_of,
+    states,
+)
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import backend_registration
 
 from compress.formats.fake import shared
-from compress.formats.table import FORMATS, Format, GroupFormats, KvFormat, by_group
+from compress.formats.table import FORMATS
 from compress.measure.losses import kl_from_hidden, nll_from_hidden
 from compress.measure.predictions import kl_gradient_to, kl_to, predictions
 from compress.memory.budget import in_format
-from compress.model.architecture import Architecture, in_kv_format
+from compress.model.architecture import in_kv_format
 from compress.model.build import set_kv_formats
-from compress.model.families import linear_groups, parameters, read_architecture
+from compress.model.families import parameters
 from compress.model.layout import Parameter
 from compress.model.modules import Head, mixers_of
 from compress.scores.contributions import drawn
@@ -41,107 +53,16 @@ from compress.scores.replay import variant
 from compress.scores.taps import Taps
 from compress.student.assemble import BlockStore
 from compress.student.calibration import quantized
-from compress.student.candidate import Candidate, block_keep, student_architecture
+from compress.student.candidate import block_keep
 from compress.student.grams import tapped
 from compress.student.rounded import rounded
 from compress.student.rounding import Inputs, round_group
-from compress.sweep.placement import Placement
 from compress.sweep.stack import Stack
 from compress.train.distill import Lesson, Teacher, recompute
 from compress.train.local import block_error, watched
 from compress.train.precision import numerics_of
 
-# "linear_attention", "full_attention", "mlp": all kinds but the routed experts.
-KINDS = ["linear_attention", "full_attention", "mlp", "linear_attention"]
-CONFIGS = {"llama": LLAMA, "nemotron_h": HYBRID | {"layers_block_type": KINDS}}
-NAME = "gpu"
 DTYPES = ("float32", "bfloat16")
-SHAPE = (2, 16)
-# Real indices, on the CPU, as candidates have them.
-KEPT = {
-    "llama": {
-        "blocks": torch.arange(6), "hidden": torch.arange(48), "layers.0.ffn/ffn": torch.arange(64),
-        "layers.1.attention/kv_head": torch.arange(1),
-        "layers.2.attention/query": torch.zeros(2, 1, dtype=torch.long),
-    },
-    "nemotron_h": {
-        "blocks": torch.arange(4), "hidden": torch.arange(48), "layers.2.ffn/ffn": torch.arange(64),
-        "layers.0.mamba/head": torch.arange(3).expand(2, -1).contiguous(),
-        "layers.3.mamba/channel": torch.arange(8),
-    },
-}  # fmt: skip
-
-
-class Faked(Stack):
-    """A stack whose embedding asks for no values of ids."""
-
-    def embed(self, ids_BT: Tensor, table: Tensor | None = None) -> Tensor:
-        """Hidden states [B, T, D]."""
-        shape = (*ids_BT.shape, self.architecture.hidden)
-        return torch.zeros(shape, device=self.placement.device, dtype=self.placement.dtype)
-
-
-class FakedCheckpoint:
-    """Tensors of a model on the CPU, as surgery reads them."""
-
-    def __init__(self, family: str) -> None:
-        self.config: Any = CONFIGS[family]
-        self.architecture = read_architecture(self.config)
-        # Made here: the thread that reads ahead is not in the mode.
-        self.tensors = {
-            each.name: torch.empty(
-                each.shape, dtype=torch.float32 if each.slot.float32 else torch.bfloat16
-            )
-            for each in parameters(self.architecture)
-        }
-
-    def __getitem__(self, name: str) -> Tensor:
-        """A tensor."""
-        return self.tensors[name]
-
-
-def stack_of(family: str, dtype: torch.dtype, memory: int | None = 0) -> Faked:
-    """A stack on the device, streamed, of tensors as a checkpoint has them: on the CPU."""
-    teacher = FakedCheckpoint(family)
-
-    def read(parameter: Parameter) -> Tensor:
-        return teacher[parameter.name]
-
-    place = Placement(torch.device(NAME), dtype, memory=memory)
-    return Faked(teacher.config, teacher.architecture, read, place)
-
-
-def in_formats(architecture: Architecture, number: int, *formats: Format) -> GroupFormats:
-    """A block's linear groups, in turn in these formats."""
-    groups = linear_groups(architecture.blocks[number], architecture.family)
-    return by_group(dict(zip(groups, itertools.cycle(formats), strict=False)))
-
-
-def candidate_of(architecture: Architecture) -> Candidate:
-    """A student that lacks something along every axis, in several formats within blocks too."""
-    keep = KEPT[architecture.family]
-    formats = {
-        1: in_formats(architecture, 1, "nvfp4", "fp8"),
-        2: in_formats(architecture, 2, "fp8", "bf16"),
-    }
-    everywhere: dict[int, KvFormat] = dict.fromkeys(architecture.kv_formats, "fp8")
-    student = student_architecture(architecture, keep, formats, everywhere)
-    return Candidate(id="x", kind="joint", architecture=student, keep=keep)
-
-
-def masks_of(architecture: Architecture) -> dict[str, Tensor]:
-    """What it keeps that masks can say here: those of Mamba count their units, on the CPU."""
-    return {key: kept for key, kept in KEPT[architecture.family].items() if "mamba" not in key}
-
-
-def rows() -> Tensor:
-    """Token ids on the CPU."""
-    return torch.zeros(SHAPE, dtype=torch.long)
-
-
-def states(stack: Stack) -> Tensor:
-    """Hidden states."""
-    return stack.embed(rows())
 
 
 def sweep(stack: Stack) -> None:
@@ -266,13 +187,19 @@ def export(stack: Stack) -> None:
         return stack.read(parameter).to(NAME)
 
     architecture = in_format(stack.architecture, "nvfp4")
-    first = architecture.blocks[0]
     give = rounded(moved, architecture)
     for parameter in parameters(architecture):
         at_home(give(parameter))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("compress.student.rounding.require_read", lambda gram: None)
-        stack.architecture = replace(architecture, blocks=(first, *stack.architecture.blocks[1:]))
+        # Of the first block and beside the blocks; also what rounds what it reads.
+        own = in_formats(stack.architecture, 0, "nvfp4_a4", "fp8_a8")
+        first = replace(stack.architecture.blocks[0], formats=own)
+        stack.architecture = replace(
+            stack.architecture,
+            blocks=(first, *stack.architecture.blocks[1:]),
+            outside_formats=outside_formats(architecture),
+        )
         for _, tensor in quantized(stack, moved, rows(), "scales"):
             at_home(tensor)
         # Column by column is slow here: few of them.

@@ -8,7 +8,8 @@ from pathlib import Path
 import fake_device
 import pytest
 from conftest import Shared
-from fake_device import CASES, CONFIGS, DTYPES, case_name
+from fake_device import CASES, DTYPES, case_name
+from fake_students import CONFIGS
 from tiny_models import ONE_THREAD
 
 
