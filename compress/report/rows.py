@@ -23,7 +23,7 @@ class Student:
     """A row of ``candidates.json``; KL in nats per token on the selection text.
 
     ``repaired`` are the teacher's block numbers, ``reselected`` counts units that are not those of
-    the ranking, ``stock`` are students that stock transformers loads.
+    the ranking, ``stock`` are students that are plain BF16 checkpoints of their family.
     """
 
     id: str

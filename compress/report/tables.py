@@ -49,7 +49,7 @@ def print_candidates(
         note(f"largest optimality gap of a knapsack: {max(gaps):.1e} of its predicted KL")
     if stock := next((student for student in students if student.stock), None):
         note(
-            f"best that stock transformers loads: {stock.id} "
+            f"best plain BF16 checkpoint of its family: {stock.id} "
             f"({format_bytes(stock.bytes)}, KL {stock.measured_kl:.4f})"
         )
 
