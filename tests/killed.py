@@ -20,12 +20,13 @@ SERVER.set_forkserver_preload(["compress.run.stages"])
 
 
 def kind_of(path: str, text: str) -> str:
-    """What a file is, whatever number, digest, candidate or block it is of.
+    """What a file is, whatever number, digest, candidate, block or linear group it is of.
 
     All files of a directory that has no name yet are one kind; of a state it is what is signed.
     """
     kind = re.sub(r"[0-9a-f]{12,}|\d+", "#", re.sub(r"\.partial/.*", ".partial/", path))
     kind = re.sub(r"layers\.#\.\w+", "layers.#", kind)
+    kind = re.sub(r"(rounded-#/#)-\w+", r"\1", kind)
     return f"{kind} {' '.join(json.loads(text))}" if kind == "state.json" else kind
 
 
