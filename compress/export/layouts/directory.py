@@ -25,6 +25,11 @@ def in_memory(name: str, architecture: Architecture) -> str:
     return "model." + name.removeprefix(own) if name.startswith(own) else name
 
 
+def on_disk(name: str, architecture: Architecture) -> str:
+    """What a module is called by who goes by names on disk."""
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class Structure:
     """How a directory tells a reader which blocks there are.
@@ -54,6 +59,7 @@ class Quantization:
         config: what config.json says besides: of the modules with a matrix, under the reader's
             names, each with its format, and of the architecture (KV formats).
         files: further files, a text by its name, of the same.
+        disk_names: it speaks of modules by their names on disk instead, which servers map.
         hidden: transformers would read codes without their scales, so that there is no file which
             it looks for: shards without an index, which servers find by pattern.
     """
@@ -61,6 +67,7 @@ class Quantization:
     tensors: Callable[[Weight], Mapping[str, Tensor]]
     config: Callable[[Mapping[str, Format], Architecture], dict[str, Any]]
     files: Callable[[Mapping[str, Format], Architecture], Mapping[str, str]] = lambda *_: {}
+    disk_names: bool = False
     hidden: bool = False
 
 
@@ -88,8 +95,10 @@ def is_told(architecture: Architecture) -> bool:
 PLAIN = Quantization(tensors=as_stored, config=lambda *_: {})
 
 
-def module_formats(architecture: Architecture, structure: Structure) -> dict[str, Format]:
-    """The format of every module with a matrix, by the reader's names, the head first.
+def module_formats(
+    architecture: Architecture, called: Callable[[str, Architecture], str]
+) -> dict[str, Format]:
+    """The format of every module with a matrix, ``called`` by its name on disk, the head first.
 
     A layer's experts are one module.
     """
@@ -103,8 +112,7 @@ def module_formats(architecture: Architecture, structure: Structure) -> dict[str
             module = module.rpartition(f".{each.expert}.")[0]
         found[module] = formats.get(each.name, "bf16")
     return {
-        structure.module(name.removesuffix(".weight"), architecture): format
-        for name, format in found.items()
+        called(name.removesuffix(".weight"), architecture): format for name, format in found.items()
     }
 
 
@@ -119,7 +127,8 @@ def write_directory(
             if (own := structure.weight(weight, architecture)) is not None:
                 yield from quantization.tensors(own).items()
 
-    modules = module_formats(architecture, structure)
+    called = on_disk if quantization.disk_names else structure.module
+    modules = module_formats(architecture, called)
     config = structure.config(student.config, architecture)
     config |= quantization.config(modules, architecture)
     specs = dict(held(weight_specs(architecture)))

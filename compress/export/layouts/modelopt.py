@@ -105,4 +105,6 @@ def kv_format_of(architecture: Architecture) -> KvFormat | None:
     return found.pop() if len(found) == 1 and found != {KV_FORMATS[0]} else None
 
 
-MODELOPT = Quantization(tensors=as_stored, config=config_of, files=files_of, hidden=True)
+MODELOPT = Quantization(
+    tensors=as_stored, config=config_of, files=files_of, disk_names=True, hidden=True
+)
