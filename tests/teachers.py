@@ -39,11 +39,11 @@ class Teacher:
         self.path = path
         self.checkpoint: Checkpoint = open_checkpoint(path)
         self.architecture = self.checkpoint.architecture
-        formats = ["fp8", "nvfp4"]
+        formats = ["fp8", "nvfp4", "q8_0", "q4_0"]
         found = contributions(stack_of(self.checkpoint), TOKENS[:4], 2, formats)
         exact = removal_costs(stack_of(self.checkpoint), TOKENS[:4])
         kv = kv_costs(stack_of(self.checkpoint), TOKENS[:4])
-        beside = outside_costs(stack_of(self.checkpoint), TOKENS[:4], ["fp8", "nvfp4"])
+        beside = outside_costs(stack_of(self.checkpoint), TOKENS[:4], formats)
         self.scores = Scores(found, exact, kv, LENGTH, beside)
         self.text: Reference = reference(self.checkpoint, stack_of(self.checkpoint), TOKENS)
         self.bytes = teacher_bytes(self.architecture, DEPLOYMENT)

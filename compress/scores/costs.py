@@ -15,6 +15,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from compress.core.errors import InputError
 from compress.formats.table import Format, GroupFormats
 from compress.model.architecture import Block, block_name, sizes
 from compress.model.tensor_files import save_tensors
@@ -191,17 +192,25 @@ def rounding_rows(
 ) -> Tensor:
     """Summed contributions [rows] of storing a linear group of a block in a format.
 
-    Of units that ``keep`` leaves: what is cut is not charged for bits.
+    Of units that ``keep`` leaves: what is cut is not charged for bits. InputError where the group
+    was not scored in the format.
     """
     found, ending = scores.contributions, f"/{group}/{format}"
-    total = torch.zeros(len(found["hidden"]))
-    for units in units_in(block):
-        # What only other groups are made of has none.
-        rows = found.get(unit_key(block, units) + ending)
-        if rows is not None:
-            total += rows.flatten(1) @ alive(block, units, keep).flatten()
-    rest = found.get(f"{block_name(block)}/rest{ending}")
-    return total if rest is None else total + rest
+    # What only other groups are made of has no rows of this one.
+    rows = {units: unit_key(block, units) + ending for units in units_in(block)}
+    parts = [
+        found[key].flatten(1) @ alive(block, units, keep).flatten()
+        for units, key in rows.items()
+        if key in found
+    ]
+    if (rest := f"{block_name(block)}/rest{ending}") in found:
+        parts.append(found[rest])
+    if not parts:
+        raise InputError(
+            f"{group} of {block_name(block)} was not scored in {format}; "
+            "score it with a space that lists this format"
+        )
+    return sum(parts, torch.zeros_like(parts[0]))
 
 
 def change(
